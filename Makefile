@@ -1,0 +1,79 @@
+# A thin front: DVC owns the graph (dvc.yaml), Python does the work (stages/). Nothing here is a second graph.
+# A comment that starts with two hashes is a line of `make help`.
+
+.DEFAULT_GOAL := help
+.SUFFIXES:
+SHELL := /bin/sh
+PY := .venv/bin/python
+DVC := .venv/bin/dvc
+
+# A variable as one shell word, whatever it holds.
+quote = '$(subst ','\'',$(1))'
+# A required variable: stops with an example where it is empty, before anything is set up.
+need = $(if $($(1)),,$(error $(1) is missing; for example: make $(2)))
+comma := ,
+
+.PHONY: help setup repro train sweep review chat report collect test lint format doctor need-BETAS need-BASE
+
+help:
+	@echo 'Every target sets .venv up first, and does so once.'
+	@echo
+	@sed -n 's/^## //p' Makefile
+
+## make setup       install what requirements.lock pins into .venv        PYTHON=/path/to/python3.12 make setup
+setup:
+	@./setup.sh
+
+## make repro       bring every result up to date                         make repro PROFILE=cpu
+repro: setup
+	$(PY) -m stages.repro $(if $(PROFILE),--profile $(call quote,$(PROFILE)))
+
+OVERRIDES = $(if $(BETA),-S $(call quote,beta=$(BETA))) $(if $(LOSS),-S $(call quote,loss_type=$(LOSS))) \
+	$(if $(SEED),-S $(call quote,seed=$(SEED)))
+
+## make train       train, as an experiment when a value is given         make train BETA=0.05 LOSS=ipo SEED=1
+train: setup
+	$(DVC) $(if $(strip $(OVERRIDES)),exp run $(strip $(OVERRIDES)) train,repro train)
+
+## make sweep       one experiment for each beta                          make sweep BETAS=0.05,0.1,0.2
+need-BETAS:
+	@:$(call need,BETAS,sweep BETAS=0.05$(comma)0.1$(comma)0.2)
+sweep: need-BETAS setup
+	$(PY) -m stages.sweep --betas $(call quote,$(BETAS))
+
+## make review      what a change does to the results                     make review BASE=main HEAD=my-branch
+need-BASE:
+	@:$(call need,BASE,review BASE=main)
+review: need-BASE setup
+	$(PY) -m stages.review --base $(call quote,$(BASE)) $(if $(HEAD),--head $(call quote,$(HEAD)))
+
+## make chat        talk to the trained model
+chat: setup
+	$(PY) -m stages.chat
+
+## make report      bring reports/ up to date, and what it rests on
+report: setup
+	$(DVC) repro report
+
+## make collect     gather the finished experiments
+collect: setup
+	$(PY) -m stages.collect
+
+## make test        run the tests
+test: setup
+	$(PY) -m pytest -q tests
+
+## make lint        check style, formatting and types
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+## make format      rewrite the code in the house format
+format: setup
+	.venv/bin/ruff check --fix-only --quiet .
+	.venv/bin/ruff format .
+
+## make doctor      look for what breaks runs, and say how to mend it
+doctor: setup
+	$(PY) -m stages.doctor

