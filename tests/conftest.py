@@ -1,0 +1,75 @@
+"""What several tests need, built in this process and without a network: two tokenizers and a tiny model."""
+
+import json
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stages.artifacts import sha256_file, write_json
+from stages.fetch_model import BASE, EMBEDDED_FILE, EMBEDDED_PACKAGE
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECIAL = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+# SmolLM2's, which writes a system turn where a conversation has none.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful assistant<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that knows the 256 bytes and the special tokens of ChatML, under SmolLM2's ids and chat template."""
+    names = [*dict.fromkeys(SPECIAL.values()), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **SPECIAL)
+
+
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per byte; a fresh one, which a test may change."""
+    return make_byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def embedded_tokenizer() -> PreTrainedTokenizerFast:
+    """The embedded model's own tokenizer, which llama.cpp's converter knows; from models/base where that is the embedded model."""
+    manifest = ROOT / BASE / "manifest.json"
+    if manifest.is_file() and json.loads(manifest.read_text())["source"] == EMBEDDED_PACKAGE:
+        return AutoTokenizer.from_pretrained(ROOT / BASE)
+    folder = Path(str(distribution(EMBEDDED_PACKAGE).locate_file(EMBEDDED_PACKAGE.replace("-", "_"))))
+    return AutoTokenizer.from_pretrained(folder, gguf_file=EMBEDDED_FILE)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, embedded_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A random Llama of two narrow layers with the embedded model's tokenizer, as fetch_model leaves one; copy it to change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    tokens = {f"{name}_token_id": getattr(embedded_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = LlamaConfig(
+        vocab_size=len(embedded_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        **tokens,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(**tokens)
+    model.save_pretrained(folder)
+    embedded_tokenizer.save_pretrained(folder)
+    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    write_json(folder / "manifest.json", {"source": "tests/tiny", "revision": "0" * 40, "files": files})
+    return folder

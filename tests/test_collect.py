@@ -1,0 +1,122 @@
+"""The embedded data: rebuilt from its own samples to the same bytes, balanced, disjoint, and within its promises."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages import collect, params
+from stages.artifacts import read_json, write_parquet
+from stages.constraints import KINDS, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict
+from stages.topics import split_topics
+
+EMBEDDED = Path(__file__).parent.parent / "data/embedded"
+LOADED = params.load(collect.Params, Path(__file__).parent.parent / "params.yaml")
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[collect.Row]:
+    return collect.build_questions(LOADED.collect)
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, list[collect.Row]]:
+    return {split: pq.read_table(EMBEDDED / f"{split}.parquet").to_pylist() for split in ("train", "validation", "test")}
+
+
+def test_pairs_rebuilt_from_the_samples_have_the_committed_bytes(questions: list[collect.Row], tmp_path: Path) -> None:
+    samples = pq.read_table(EMBEDDED / "samples.parquet").to_pylist()
+    rebuilt, reasons = collect.build_splits(questions, samples, LOADED.collect, LOADED.seed)
+    for split, rows in rebuilt.items():
+        write_parquet(tmp_path / f"{split}.parquet", pa.Table.from_pylist(rows))
+        assert (tmp_path / f"{split}.parquet").read_bytes() == (EMBEDDED / f"{split}.parquet").read_bytes(), split
+    assert collect.card(rebuilt, reasons, questions, LOADED.collect) == read_json(EMBEDDED / "card.json")
+
+
+def test_every_delta_score_is_the_difference_of_the_grades_and_chosen_follows_its_instruction(splits: dict[str, list[collect.Row]]) -> None:
+    for row in (row for rows in splits.values() for row in rows):
+        constraint = json.loads(row["constraint"])
+        assert is_strict(row["kind"], row["chosen"], constraint)
+        assert not is_strict(row["kind"], row["rejected"], constraint)
+        difference = grade(row["kind"], row["chosen"], constraint) - grade(row["kind"], row["rejected"], constraint)
+        assert row["delta_score"] == round(difference, 4) > 0
+
+
+def test_chosen_is_a_sample_unless_it_is_marked_repaired(splits: dict[str, list[collect.Row]]) -> None:
+    sampled: dict[str, set[str]] = {}
+    for sample in pq.read_table(EMBEDDED / "samples.parquet").to_pylist():
+        sampled.setdefault(sample["id"], set()).add(sample["answer"])
+    for row in (row for rows in splits.values() for row in rows):
+        assert row["rejected"] in sampled[row["id"]]
+        assert row["repaired"] or row["chosen"] in sampled[row["id"]]
+
+
+def test_topics_of_the_splits_are_disjoint_and_unseen_kinds_are_never_trained_on(splits: dict[str, list[collect.Row]]) -> None:
+    topics = {split: {row["topic"] for row in rows} for split, rows in splits.items()}
+    assert not topics["train"] & topics["validation"]
+    assert not topics["train"] & topics["test"]
+    assert not topics["validation"] & topics["test"]
+    assert all(topics[split] <= set(split_topics()[split]) for split in topics)
+    unseen = {kind.name for kind in UNSEEN_KINDS}
+    assert not unseen & {row["kind"] for row in splits["train"] + splits["validation"]}
+    assert unseen < {row["kind"] for row in splits["test"]}
+
+
+def test_no_instruction_is_demonstrated_on_a_topic_of_the_questions() -> None:
+    topics = {topic for split in split_topics().values() for topic in split}
+    assert not topics & set(collect.DEMONSTRATIONS)
+
+
+def test_the_promised_sizes_hold(splits: dict[str, list[collect.Row]], questions: list[collect.Row]) -> None:
+    train = splits["train"]
+    assert len(train) >= 2500
+    assert len({row["delta_score"] for row in train}) >= 20
+    assert sum(not row["repaired"] for row in train) >= 0.6 * len(train)
+    assert {row["kind"] for row in train} == {kind.name for kind in SEEN_KINDS}
+    assert len(SEEN_KINDS) >= 16
+    assert len(UNSEEN_KINDS) == 2
+    assert sum(question["split"] == "test" and question["kind"] in {k.name for k in SEEN_KINDS} for question in questions) >= 400
+    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) <= 4 * 2**20
+
+
+def test_the_held_out_questions_are_the_built_ones(questions: list[collect.Row]) -> None:
+    held_out = [question for question in questions if question["split"] != "train"]
+    assert pq.read_table(EMBEDDED / "questions.parquet").to_pylist() == held_out
+    plain = [json.loads(line) for line in (EMBEDDED / "plain.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["topic"]) for row in plain] == [(s, t) for s in ("test", "validation") for t in split_topics()[s]]
+
+
+def test_the_rejected_answer_is_the_one_of_nearest_length_among_the_worst() -> None:
+    question = {"id": "x", "split": "train", "topic": "kites", "kind": "lowercase", "constraint": '{"topic": "kites"}', "question": "q"}
+    texts = ["kites fly high.", "kites fly over the hills and fields.", "KITES FLY.", "KITES FLY OVER ALL THE HILLS AND FIELDS OF THE LAND TODAY."]
+    samples = [{"id": "x", "sample": i, "demonstrated": False, "finished": True, "answer": text} for i, text in enumerate(texts)]
+    pair = collect.build_pair(question, samples, LOADED.collect, LOADED.seed)
+    assert isinstance(pair, dict)
+    assert (pair["chosen"], pair["rejected"]) == ("kites fly high.", "KITES FLY.")
+
+
+def test_where_nothing_passes_the_best_answer_is_repaired_and_marked() -> None:
+    question = {"id": "x", "split": "train", "topic": "kites", "kind": "lowercase", "constraint": '{"topic": "kites"}', "question": "q"}
+    samples = [{"id": "x", "sample": 0, "demonstrated": False, "finished": True, "answer": "Kites FLY high."}]
+    pair = collect.build_pair(question, samples, LOADED.collect, LOADED.seed)
+    assert isinstance(pair, dict)
+    assert (pair["chosen"], pair["repaired"]) == ("kites fly high.", True)
+
+
+def test_unfinished_and_copied_answers_enter_no_pair() -> None:
+    question = {"id": "x", "split": "train", "topic": "kites", "kind": "lowercase", "constraint": '{"topic": "kites"}', "question": "q"}
+    example = collect.demonstration(question, LOADED.seed)[1]["content"]
+    samples = [
+        {"id": "x", "sample": 0, "demonstrated": True, "finished": True, "answer": example},
+        {"id": "x", "sample": 0, "demonstrated": False, "finished": False, "answer": "kites fly and fly and"},
+    ]
+    assert collect.build_pair(question, samples, LOADED.collect, LOADED.seed) == "no finished answer"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_worked_example_follows_its_instruction(kind: str) -> None:
+    for seed in range(20):
+        question = {"id": f"train/t/{kind}", "kind": kind}
+        assert collect.demonstration(question, seed)[1]["content"]

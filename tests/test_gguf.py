@@ -1,0 +1,124 @@
+"""GGUF files in process and the stages around them, against Transformers on the same tiny weights."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from stages import evaluate, merge, quantize
+from stages.console import UserError
+from stages.gguf import GgufModel
+from stages.model import load
+from stages.scoring import GgufChat, HuggingFaceChat
+from stages.tokenize import answer_ids, prompt_ids
+
+QUESTIONS = ("Tell me about kites.", "What is salt?", "Describe a very long river to a friend, please, in some detail.", "Hi")
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "f16.gguf"
+    quantize.convert(tiny_model_folder, path, "f16")
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_model_folder: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    return [prompt_ids(tokenizer, question) for question in QUESTIONS]
+
+
+def test_f16_distributions_are_those_of_the_float32_model(gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    answers = [answer_ids(tokenizer, question, "It is fine, 123.") for question in QUESTIONS]
+    reference = HuggingFaceChat(load(tiny_model_folder, torch.float32), tokenizer, 8, 4)
+    with GgufModel(gguf, threads=2, context=128) as model:
+        ours = GgufChat(model, tokenizer, 8)
+        found = [ours.answer_logits(p, [a])[0] for p, a in zip(prompts, answers, strict=True)]
+    expected = [reference.answer_logits(p, [a])[0] for p, a in zip(prompts, answers, strict=True)]
+    assert evaluate.divergence(expected, found)["mean_kl"] < 1e-3
+    assert evaluate.divergence(expected, [row.roll(1, dims=0) for row in found])["mean_kl"] > 1e-3
+
+
+def test_answers_that_share_a_prompt_score_as_they_do_alone(gguf: Path, prompts: list[list[int]]) -> None:
+    answers = [[5, 6, 7, 8], [9], [10, 11]]
+    with GgufModel(gguf, threads=2, context=128) as model:
+        together = model.answer_logits(prompts[0], answers)
+        alone = [model.answer_logits(prompts[0], [answer])[0] for answer in answers]
+    for left, right in zip(together, alone, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-4, rtol=0)
+
+
+def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]) -> None:
+    many = prompts * 3
+    with GgufModel(gguf, threads=2, slots=5, context=128) as model:
+        parallel = model.generate(many, 12)
+    with GgufModel(gguf, threads=2, slots=1, context=128) as model:
+        single = model.generate(many, 12)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    reference = HuggingFaceChat(load(tiny_model_folder, torch.float32), tokenizer, 12, batch_size=4).generate(many)
+    assert parallel == single
+    same = sum(left[:3] == right[:3] for left, right in zip(parallel, reference, strict=True))
+    assert same >= 0.75 * len(many)  # float16 against float32 may part at a near tie
+
+
+def test_samples_of_a_prompt_use_its_cache_and_stop_at_the_limit(gguf: Path, prompts: list[list[int]]) -> None:
+    with GgufModel(gguf, threads=2, slots=4, context=128) as model:
+        answers = model.generate(prompts, 6, samples=[3, 1, 2, 4])
+        expected = model.generate(prompts, 6)
+    assert answers == [answer for answer, count in zip(expected, [3, 1, 2, 4], strict=True) for _ in range(count)]
+    assert all(len(answer) <= 6 for answer in answers)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(gguf: Path, prompts: list[list[int]]) -> None:
+    with GgufModel(gguf, threads=1, context=40) as model, pytest.raises(ValueError, match="do not fit a context of 40"):
+        model.generate(prompts, 30)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 100])
+def test_a_damaged_gguf_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.gguf: llama\.cpp cannot load it"):
+        GgufModel(path, threads=1)
+
+
+def test_a_truncated_gguf_is_one_line(tmp_path: Path, gguf: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(gguf.read_bytes()[:-100_000])
+    with pytest.raises(UserError, match=r"cut\.gguf"):
+        GgufModel(path, threads=1)
+
+
+def test_tensors_whose_rows_do_not_fit_are_counted_as_fallback(gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "q.gguf"
+    quantize.quantize(gguf, path, "Q4_K_M")
+    found = quantize.describe(path, "Q4_K_M")
+    assert found["fallback"] == sum(found["matrices_by_type"].values()) > 0  # rows of 64 and 128 never divide by 256
+    assert quantize.describe(gguf, "f16")["fallback"] == 0
+    assert abs(quantize.describe(gguf, "f16")["bits_per_weight"] - 16) < 0.2
+
+
+def test_a_gguf_of_another_tokenizer_is_refused(gguf: Path, tiny_model_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    quantize.check(gguf, tokenizer)
+    tokenizer.chat_template += "x"
+    with pytest.raises(UserError, match="template is"):
+        quantize.check(gguf, tokenizer)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "sha256:0123"}')
+    with pytest.raises(UserError, match="was trained on base sha256:0123"):
+        merge.check_adapter_fits(tmp_path, tiny_model_folder)
+
+
+def test_a_merged_model_that_lost_its_template_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
+    copied = tmp_path / "merged"
+    shutil.copytree(tiny_model_folder, copied)
+    merge.check_companions(tiny_model_folder, copied)
+    (copied / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(UserError, match="its chat template differs"):
+        merge.check_companions(tiny_model_folder, copied)

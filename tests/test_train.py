@@ -1,0 +1,227 @@
+"""Training: TRL's loss on the tracked data, the same bits again and after an interruption, and sound gradients in nf4."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pyarrow as pa
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from stages import reference, train
+from stages.artifacts import sha256_file, write_parquet
+from stages.console import UserError
+from stages.model import BaseSettings, load_base
+from stages.tokenize import schema
+
+FP32 = BaseSettings(quantization="none", double_quantization=False, dtype="float32", threads=2)
+NF4 = BaseSettings(quantization="nf4", double_quantization=True, dtype="bfloat16", threads=2)
+SETTINGS = train.TrainSettings(
+    lora_rank=4,
+    lora_alpha=8,
+    lora_dropout=0.0,
+    lora_modules=["q_proj", "v_proj", "down_proj"],
+    learning_rate=1e-3,
+    schedule="cosine",
+    warmup_steps=0,
+    warmup_ratio=0.1,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    optimizer="adamw_torch",
+    epochs=1.0,
+    batch_size=4,
+    accumulation=1,
+    gradient_checkpointing=False,
+    evaluations=2,
+    checkpoint_steps=2,
+)
+PARAMS = train.Params(seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0, base=FP32, train=SETTINGS)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a tiny base, 24 pairs of random ids, and their fp32 reference; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/base").symlink_to(tiny_model_folder)
+    (tmp_path / "params.yaml").write_text("wandb: {enabled: false, project: p}\nprofile: p\nprofiles: {p: {}}\n")
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    generator = torch.Generator().manual_seed(1)
+    eos = AutoTokenizer.from_pretrained(tiny_model_folder).eos_token_id
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(10, 400, (n,), generator=generator).tolist()
+
+    for split, count in (("train", 24), ("validation", 8)):
+        rows = [{"prompt_ids": ids(3 + i % 5), "chosen_ids": [*ids(2 + i % 4), eos], "rejected_ids": [*ids(1 + i % 6), eos]} for i in range(count)]
+        write_parquet(tmp_path / f"data/tokens/{split}.parquet", pa.Table.from_pylist(rows, schema=schema()))
+    write_reference(FP32)
+    return tmp_path
+
+
+def write_reference(base: BaseSettings) -> None:
+    model = load_base(train.BASE, base)
+    reference.share_prefix(model)
+    collate = reference.DataCollatorForPreference(pad_token_id=0)
+    for split in reference.SPLITS:
+        with reference.open_parquet(reference.TOKENS / f"{split}.parquet") as file:
+            rows = reference.score(model, file.read().to_pylist(), collate)
+        write_parquet(reference.OUTPUT / f"{split}.parquet", pa.Table.from_pylist(rows, schema=reference.SCHEMA))
+
+
+def with_train(**changes: object) -> train.Params:
+    return PARAMS.model_copy(update={"train": SETTINGS.model_copy(update=changes)})
+
+
+def run(loaded: train.Params, scratch: str = "scratch") -> list[dict[str, float]]:
+    train.run(loaded, Path(scratch))
+    lines = (train.REPORTS / "history.csv").read_text().splitlines()
+    return [dict(zip(lines[0].split(","), map(float, line.split(",")), strict=True)) for line in lines[1:]]
+
+
+def test_the_first_loss_is_ln_2_in_float32_and_moves(workspace: Path) -> None:
+    history = run(PARAMS)
+    assert abs(history[0]["loss"] - math.log(2)) < 1e-5
+    assert abs(history[-1]["loss"] - math.log(2)) > 1e-4
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_first_loss_is_near_ln_2_in_nf4_with_the_difference_reported(workspace: Path) -> None:
+    write_reference(NF4)
+    history = run(PARAMS.model_copy(update={"base": NF4}))
+    assert abs(history[0]["loss"] - math.log(2)) < 5e-3
+    assert json.loads((train.REPORTS / "summary.json").read_text())["reference_difference"] < 0.1
+
+
+def test_the_same_run_writes_the_same_bits(workspace: Path) -> None:
+    hashes = set()
+    for scratch in ("a", "b"):
+        run(PARAMS, scratch)
+        hashes.add(tuple(sha256_file(path) for path in sorted([*train.ADAPTER.iterdir(), *train.REPORTS.iterdir()])))
+    assert len(hashes) == 1
+
+
+def test_a_killed_run_resumes_to_the_same_bits(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(PARAMS, "whole")
+    adapter = sha256_file(train.ADAPTER / "adapter_model.safetensors")
+
+    class Killed(Exception):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+            if state.global_step == 3:
+                raise Killed
+
+    build = train.build_trainer
+    monkeypatch.setattr(train, "build_trainer", lambda *a: build(*a[:3], [*a[3], Kill()]))
+    with pytest.raises(Killed):
+        run(PARAMS, "killed")
+    monkeypatch.setattr(train, "build_trainer", build)
+    assert list(Path("killed").glob("checkpoint-2"))
+    resumed = run(PARAMS, "killed")
+    assert sha256_file(train.ADAPTER / "adapter_model.safetensors") == adapter
+    assert resumed == expected
+
+
+@pytest.mark.parametrize("loss_type", get_args(train.LossType))
+def test_every_trl_loss_trains_the_adapter(workspace: Path, loss_type: str) -> None:
+    history = run(with_train(epochs=0.34, evaluations=0).model_copy(update={"loss_type": loss_type, "label_smoothing": 1e-3 if loss_type == "exo_pair" else 0.0}))
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in history)
+    weights = load_file(train.ADAPTER / "adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_the_trajectory_is_that_of_stock_trl(workspace: Path) -> None:
+    """Stock DPOTrainer, padded and with its own reference pass, on the same ids in float32."""
+    history = run(with_train(evaluations=0, epochs=3.0))
+    ids, settings = train.load_pairs("train").remove_columns(["ref_chosen_logps", "ref_rejected_logps"]), SETTINGS
+
+    class Stock(DPOTrainer):
+        def _prepare_dataset(self, dataset: Dataset, *args: object) -> Dataset:
+            return dataset
+
+    config: DPOConfig = train.trainer_config(with_train(evaluations=0, epochs=3.0), Path("stock"), len(ids))
+    stock = Stock(
+        load_base(train.BASE, FP32),
+        args=config,
+        train_dataset=ids,
+        processing_class=AutoTokenizer.from_pretrained(train.BASE),
+        peft_config=train.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(settings.lora_modules), task_type="CAUSAL_LM"),
+    )
+    stock.train()
+    expected = [float(row["loss"]) for row in stock.state.log_history if "loss" in row]
+    residual = torch.tensor([row["loss"] for row in history]) - torch.tensor(expected)
+    assert len(expected) == 18
+    assert residual.abs().max() < 1e-4
+    assert residual.mean().abs() < 2e-5
+
+
+def test_gradients_before_and_after_an_evaluation_are_bit_equal_in_nf4(workspace: Path) -> None:
+    write_reference(NF4)
+    loaded = PARAMS.model_copy(update={"base": NF4})
+    trainer = train.build_trainer(loaded, Path("scratch"), AutoTokenizer.from_pretrained(train.BASE), [])
+    batch = next(iter(trainer.get_train_dataloader()))
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, batch).backward()
+        return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    trainer.evaluate()
+    after = gradients()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(bool(gradient.any()) for gradient in before.values())
+
+
+def test_the_adapter_is_canonical(workspace: Path) -> None:
+    run(PARAMS)
+    assert sorted(path.name for path in train.ADAPTER.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((train.ADAPTER / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(SETTINGS.lora_modules)
+    assert config["base_model_name_or_path"].startswith("sha256:")
+    assert str(workspace) not in json.dumps(config)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(train.ADAPTER / "adapter_model.safetensors").values())
+
+
+def test_a_combination_that_trl_refuses_is_one_line(workspace: Path) -> None:
+    with pytest.raises(UserError, match="exo_pair"):
+        run(PARAMS.model_copy(update={"loss_type": "exo_pair"}))
+
+
+def test_a_reference_of_other_pairs_is_refused(workspace: Path) -> None:
+    table = pa.Table.from_pylist([{"chosen_logps": [0.0], "rejected_logps": [0.0]}], schema=reference.SCHEMA)
+    write_parquet(reference.OUTPUT / "train.parquet", table)
+    with pytest.raises(UserError, match="1 rows for 24 pairs"):
+        train.load_pairs("train")
+
+
+def test_a_batch_split_by_accumulation_takes_the_same_steps(workspace: Path) -> None:
+    whole = run(with_train(batch_size=8, accumulation=1, evaluations=0, epochs=2.0), "whole")
+    split = run(with_train(batch_size=1, accumulation=8, evaluations=0, epochs=2.0), "split")
+    for one, many in zip(whole, split, strict=True):
+        assert abs(one["loss"] - many["loss"]) < 1e-5
+
+
+def test_tracking_that_breaks_does_not_break_training(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def log(self, *args: object, **kwargs: object) -> None:
+            raise ConnectionError("gone")
+
+        def finish(self) -> None:
+            raise ConnectionError("still gone")
+
+    monkeypatch.setattr(train.Tracking, "start", classmethod(lambda cls, config: cls(Broken())))
+    assert len(run(PARAMS)) == 6
+    assert "W&B stopped logging: gone" in capsys.readouterr().err
