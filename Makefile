@@ -55,8 +55,9 @@ chat: setup
 report: setup
 	$(DVC) repro report
 
-## make collect     gather the finished experiments
+## make collect     sample data/embedded again, where it stopped
 collect: setup
+	$(DVC) repro fetch_model
 	$(PY) -m stages.collect
 
 ## make test        run the tests

@@ -13,6 +13,7 @@ Written: samples.parquet (all that was sampled), {train,validation,test}.parquet
 questions), plain.jsonl (held-out plain answers, written by hand, only read here) and card.json.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -21,6 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,8 +32,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stages import params
 from stages.artifacts import complete_file, sha256_file, write_json, write_parquet
 from stages.console import UserError, progress, run_stage
-from stages.constraints import KINDS, SEEN_KINDS, grade, is_looping, is_strict, repair, words
+from stages.constraints import KINDS, SEEN_KINDS, grade, is_strict, repair, words
 from stages.gguf import GgufModel
+from stages.quantize import convert
 from stages.topics import split_topics
 
 EMBEDDED = Path("data/embedded")
@@ -166,9 +169,9 @@ def build_pair(question: Row, samples: list[Row], settings: CollectSettings, see
     passing = {answer: grades[answer] for answer in answers if is_strict(kind, answer, verifier)}
     repaired = not passing
     if repaired:
-        sound = [answer for answer in answers if not is_looping(answer)] or [DEMONSTRATIONS["toast"]]
-        best = max(sound, key=lambda answer: grades.get(answer, 0.0))
-        fixed = repair(kind, best, verifier)
+        fixed = first_repair(kind, sorted(answers, key=lambda answer: (-grades[answer], answer)), verifier)
+        if fixed is None:
+            return "no answer follows the instruction or can be repaired"
         passing = {fixed: grade(kind, fixed, verifier)}
     acceptable = [answer for answer, value in passing.items() if value >= max(passing.values()) - settings.tie_margin]
     chosen, rejected = min(
@@ -186,6 +189,14 @@ def build_pair(question: Row, samples: list[Row], settings: CollectSettings, see
         "constraint": question["constraint"],
         "repaired": repaired,
     }
+
+
+def first_repair(kind: str, answers: list[str], verifier: Row) -> str | None:
+    """The repair of the first answer that has one; a looping answer, for one, has none."""
+    for answer in answers:
+        with contextlib.suppress(ValueError):
+            return repair(kind, answer, verifier)
+    return None
 
 
 def build_splits(questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int) -> tuple[dict[str, list[Row]], Counter[str]]:
@@ -273,6 +284,15 @@ def main() -> None:
     held_out = [question for question in questions if question["split"] != "train"]
     write_parquet(EMBEDDED / "questions.parquet", pa.Table.from_pylist(held_out))
     write_json(EMBEDDED / "card.json", card(splits, reasons, questions, settings))
+    write_json(EMBEDDED / "sampled_on.json", processor())
+
+
+def processor() -> Row:
+    """The kind of CPU, as far as it decides the bits of a sample: the instructions that torch and llama.cpp use."""
+    return {
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "llama_cpp": llama_cpp.llama_print_system_info().decode().split("CPU :")[-1].strip(" |"),
+    }
 
 
 def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
@@ -284,8 +304,6 @@ def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
 
 def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> list[Row]:
     """Samples all chunks that the scratch folder does not hold yet; returns all rows in order."""
-    from stages.quantize import convert  # the converter is only needed where answers are sampled
-
     key = hashlib.sha256(f"{settings.model_dump_json()}{seed}{sha256_file(BASE / 'model.safetensors')}".encode()).hexdigest()[:16]
     folder = SCRATCH / key
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,19 +7,33 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from stages.artifacts import sha256_file, write_json
 from stages.fetch_model import BASE, EMBEDDED_FILE, EMBEDDED_PACKAGE
 
 ROOT = Path(__file__).resolve().parent.parent
-SPECIAL = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+SPECIAL = {
+    "unk_token": "<|endoftext|>",
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+}
 # SmolLM2's, which writes a system turn where a conversation has none.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are a helpful assistant<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHAT_TEMPLATE = """\
+{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful assistant<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
 
 
 def make_byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -38,8 +52,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def embedded_tokenizer() -> PreTrainedTokenizerFast:
-    """The embedded model's own tokenizer, which llama.cpp's converter knows; from models/base where that is the embedded model."""
+def embedded_tokenizer() -> PreTrainedTokenizerBase:
+    """The embedded model's own, which llama.cpp's converter knows; from models/base where that is this model."""
     manifest = ROOT / BASE / "manifest.json"
     if manifest.is_file() and json.loads(manifest.read_text())["source"] == EMBEDDED_PACKAGE:
         return AutoTokenizer.from_pretrained(ROOT / BASE)
@@ -48,8 +62,8 @@ def embedded_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, embedded_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A random Llama of two narrow layers with the embedded model's tokenizer, as fetch_model leaves one; copy it to change it."""
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, embedded_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A random, narrow Llama with the embedded model's tokenizer, as fetch_model leaves one; copy it to change it."""
     folder = tmp_path_factory.mktemp("tiny") / "base"
     tokens = {f"{name}_token_id": getattr(embedded_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = LlamaConfig(
@@ -66,7 +80,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, embedded_tokeniz
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(config).bfloat16()
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)
     embedded_tokenizer.save_pretrained(folder)

@@ -38,7 +38,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_file_keeps_its_earlier_content_when_writing_fails(tmp_path: Path, error: type[BaseException]) -> None:
     path = write(tmp_path, {"a.txt": "earlier"}) / "a.txt"
-    with pytest.raises(error), complete_file(path) as temporary:
+    with pytest.raises(error), complete_file(path) as temporary:  # noqa: PT012
         temporary.write_text("half")
         assert path.read_text() == "earlier"
         raise error
@@ -46,7 +46,7 @@ def test_a_file_keeps_its_earlier_content_when_writing_fails(tmp_path: Path, err
 
 
 def test_a_file_that_was_never_whole_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="half way"), complete_file(tmp_path / "new" / "a.txt") as temporary:
+    with pytest.raises(ValueError, match="half way"), complete_file(tmp_path / "a.txt") as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise ValueError("half way")
     assert tree(tmp_path) == {}
@@ -62,7 +62,7 @@ def test_a_whole_file_replaces_the_earlier_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_folder_keeps_its_earlier_content_when_writing_fails(tmp_path: Path, error: type[BaseException]) -> None:
     write(tmp_path, {"out/a.txt": "earlier", "out/deep/b.txt": "earlier"})
-    with pytest.raises(error), complete_folder(tmp_path / "out") as temporary:
+    with pytest.raises(error), complete_folder(tmp_path / "out") as temporary:  # noqa: PT012
         write(temporary, {"a.txt": "half"})
         raise error
     assert tree(tmp_path) == {"out/a.txt": b"earlier", "out/deep/b.txt": b"earlier"}

