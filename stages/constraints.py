@@ -142,8 +142,8 @@ def _plain_items(answer: str, params: Params, count: int) -> list[str]:
 
 
 def _lowercase(answer: str, params: Params) -> float:
-    found = words(answer)
-    return share(sum(word == word.lower() for word in found), len(found))
+    found = sentences(answer)
+    return share(sum(sentence == sentence.lower() for sentence in found), len(found))
 
 
 def _uppercase(answer: str, params: Params) -> float:
@@ -164,7 +164,7 @@ def _repair_sentence_count(answer: str, params: Params) -> str:
 
 def _max_words(answer: str, params: Params) -> float:
     found = len(words(answer))
-    return 1.0 if 0 < found <= params["n"] else share(params["n"], found)
+    return float(found > 0) if found <= params["n"] else closeness(found, params["n"])
 
 
 def _repair_max_words(answer: str, params: Params) -> str:
@@ -222,7 +222,9 @@ def _repair_avoid(answer: str, params: Params) -> str:
 
 
 def _no_commas(answer: str, params: Params) -> float:
-    return 1.0 if words(answer) and "," not in answer else max(0.0, 1.0 - 0.1 * answer.count(",")) * bool(words(answer))
+    found = sentences(answer)
+    free = share(sum("," not in sentence for sentence in found), len(found))
+    return free if "," not in answer else min(free, 0.9)
 
 
 # --- fixed words at the start or the end ----------------------------------------------------------------------------------
@@ -264,8 +266,10 @@ def _repair_postscript(answer: str, params: Params) -> str:
 
 def _list_grade(answer: str, wanted: int, mark: Callable[[int], str]) -> float:
     found = lines(answer)
-    marked = [line for i, line in enumerate(found) if line.startswith(mark(i)) and words(line[len(mark(i)) :])]
-    return closeness(len(marked), wanted) * share(len(marked), len(found))
+    marked = 0
+    for line in found:
+        marked += line.startswith(mark(marked)) and bool(words(line[len(mark(marked)) :]))
+    return closeness(marked, wanted) * share(marked, len(found))
 
 
 def _bullets(answer: str, params: Params) -> float:
@@ -357,10 +361,10 @@ def _ask_comma_list(random: Random, topic: str) -> tuple[str, Params]:
 
 
 def _comma_list(answer: str, params: Params) -> float:
-    items = [item.strip(" .") for item in answer.split(",")]
-    short = [item for item in items if 1 <= len(words(item)) <= 3]
+    items = [item.strip(" .").lower() for item in answer.split(",")]
+    single = {item for item in items if words(item) == [item]}
     one_line = len(lines(answer)) == 1
-    return closeness(len(short), params["n"]) * share(len(short), len(items)) * (1.0 if one_line else 0.5)
+    return closeness(len(single), params["n"]) * share(len(single), len(items)) * (1.0 if one_line else 0.5)
 
 
 def _repair_comma_list(answer: str, params: Params) -> str:
@@ -559,7 +563,7 @@ def quality(kind: str, answer: str, params: Params) -> float:
     if not KINDS[kind].free_text:
         return 1.0
     found = [word.lower() for word in words(answer)]
-    stems = [word.lower()[:4] for word in words(params["topic"]) if len(word) > 3] or [params["topic"].lower()[:4]]
+    stems = [word.lower()[:4] for word in words(params["topic"]) if len(word) > 3] or [words(params["topic"])[-1].lower()]
     names_topic = any(word.startswith(stem) for stem in stems for word in found)
     bigrams = list(zip(found, found[1:], strict=False))
     return (

@@ -66,7 +66,7 @@ def fetch_hub(source: str, revision: str, target: Path) -> str:
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise UserError(f"params.yaml: `model.revision` is {revision!r}; pin the full 40-digit commit of {source}")
     try:
-        snapshot_download(source, revision=revision, local_dir=target, allow_patterns=WANTED)
+        snapshot_download(source, revision=revision, local_dir=target, allow_patterns=WANTED, ignore_patterns=["*/*"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{source}@{revision}: cannot be fetched from the Hub ({error}); check the name, the network and HF_TOKEN") from None
     shutil.rmtree(target / ".cache", ignore_errors=True)

@@ -46,7 +46,7 @@ def load(params: type[P], path: Path = PARAMS) -> P:
         at_top = name in tree
         where[name] = name if at_top else f"profiles.{profile}.{name}"
         if not at_top and name not in sections:
-            raise UserError(f"{path}: key `{where[name]}` is missing")
+            raise UserError(f"{path}: key `{name}` is missing, at the top or in `profiles.{profile}`")
         values[name] = tree[name] if at_top else sections[name]
     try:
         return params.model_validate(values)
@@ -77,10 +77,12 @@ def selected_profile(tree: dict[str, Any], path: Path = PARAMS) -> str:
     Raises:
         UserError: there is no such profile.
     """
-    profile, profiles = tree.get("profile"), tree.get("profiles") or {}
-    if profile not in profiles:
+    profile, profiles = tree.get("profile"), tree.get("profiles")
+    if not isinstance(profiles, dict) or not all(isinstance(body, dict) for body in profiles.values()):
+        raise UserError(f"{path}: `profiles` must map each profile's name to its sections")
+    if not isinstance(profile, str) or profile not in profiles:
         raise UserError(f"{path}: `profile: {profile}` names no entry of `profiles`; choose one of {', '.join(sorted(profiles))}")
-    return str(profile)
+    return profile
 
 
 def reject_unknown_keys(tree: dict[str, Any], path: Path = PARAMS, pipeline: Path = PIPELINE) -> None:

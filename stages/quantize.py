@@ -41,7 +41,7 @@ PROBES = (
 class QuantizeSettings(params.Settings):
     """Which GGUF files are made beside f16."""
 
-    types: tuple[Literal["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"], ...]
+    types: list[Literal["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"]]
 
 
 class Params(params.Params):

@@ -49,10 +49,7 @@ class ChatModel(TemplateLM):
         return self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        prompt, whole = self.tok_encode(context), self.tok_encode(context + continuation)
-        if whole[: len(prompt)] != prompt:
-            raise ValueError(f"the prompt is not a prefix of prompt and answer: {continuation[:60]!r}")
-        return prompt, [*whole[len(prompt) :], self.eot_token_id]
+        return self.tok_encode(context), [*self.tok_encode(continuation), self.eot_token_id]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Not a chat task, and used by none of the tasks here."""

@@ -1,8 +1,8 @@
 """Stage subset: data/raw -> data/subset, the top k pairs by `delta_score`, and reports/subset.json.
 
-Pairs are removed in this order, each removal counted under its rule: empty answer, identical answers, exact duplicate of an earlier
-pair, near duplicate of a question (word 5-gram Jaccard similarity by MinHash), question that leaks from the evaluation splits; of
-the rest the k best by `delta_score` are kept. Ties at the cut go to the row that comes first in the raw file, which is stated in
+Pairs are removed in this order, each removal counted under its rule: empty answer, identical answers, training question that
+is also asked in an evaluation split, exact duplicate of an earlier pair, near duplicate of an earlier training pair (Jaccard
+similarity of the word 5-grams of question and chosen answer, estimated by MinHash); of the rest the k best by `delta_score` are kept. Ties at the cut go to the row that comes first in the raw file, which is stated in
 the report with the value of the cut. Rows keep their raw order, other columns than the four are carried along.
 
 The raw file is read in batches twice: first only to decide (a few numbers a row are held), then to copy the rows that stay.
@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from stages import params
 from stages.artifacts import complete_file, complete_folder, open_parquet, write_json
@@ -29,17 +30,16 @@ SPLITS = ("test", "validation", "train")  # held-out first: training rows are co
 COLUMNS = ["question", "chosen", "rejected", "delta_score"]
 BATCH = 1024
 HASHES, BANDS = 64, 16
-PRIME = (1 << 61) - 1
 
 
 class SubsetSettings(params.Settings):
     """Which pairs training may see."""
 
-    k: int | None
+    k: Annotated[int, Field(ge=1)] | None
     drop_empty: bool
     drop_identical: bool
     drop_exact_duplicates: bool
-    near_duplicate_similarity: float | None
+    near_duplicate_similarity: Annotated[float, Field(gt=0, le=1)] | None
     drop_evaluation_leaks: bool
 
 
@@ -69,14 +69,15 @@ def digest(*texts: str) -> bytes:
 
 
 def minhash(text: str) -> np.ndarray:
-    """The MinHash signature, (64,) uint64, of a text's word 5-grams (Broder 1997); whole text where it has fewer words."""
+    """The MinHash signature, (64,) uint64, of a text's word 5-grams (Broder 1997); of the whole text where it has fewer words."""
     found = re.findall(r"\w+", text.lower())
     grams = {" ".join(found[i : i + 5]) for i in range(max(1, len(found) - 4))}
-    values = np.array([int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=4).digest(), "big") for gram in sorted(grams)], dtype=np.uint64)
+    digests = [hashlib.blake2b(gram.encode(), digest_size=8).digest() for gram in sorted(grams)]
+    values = np.array([int.from_bytes(value, "big") for value in digests], dtype=np.uint64)
     random = np.random.default_rng(0)
-    a = random.integers(1, 1 << 31, size=(HASHES, 1), dtype=np.uint64)
-    b = random.integers(0, 1 << 31, size=(HASHES, 1), dtype=np.uint64)
-    return ((a * values + b) % np.uint64(PRIME)).min(axis=1)
+    a = random.integers(0, 1 << 63, size=(HASHES, 1), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    b = random.integers(0, 1 << 64, size=(HASHES, 1), dtype=np.uint64)
+    return ((a * values + b) >> np.uint64(32)).min(axis=1)  # multiply-shift hashing, modulo 2^64
 
 
 def is_near_duplicate(signature: np.ndarray, bands: dict[tuple[int, bytes], list[np.ndarray]], similarity: float) -> bool:
@@ -97,13 +98,13 @@ def reason_to_remove(row: dict[str, Any], settings: SubsetSettings, seen: Seen, 
     if settings.drop_identical and normalize(chosen) == normalize(rejected):
         return "identical_answers"
     pair, asked = digest(question, chosen, rejected), digest(question)
-    if settings.drop_exact_duplicates and pair in seen.pairs:
-        return "exact_duplicate"
-    seen.pairs.add(pair)
-    if settings.drop_evaluation_leaks and is_train and asked in seen.held_out:
+    if is_train and settings.drop_evaluation_leaks and asked in seen.held_out:
         return "leaks_from_evaluation"
     if not is_train:
         seen.held_out.add(asked)
+    if settings.drop_exact_duplicates and pair in seen.pairs:
+        return "exact_duplicate"
+    seen.pairs.add(pair)
     if is_train and settings.near_duplicate_similarity is not None:
         if is_near_duplicate(minhash(question + " " + chosen), seen.bands, settings.near_duplicate_similarity):
             return "near_duplicate"

@@ -41,8 +41,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> Ids:
     Raises:
         UserError: the tokenizer put a beginning-of-sequence token where the template writes none.
     """
-    messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = prompt_text(tokenizer, question)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token
     if bos and ids.count(tokenizer.bos_token_id) != text.count(bos):
@@ -50,22 +49,38 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> Ids:
     return ids
 
 
+def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """The chat template's text of a question, up to where the assistant's answer begins."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+
+
 def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> Ids:
-    """The ids of an answer as they follow the prompt's, ending in the only end-of-sequence token.
+    """The ids of an answer as a model would write it after the prompt's ids, ending in the only end-of-sequence token.
 
     Raises:
-        UserError: the prompt is not a prefix of prompt and answer, or the answer does not hold exactly one end-of-sequence token.
+        UserError: the prompt's text is not a prefix of that of prompt and answer, or the answer does not hold exactly one
+            end-of-sequence token.
     """
-    prompt = prompt_ids(tokenizer, question)
+    prompt = prompt_text(tokenizer, question)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if whole[: len(prompt)] != prompt:
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompt):
         raise UserError(f"chat template: the prompt is not a prefix of prompt and answer for {question[:60]!r}; use another template")
-    rest, eos = whole[len(prompt) :], tokenizer.eos_token_id
+    rest, eos = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
     if rest.count(eos) != 1:
         raise UserError(f"chat template: {rest.count(eos)} end-of-sequence tokens in the answer {answer[:60]!r}; expected exactly one")
     return rest[: rest.index(eos) + 1]
+
+
+def check_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Refuses text that holds one of the tokenizer's special tokens, which would forge a turn of the conversation.
+
+    Raises:
+        UserError: names the token.
+    """
+    for token in tokenizer.all_special_tokens:
+        if token in text:
+            raise UserError(f"the text {text[:60]!r} holds the special token {token}; remove that row or the token")
 
 
 def tokenize_split(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, split: str) -> tuple[list[dict[str, Ids]], dict[str, Any]]:
@@ -77,8 +92,13 @@ def tokenize_split(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
     kept: list[dict[str, Ids]] = []
     dropped: Counter[str] = Counter()
     for number, row in enumerate(progress(rows, f"tokenizing {split}", unit="pair")):
-        prompt = prompt_ids(tokenizer, row["question"])
-        answers = {name: answer_ids(tokenizer, row["question"], row[name]) for name in ("chosen", "rejected")}
+        try:
+            for name in ("question", "chosen", "rejected"):
+                check_plain(tokenizer, row[name])
+            prompt = prompt_ids(tokenizer, row["question"])
+            answers = {name: answer_ids(tokenizer, row["question"], row[name]) for name in ("chosen", "rejected")}
+        except UserError as error:
+            raise UserError(f"{SUBSET}/{split}.parquet, row {number}: {error}") from None
         longest = len(prompt) + max(map(len, answers.values()))
         if longest > settings.max_length:
             what = "prompt" if len(prompt) >= settings.max_length else "pair"

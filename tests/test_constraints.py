@@ -173,7 +173,7 @@ MISSED = {  # each breaks the instruction somewhere
 }
 # (near miss, answer that does nothing of what was asked), about the same topic and equally presentable
 NEAR_AND_FAR = {
-    "lowercase": ("tea is a hot Drink.", "TEA IS A HOT DRINK."),
+    "lowercase": ("tea is a hot drink. It is old.", "Tea is a hot drink. It is old."),
     "uppercase": ("TEA IS A HOT drink.", "tea is a hot drink."),
     "sentence_count": ("Tea is hot. Tea is old. Tea is good.", "Tea is hot. Is it? It is. It may be. It was. Say so."),
     "max_words": (
@@ -181,7 +181,7 @@ NEAR_AND_FAR = {
         "Tea is a drink " + "that people over in many old lands far away do like " * 2 + "so.",
     ),
     "keywords": ("Drink tea in a garden.", "Drink tea in a kitchen."),
-    "no_commas": ("Tea is hot, and good.", "Tea,,,,,,,,,, is hot."),
+    "no_commas": ("Tea is hot, and good. It is an old drink.", "Tea is hot, and good. It is an old, old drink."),
     "start_with": ("in short, tea is hot.", "The drink tea is hot."),
     "end_with": ("Tea is hot. that is all!", "Tea is a very hot drink."),
     "bullets": ("- Tea is hot.\n- Tea is old.\n- Tea is good.", "Tea is hot and old."),
@@ -301,7 +301,6 @@ def test_any_text_is_graded_in_0_to_1_and_repaired_or_refused(text: str, name: s
     assert repair(name, text, verifier) == repaired
 
 
-@pytest.mark.xfail(raises=ValueError, reason="build_pair does not expect a repair to fail", strict=True)
 @pytest.mark.parametrize(
     ("name", "answer"),
     [("start_with", "in short, in short, in short, in short. Tea"), ("postscript", "P.S."), ("quoted", "...")],
