@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import llama_cpp
 import numpy as np
@@ -44,14 +44,20 @@ COPIED_WORDS = 5
 TOP_K = 50
 
 DEMONSTRATIONS = {
-    "paper planes": "A paper plane is a toy that is folded from one sheet. Children throw it and watch it glide. A sharp nose makes it fly straight.",
+    "paper planes": "A paper plane is a toy that is folded from one sheet. "
+    "Children throw it and watch it glide. A sharp nose makes it fly straight.",
     "toast": "Toast is bread that was browned by heat. It tastes warm and crunchy. People eat it with butter or jam.",
-    "sandcastles": "A sandcastle is built from wet sand near the sea. Children shape its towers with buckets. The next tide washes it away.",
-    "bus tickets": "A bus ticket shows that a passenger has paid. It is often a small slip of paper. Many towns now sell it on a phone.",
-    "pencils": "A pencil holds a thin stick of graphite inside wood. It leaves gray marks that can be erased. Artists like its soft lines.",
-    "doorbells": "A doorbell tells people that a guest is waiting outside. Old ones were pulled by a string. Most ring when a button is pressed.",
+    "sandcastles": "A sandcastle is built from wet sand near the sea. "
+    "Children shape its towers with buckets. The next tide washes it away.",
+    "bus tickets": "A bus ticket shows that a passenger has paid. "
+    "It is often a small slip of paper. Many towns now sell it on a phone.",
+    "pencils": "A pencil holds a thin stick of graphite inside wood. "
+    "It leaves gray marks that can be erased. Artists like its soft lines.",
+    "doorbells": "A doorbell tells people that a guest is waiting outside. "
+    "Old ones were pulled by a string. Most ring when a button is pressed.",
     "blankets": "A blanket keeps a person warm at night. It traps air between its threads. Some are knitted by hand.",
-    "lemonade": "Lemonade is a sour and sweet drink. It is made from lemons and cold water. Children like to sell it on hot days.",
+    "lemonade": "Lemonade is a sour and sweet drink. "
+    "It is made from lemons and cold water. Children like to sell it on hot days.",
 }
 Row = dict[str, Any]
 
@@ -121,7 +127,7 @@ def sample_chunk(
         for demonstrated in (False, True):
             messages = demonstration(question, seed) if demonstrated else []
             messages = [*messages, {"role": "user", "content": question["question"]}]
-            prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            prompts.append(cast(list[int], tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)))
             samples.append(settings.demonstrated_samples if demonstrated else settings.samples)
             for sample in range(samples[-1]):
                 key = f"{seed}/{question['id']}/{demonstrated}/{sample}"
@@ -139,7 +145,7 @@ def sample_chunk(
     answers = model.generate(prompts, settings.max_new_tokens, pick, samples)
     for row, ids in zip(rows, answers, strict=True):
         row["finished"] = ids[-1] == model.eos
-        row["answer"] = tokenizer.decode(ids[:-1] if row["finished"] else ids, skip_special_tokens=True).strip()
+        row["answer"] = str(tokenizer.decode(ids[:-1] if row["finished"] else ids, skip_special_tokens=True)).strip()
     return rows
 
 
@@ -157,13 +163,19 @@ def build_pair(question: Row, samples: list[Row], settings: CollectSettings, see
     answers = dict.fromkeys(
         row["answer"]
         for row in samples
-        if row["finished"] and row["answer"] and not (row["demonstrated"] and KINDS[kind].free_text and copies(row["answer"], example))
+        if row["finished"]
+        and row["answer"]
+        and not (row["demonstrated"] and KINDS[kind].free_text and copies(row["answer"], example))
     )
     if not answers:
         return "no finished answer"
     grades = {answer: grade(kind, answer, verifier) for answer in answers}
     worst = min(grades.values())
-    rejectable = [answer for answer in answers if grades[answer] <= worst + settings.tie_margin and not is_strict(kind, answer, verifier)]
+    rejectable = [
+        answer
+        for answer in answers
+        if grades[answer] <= worst + settings.tie_margin and not is_strict(kind, answer, verifier)
+    ]
     if not rejectable:
         return "every answer follows the instruction"
     passing = {answer: grades[answer] for answer in answers if is_strict(kind, answer, verifier)}
@@ -199,7 +211,9 @@ def first_repair(kind: str, answers: list[str], verifier: Row) -> str | None:
     return None
 
 
-def build_splits(questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int) -> tuple[dict[str, list[Row]], Counter[str]]:
+def build_splits(
+    questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int
+) -> tuple[dict[str, list[Row]], Counter[str]]:
     """Grades and pairs all samples: ({split: rows sorted by delta_score descending, then id}, reasons for no pair)."""
     by_question: dict[str, list[Row]] = {question["id"]: [] for question in questions}
     for row in samples:
@@ -239,7 +253,8 @@ def repair_mark_accuracy(rows: list[Row]) -> float:
     for row in rows[1::2]:
         found = {word.lower() for word in words(row["chosen"])}
         score = {
-            label: sum(np.log((counts[label][word] + 1) / (totals[label] + 2)) for word in found) for label in (True, False)
+            label: sum(np.log((counts[label][word] + 1) / (totals[label] + 2)) for word in found)
+            for label in (True, False)
         }
         right[row["repaired"]].append((score[True] > score[False]) == row["repaired"])
     return float(np.mean([np.mean(values) if values else 0.5 for values in right.values()]))
@@ -304,7 +319,9 @@ def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
 
 def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> list[Row]:
     """Samples all chunks that the scratch folder does not hold yet; returns all rows in order."""
-    key = hashlib.sha256(f"{settings.model_dump_json()}{seed}{sha256_file(BASE / 'model.safetensors')}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        f"{settings.model_dump_json()}{seed}{sha256_file(BASE / 'model.safetensors')}".encode()
+    ).hexdigest()[:16]
     folder = SCRATCH / key
     folder.mkdir(parents=True, exist_ok=True)
     gguf = folder / "base.gguf"

@@ -25,7 +25,9 @@ class UserError(Exception):
 def progress(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> "tqdm[T]":
     """A progress bar over `items`; where nobody watches it prints a line every half minute at most."""
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(items, desc=description, total=total, unit=unit, mininterval=interval, file=sys.stderr, dynamic_ncols=True)
+    return tqdm(
+        items, desc=description, total=total, unit=unit, mininterval=interval, file=sys.stderr, dynamic_ncols=True
+    )
 
 
 def run_stage(name: str, main: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ answer names its topic, has a sensible length, is not repetitive and ends like a
 The idea of verifiable instructions is that of IFEval (arXiv 2311.07911); the kinds and the code are this project's own.
 """
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -25,9 +26,11 @@ Params = dict[str, Any]
 
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 KEYWORDS = (
-    "always bright careful common early family friendly garden gentle history important journey large local modern "
-    "morning music natural ocean patient popular quiet river simple special strong summer useful village winter world young"
-).split()
+    "always", "bright", "careful", "common", "early", "family", "friendly", "garden",
+    "gentle", "history", "important", "journey", "large", "local", "modern", "morning",
+    "music", "natural", "ocean", "patient", "popular", "quiet", "river", "simple",
+    "special", "strong", "summer", "useful", "village", "winter", "world", "young",
+)  # fmt: skip
 OPENINGS = ("Well,", "In short,", "To be honest,", "Good question!", "Let me explain:", "Of course.")
 ENDINGS = ("That is all.", "I hope this helps.", "Thank you for asking.", "And that is why.", "Have a nice day.")
 AVOIDED = ("the", "and", "of", "is")
@@ -212,7 +215,11 @@ def _repair_keywords(answer: str, params: Params) -> str:
 
 def _avoid(answer: str, params: Params) -> float:
     found = [word.lower() for word in words(answer)]
-    return 1.0 if found and params["word"] not in found else max(0.0, 1.0 - 0.2 * found.count(params["word"])) * bool(found)
+    return (
+        1.0
+        if found and params["word"] not in found
+        else max(0.0, 1.0 - 0.2 * found.count(params["word"])) * bool(found)
+    )
 
 
 def _repair_avoid(answer: str, params: Params) -> str:
@@ -442,7 +449,11 @@ SEEN_KINDS = (
     ),
     Kind(
         "sentence_count",
-        _prose("Answer in exactly {number} sentence{s}.", "Your answer must have exactly {number} sentence{s}.", n=(1, 2, 3)),
+        _prose(
+            "Answer in exactly {number} sentence{s}.",
+            "Your answer must have exactly {number} sentence{s}.",
+            n=(1, 2, 3),
+        ),
         _sentence_count,
         _repair_sentence_count,
     ),
@@ -461,7 +472,9 @@ SEEN_KINDS = (
     ),
     Kind(
         "start_with",
-        _prose('Begin your answer with "{opening}"', 'The first words of your answer must be "{opening}"', opening=OPENINGS),
+        _prose(
+            'Begin your answer with "{opening}"', 'The first words of your answer must be "{opening}"', opening=OPENINGS
+        ),
         _start_with,
         lambda answer, params: f"{params['opening']} {answer}",
     ),
@@ -525,7 +538,10 @@ SEEN_KINDS = (
     ),
     Kind(
         "postscript",
-        _prose('Finish with a postscript on its own line that starts with "P.S."', 'Add a last line that starts with "P.S."'),
+        _prose(
+            'Finish with a postscript on its own line that starts with "P.S."',
+            'Add a last line that starts with "P.S."',
+        ),
         _postscript,
         _repair_postscript,
     ),
@@ -563,9 +579,11 @@ def quality(kind: str, answer: str, params: Params) -> float:
     if not KINDS[kind].free_text:
         return 1.0
     found = [word.lower() for word in words(answer)]
-    stems = [word.lower()[:4] for word in words(params["topic"]) if len(word) > 3] or [words(params["topic"])[-1].lower()]
+    stems = [word.lower()[:4] for word in words(params["topic"]) if len(word) > 3] or [
+        words(params["topic"])[-1].lower()
+    ]
     names_topic = any(word.startswith(stem) for stem in stems for word in found)
-    bigrams = list(zip(found, found[1:], strict=False))
+    bigrams = list(itertools.pairwise(found))
     return (
         0.4 * names_topic
         + 0.2 * (4 <= len(found) <= 60)

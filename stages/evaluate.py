@@ -11,7 +11,7 @@ import gc
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,12 @@ class Params(params.Params):
 def opened(name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> Iterator[ChatModel]:
     """The model of this name, ready for lm-eval: base and merged by Transformers in bfloat16, the others by llama.cpp."""
     if name in ("base", "merged"):
-        yield HuggingFaceChat(load(BASE if name == "base" else MERGED, torch.bfloat16), tokenizer, settings.max_new_tokens, settings.batch_size)
+        yield HuggingFaceChat(
+            load(BASE if name == "base" else MERGED, torch.bfloat16),
+            tokenizer,
+            settings.max_new_tokens,
+            settings.batch_size,
+        )
     else:
         with GgufModel(GGUF / f"{name}.gguf", settings.threads, settings.slots, settings.context) as model:
             yield GgufChat(model, tokenizer, settings.max_new_tokens)
@@ -71,7 +76,12 @@ def run_tasks(model: ChatModel, settings: EvaluateSettings) -> dict[str, Answers
     """lm-eval's logged samples of every task, in the order of the documents."""
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"split": settings.split})
     results = simple_evaluate(
-        model=model, tasks=list(settings.tasks), task_manager=manager, apply_chat_template=True, bootstrap_iters=0, log_samples=True
+        model=model,
+        tasks=list(settings.tasks),
+        task_manager=manager,
+        apply_chat_template=True,
+        bootstrap_iters=0,
+        log_samples=True,
     )
     return {name: sorted(samples, key=lambda sample: sample["doc_id"]) for name, samples in results["samples"].items()}
 
@@ -104,14 +114,17 @@ def mean(values: list[float]) -> float | None:
 
 def strict_summary(rows: Answers) -> dict[str, Any]:
     """Strict accuracy of seen and unseen kinds, every kind weighted equally, and of each kind."""
-    by_kind = {}
+    by_kind: dict[str, dict[str, Any]] = {}
     for kind in sorted({row["kind"] for row in rows}):
         found = [float(row["strict"]) for row in rows if row["kind"] == kind]
         by_kind[kind] = {"accuracy": mean(found), "n": len(found), "seen": kind in SEEN}
     parts = {}
     for name, seen in (("seen", True), ("unseen", False)):
         chosen = [entry for entry in by_kind.values() if entry["seen"] is seen]
-        parts[name] = {"accuracy": mean([entry["accuracy"] for entry in chosen]), "n": sum(entry["n"] for entry in chosen)}
+        parts[name] = {
+            "accuracy": mean([entry["accuracy"] for entry in chosen]),
+            "n": sum(entry["n"] for entry in chosen),
+        }
     return {**parts, "by_kind": by_kind}
 
 
@@ -131,7 +144,9 @@ def perplexity(samples: Answers, tokenizer: PreTrainedTokenizerBase) -> dict[str
     return {"value": math.exp(-total / tokens), "tokens": tokens, "answers": len(samples)}
 
 
-def evaluate_model(name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], Answers]:
+def evaluate_model(
+    name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Any], Answers]:
     """All tasks on one model: (reports/eval/NAME.json, rows of NAME.jsonl)."""
     with opened(name, settings, tokenizer) as model:
         samples = run_tasks(model, settings)
@@ -145,7 +160,9 @@ def evaluate_model(name: str, settings: EvaluateSettings, tokenizer: PreTrainedT
     if "preference" in samples:
         right = [float(sample["acc"]) for sample in samples["preference"]]
         summary["preference"] = {"accuracy": mean(right), "n": len(right)}
-        summary["preference"]["log_likelihoods"] = [[resp[0] for resp in sample["filtered_resps"]] for sample in samples["preference"]]
+        summary["preference"]["log_likelihoods"] = [
+            [resp[0] for resp in sample["filtered_resps"]] for sample in samples["preference"]
+        ]
     if "plain" in samples:
         summary["perplexity"] = perplexity(samples["plain"], tokenizer)
     return summary, rows
@@ -156,12 +173,20 @@ def reward_accuracy(tuned: dict[str, Any], base: dict[str, Any]) -> float | None
     if "preference" not in tuned:
         return None
     pairs = zip(tuned["preference"]["log_likelihoods"], base["preference"]["log_likelihoods"], strict=True)
-    return mean([float((chosen - chosen_base) > (rejected - rejected_base)) for (chosen, rejected), (chosen_base, rejected_base) in pairs])
+    return mean(
+        [
+            float((chosen - chosen_base) > (rejected - rejected_base))
+            for (chosen, rejected), (chosen_base, rejected_base) in pairs
+        ]
+    )
 
 
 def compare(after: Answers, before: Answers, against: str) -> dict[str, Any]:
     """Paired gains of one model over another, in points with 95 % intervals: seen kinds, unseen kinds, each kind."""
-    rows = [(new["kind"], new["topic"], float(old["strict"]), float(new["strict"])) for old, new in zip(before, after, strict=True)]
+    rows = [
+        (new["kind"], new["topic"], float(old["strict"]), float(new["strict"]))
+        for old, new in zip(before, after, strict=True)
+    ]
     seen, unseen = ([row for row in rows if (row[0] in SEEN) is wanted] for wanted in (True, False))
     kinds = sorted({row[0] for row in rows})
     return {
@@ -176,11 +201,17 @@ def divergences(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) 
     """Mean KL(merged in float32 || other) in nats a token, and top-1 agreement, over the chosen answers of held-out pairs."""
     with open_parquet(SUBSET / f"{settings.split}.parquet") as file:
         pairs = file.read(columns=["question", "chosen"]).slice(0, settings.divergence_pairs).to_pylist()
-    ids = [(prompt_ids(tokenizer, row["question"]), answer_ids(tokenizer, row["question"], row["chosen"])) for row in pairs]
-    logits_of: Callable[[ChatModel], list[torch.Tensor]] = lambda model: [
-        model.answer_logits(prompt, [answer])[0].float() for prompt, answer in progress(ids, "comparing", unit="answer")
+    ids = [
+        (prompt_ids(tokenizer, row["question"]), answer_ids(tokenizer, row["question"], row["chosen"])) for row in pairs
     ]
-    expected = logits_of(HuggingFaceChat(load(MERGED, torch.float32), tokenizer, settings.max_new_tokens, settings.batch_size))
+
+    def logits_of(model: ChatModel) -> list[torch.Tensor]:
+        bar = progress(ids, "comparing", unit="answer")
+        return [model.answer_logits(prompt, [answer])[0].float() for prompt, answer in bar]
+
+    expected = logits_of(
+        HuggingFaceChat(load(MERGED, torch.float32), tokenizer, settings.max_new_tokens, settings.batch_size)
+    )
     result = {}
     for name in ("hf_bf16", *settings.types):
         with opened("merged" if name == "hf_bf16" else name, settings, tokenizer) as model:
@@ -209,12 +240,19 @@ def main() -> None:
     names = ["base", "merged", *settings.types]
     for name in settings.types:
         if not (GGUF / f"{name}.gguf").is_file():
-            raise UserError(f"params.yaml: `evaluate.types` names {name}, which is not in {GGUF}; add it to `quantize.types`")
+            raise UserError(
+                f"params.yaml: `evaluate.types` names {name}, which is not in {GGUF}; add it to `quantize.types`"
+            )
     summaries, rows = {}, {}
     for name in names:
         print(f"evaluating {name}", flush=True)
         summaries[name], rows[name] = evaluate_model(name, settings, tokenizer)
-    comparison = {name: compare(rows[name], rows["base" if name == "merged" else "merged"], "base" if name == "merged" else "merged") for name in names[1:]}
+    comparison = {
+        name: compare(
+            rows[name], rows["base" if name == "merged" else "merged"], "base" if name == "merged" else "merged"
+        )
+        for name in names[1:]
+    }
     for name in names:
         if name != "base" and "preference" in summaries[name]:
             summaries[name]["preference"]["reward_accuracy"] = reward_accuracy(summaries[name], summaries["base"])

@@ -44,7 +44,9 @@ def check_columns(table: pa.Schema, where: str) -> None:
     """
     missing = [name for name in COLUMNS if name not in table.names]
     if missing:
-        raise UserError(f"{where}: column `{missing[0]}` is missing; found {', '.join(table.names)}; expected {', '.join(COLUMNS)}")
+        raise UserError(
+            f"{where}: column `{missing[0]}` is missing; found {', '.join(table.names)}; expected {', '.join(COLUMNS)}"
+        )
 
 
 def fetch_folder(folder: Path, splits: dict[Split, str], target: Path) -> None:
@@ -56,7 +58,11 @@ def fetch_folder(folder: Path, splits: dict[Split, str], target: Path) -> None:
     for split, name in splits.items():
         source = folder / f"{name}.parquet"
         if not source.is_file():
-            mend = f"restore it with `git checkout {EMBEDDED}`" if folder == EMBEDDED else "see `data.splits` in params.yaml"
+            mend = (
+                f"restore it with `git checkout {EMBEDDED}`"
+                if folder == EMBEDDED
+                else "see `data.splits` in params.yaml"
+            )
             raise UserError(f"{source}: no such file; {mend}")
         shutil.copyfile(source, target / f"{split}.parquet")
     for name in ("questions.parquet", "plain.jsonl"):
@@ -76,7 +82,9 @@ def fetch_hub(source: str, revision: str | None, splits: dict[Split, str], targe
         try:
             loaded = datasets.load_dataset(source, revision=revision, split=name)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"{source}@{revision}, split {name}: cannot be fetched ({error}); check name, network and HF_TOKEN") from None
+            raise UserError(
+                f"{source}@{revision}, split {name}: cannot be fetched ({error}); check name, network and HF_TOKEN"
+            ) from None
         write_parquet(target / f"{split}.parquet", loaded.data.table.combine_chunks())
 
 

@@ -68,7 +68,9 @@ def fetch_hub(source: str, revision: str, target: Path) -> str:
     try:
         snapshot_download(source, revision=revision, local_dir=target, allow_patterns=WANTED, ignore_patterns=["*/*"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{source}@{revision}: cannot be fetched from the Hub ({error}); check the name, the network and HF_TOKEN") from None
+        raise UserError(
+            f"{source}@{revision}: cannot be fetched from the Hub ({error}); check the name, the network and HF_TOKEN"
+        ) from None
     shutil.rmtree(target / ".cache", ignore_errors=True)
     if not list(target.glob("*.safetensors")):
         raise UserError(f"{source}@{revision}: has no safetensors weights; choose a revision that has")

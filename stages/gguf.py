@@ -56,7 +56,9 @@ class GgufModel:
             raise UserError(f"{path}: no such GGUF file; run `dvc repro quantize`")
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self.model:
-            raise UserError(f"{path}: llama.cpp cannot load it (damaged or not a GGUF); delete it and run `dvc repro quantize`")
+            raise UserError(
+                f"{path}: llama.cpp cannot load it (damaged or not a GGUF); delete it and run `dvc repro quantize`"
+            )
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.eos = llama_cpp.llama_vocab_eos(self.vocab)
@@ -99,7 +101,9 @@ class GgufModel:
         """
         longest = len(prompt) + max(map(len, answers))
         if not prompt or not all(answers) or longest > self.context:
-            raise ValueError(f"a prompt of {len(prompt)} tokens with its answer does not fit a context of {self.context}")
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens with its answer does not fit a context of {self.context}"
+            )
         llama_cpp.llama_memory_clear(self.memory, False)
         first = self._prefill(prompt, [0]).clone()
         results = []
@@ -144,7 +148,9 @@ class GgufModel:
             raise ValueError(f"{max(samples)} samples of a prompt need as many slots; this model has {self.slots}")
         longest = max(map(len, prompts), default=0)
         if longest + max_new_tokens > self.context:
-            raise ValueError(f"a prompt of {longest} and {max_new_tokens} new tokens do not fit a context of {self.context}")
+            raise ValueError(
+                f"a prompt of {longest} and {max_new_tokens} new tokens do not fit a context of {self.context}"
+            )
         llama_cpp.llama_memory_clear(self.memory, False)
         prompt_of = [prompt for prompt, count in enumerate(samples) for _ in range(count)]
         answers: list[list[int]] = [[] for _ in prompt_of]
@@ -155,7 +161,9 @@ class GgufModel:
                 prompt = prompt_of[entered]
                 sequences = list(range(entered, entered + samples[prompt]))
                 logits = self._prefill(prompts[prompt], range(len(in_slot), len(in_slot) + len(sequences)))
-                self._append(answers, sequences, pick(logits.expand(len(sequences), -1), sequences, [0] * len(sequences)))
+                self._append(
+                    answers, sequences, pick(logits.expand(len(sequences), -1), sequences, [0] * len(sequences))
+                )
                 in_slot.extend(sequences)
                 entered += len(sequences)
             self._release(in_slot, answers, max_new_tokens, on_finished)
@@ -186,7 +194,11 @@ class GgufModel:
         return logits
 
     def _release(
-        self, in_slot: list[int], answers: list[list[int]], max_new_tokens: int, on_finished: Callable[[int], None] | None
+        self,
+        in_slot: list[int],
+        answers: list[list[int]],
+        max_new_tokens: int,
+        on_finished: Callable[[int], None] | None,
     ) -> None:
         """Frees the slots of finished sequences and moves the last slots into the gaps.
 

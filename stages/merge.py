@@ -39,9 +39,14 @@ def check_adapter_fits(adapter: Path, base: Path) -> None:
     Raises:
         UserError: the base named by the adapter is not this one.
     """
-    trained_on, found = read_json(adapter / "adapter_config.json")["base_model_name_or_path"], f"sha256:{sha256_file(base / 'manifest.json')}"
+    trained_on, found = (
+        read_json(adapter / "adapter_config.json")["base_model_name_or_path"],
+        f"sha256:{sha256_file(base / 'manifest.json')}",
+    )
     if trained_on != found:
-        raise UserError(f"{adapter}: was trained on base {trained_on[:19]}…, {base} is {found[:19]}…; run `dvc repro train`")
+        raise UserError(
+            f"{adapter}: was trained on base {trained_on[:19]}…, {base} is {found[:19]}…; run `dvc repro train`"
+        )
 
 
 def check_companions(base: Path, merged: Path) -> None:
@@ -75,7 +80,11 @@ def main() -> None:
     with complete_folder(MERGED) as target:
         merged.save_pretrained(target, max_shard_size=settings.max_shard_size)
         for path in sorted(BASE.iterdir()):
-            if path.suffix != ".safetensors" and path.name not in ("config.json", "manifest.json", "model.safetensors.index.json"):
+            if path.suffix != ".safetensors" and path.name not in (
+                "config.json",
+                "manifest.json",
+                "model.safetensors.index.json",
+            ):
                 shutil.copyfile(path, target / path.name)
         check_companions(BASE, target)
 

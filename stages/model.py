@@ -71,7 +71,14 @@ def load(folder: Path, dtype: torch.dtype, quantization: BitsAndBytesConfig | No
     """
     try:
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=quantization, device_map={"": device()}, local_files_only=True, trust_remote_code=False
+            folder,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device()},
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # safetensors, JSON and OS errors alike mean a damaged folder
-        raise UserError(f"{folder}: not a readable model ({type(error).__name__}: {error}); delete it and run `dvc repro`") from None
+        raise UserError(
+            f"{folder}: not a readable model ({type(error).__name__}: {error}); delete it and run `dvc repro`"
+        ) from None

@@ -1,8 +1,9 @@
 """The one reader of params.yaml: from YAML to the typed object that a stage defines for itself.
 
-A stage's parameters are a `Params` subclass. A field names either a key of the top level (`seed`, `beta`, ...) or a section of
-the selected profile (`train` means `profiles.<profile>.train`), so that the class is also the list of what dvc.yaml has to track
-for the stage; a test compares the two. The file is read as YAML 1.2, in which `1e-6` is a number.
+A stage's parameters are a `Params` subclass. A plain field names a key of the top level (`seed`, `beta`, ...), one that
+is a `Settings` names a section of the selected profile (`train` means `profiles.<profile>.train`), so that the class is
+also the list of what dvc.yaml has to track for the stage; a test compares the two. The file is read as YAML 1.2, in
+which `1e-6` is a number.
 """
 
 from pathlib import Path
@@ -41,13 +42,17 @@ def load(params: type[P], path: Path = PARAMS) -> P:
     profile = selected_profile(tree, path)
     reject_unknown_keys(tree, path)
     sections = tree["profiles"][profile]
-    values, where = {}, {}
-    for name in params.model_fields:
-        at_top = name in tree
-        where[name] = name if at_top else f"profiles.{profile}.{name}"
-        if not at_top and name not in sections:
-            raise UserError(f"{path}: key `{name}` is missing, at the top or in `profiles.{profile}`")
-        values[name] = tree[name] if at_top else sections[name]
+    values: dict[str, Any] = {}
+    where: dict[str, str] = {}
+    for name, field in params.model_fields.items():
+        is_section = (
+            isinstance(field.annotation, type) and issubclass(field.annotation, Settings) and name not in UNTRACKED
+        )
+        where[name] = f"profiles.{profile}.{name}" if is_section else name
+        source = sections if is_section else tree
+        if name not in source:
+            raise UserError(f"{path}: key `{where[name]}` is missing")
+        values[name] = source[name]
     try:
         return params.model_validate(values)
     except ValidationError as error:
@@ -81,7 +86,9 @@ def selected_profile(tree: dict[str, Any], path: Path = PARAMS) -> str:
     if not isinstance(profiles, dict) or not all(isinstance(body, dict) for body in profiles.values()):
         raise UserError(f"{path}: `profiles` must map each profile's name to its sections")
     if not isinstance(profile, str) or profile not in profiles:
-        raise UserError(f"{path}: `profile: {profile}` names no entry of `profiles`; choose one of {', '.join(sorted(profiles))}")
+        raise UserError(
+            f"{path}: `profile: {profile}` names no entry of `profiles`; choose one of {', '.join(sorted(profiles))}"
+        )
     return profile
 
 
@@ -92,7 +99,10 @@ def reject_unknown_keys(tree: dict[str, Any], path: Path = PARAMS, pipeline: Pat
         UserError: an unknown key at the top level or in a profile; names the key and those allowed.
     """
     tracked = {
-        entry for stage in read_yaml(pipeline)["stages"].values() for entry in stage.get("params", []) if isinstance(entry, str)
+        entry
+        for stage in read_yaml(pipeline)["stages"].values()
+        for entry in stage.get("params", [])
+        if isinstance(entry, str)
     }
     sections = {entry.rsplit(".", 1)[1] for entry in tracked if entry.startswith("profiles.")}
     top = {entry for entry in tracked if not entry.startswith("profiles.")} | UNTRACKED

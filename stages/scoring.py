@@ -46,7 +46,10 @@ class ChatModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation in the model's template."""
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(text)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         return self.tok_encode(context), [*self.tok_encode(continuation), self.eot_token_id]
@@ -60,9 +63,11 @@ class ChatModel(TemplateLM):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         answers = self.generate(prompts)
         self.finished = [ids[-1:] == [self.eot_token_id] for ids in answers]
-        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
 
-    def _loglikelihood_tokens(self, requests: list[tuple[tuple[str, str], Ids, Ids]], **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], Ids, Ids]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         """Sums of log-probabilities in nats; requests that follow each other with one context share its computation."""
         groups: list[tuple[Ids, list[Ids]]] = []
         for _, prompt, answer in requests:
@@ -91,7 +96,9 @@ class ChatModel(TemplateLM):
 class HuggingFaceChat(ChatModel):
     """A Transformers model; greedy batches are padded on the left, `batch_size` prompts of similar length together."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_size: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_size: int
+    ) -> None:
         super().__init__(tokenizer, max_new_tokens)
         self.model, self.batch_size = model.eval(), batch_size
 
@@ -104,7 +111,9 @@ class HuggingFaceChat(ChatModel):
         for batch in progress(batches, "generating", unit="batch"):
             texts = [{"input_ids": prompts[i]} for i in batch]
             padded = self.tokenizer.pad(texts, padding_side="left", return_tensors="pt").to(self.model.device)
-            output = self.model.generate(**padded, do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id)
+            output = self.model.generate(
+                **padded, do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id
+            )
             for i, ids in zip(batch, output[:, padded["input_ids"].size(1) :].tolist(), strict=True):
                 answers[i] = ids[: ids.index(self.eot_token_id) + 1] if self.eot_token_id in ids else ids
         return [answers[i] for i in range(len(prompts))]
@@ -130,7 +139,9 @@ class GgufChat(ChatModel):
         """Greedy answers as parallel sequences, longest prompts first."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         bar = progress(range(len(prompts)), "generating", unit="answer")
-        answers = self.model.generate([prompts[i] for i in order], self.max_new_tokens, on_finished=lambda _: bar.update(1))
+        answers = self.model.generate(
+            [prompts[i] for i in order], self.max_new_tokens, on_finished=lambda _: bar.update(1)
+        )
         bar.close()
         return [answer for _, answer in sorted(zip(order, answers, strict=True))]
 

@@ -83,9 +83,14 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
     for pair in range(pairs):
         chosen, rejected = input_ids[pair, : lengths[pair]], input_ids[pair + pairs, : lengths[pair + pairs]]
         prompt = lengths[pair] - answers[pair]
-        if not (is_answer[pair, prompt : lengths[pair]].all() and is_answer[pair + pairs, prompt : lengths[pair + pairs]].all()):
+        if not (
+            is_answer[pair, prompt : lengths[pair]].all()
+            and is_answer[pair + pairs, prompt : lengths[pair + pairs]].all()
+        ):
             raise ValueError(f"pair {pair}: the answers are not the end of their rows")
-        if lengths[pair + pairs] - answers[pair + pairs] != prompt or not torch.equal(chosen[:prompt], rejected[:prompt]):
+        if lengths[pair + pairs] - answers[pair + pairs] != prompt or not torch.equal(
+            chosen[:prompt], rejected[:prompt]
+        ):
             raise ValueError(f"pair {pair}: chosen and rejected do not follow the same prompt")
         c, r = max(answers[pair] - 1, 0), max(answers[pair + pairs] - 1, 0)
         ids += [chosen[: prompt + c], rejected[prompt : prompt + r]]
@@ -146,7 +151,9 @@ def shared_prefix_attention(
             outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
         if s.rejected:
             q = query[:, :, end : end + s.rejected]
-            k, v = (torch.cat([x[:, :, s.start : shared], x[:, :, end : end + s.rejected]], dim=2) for x in (key, value))
+            k, v = (
+                torch.cat([x[:, :, s.start : shared], x[:, :, end : end + s.rejected]], dim=2) for x in (key, value)
+            )
             outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=s.mask, **options))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -224,7 +231,9 @@ def share_prefix(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTENTION)
 
 
-def score_pairs(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> FusedCausalLMOutput:
+def score_pairs(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> FusedCausalLMOutput:
     """Log-probabilities (and TRL's metrics) of a padded preference batch by one pass over the packed row."""
     packed = pack_pairs(input_ids, attention_mask, labels)
     states = model.base_model(

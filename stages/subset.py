@@ -1,11 +1,13 @@
 """Stage subset: data/raw -> data/subset, the top k pairs by `delta_score`, and reports/subset.json.
 
-Pairs are removed in this order, each removal counted under its rule: empty answer, identical answers, training question that
-is also asked in an evaluation split, exact duplicate of an earlier pair, near duplicate of an earlier training pair (Jaccard
-similarity of the word 5-grams of question and chosen answer, estimated by MinHash); of the rest the k best by `delta_score` are kept. Ties at the cut go to the row that comes first in the raw file, which is stated in
-the report with the value of the cut. Rows keep their raw order, other columns than the four are carried along.
+Pairs are removed in this order, each removal counted under its rule: empty answer, identical answers, training question
+that is also asked in an evaluation split, exact duplicate of an earlier pair, near duplicate of an earlier training
+pair (Jaccard similarity of the word 5-grams of question and chosen answer, estimated by MinHash); of the rest the k
+best by `delta_score` are kept. Ties at the cut go to the row that comes first in the raw file, which is stated in the
+report with the value of the cut. Rows keep their raw order, other columns than the four are carried along.
 
-The raw file is read in batches twice: first only to decide (a few numbers a row are held), then to copy the rows that stay.
+The raw file is read in batches twice: first only to decide (a few numbers a row are held), then to copy the rows that
+stay.
 """
 
 import hashlib
@@ -80,7 +82,9 @@ def minhash(text: str) -> np.ndarray:
     return ((a * values + b) >> np.uint64(32)).min(axis=1)  # multiply-shift hashing, modulo 2^64
 
 
-def is_near_duplicate(signature: np.ndarray, bands: dict[tuple[int, bytes], list[np.ndarray]], similarity: float) -> bool:
+def is_near_duplicate(
+    signature: np.ndarray, bands: dict[tuple[int, bytes], list[np.ndarray]], similarity: float
+) -> bool:
     """Whether an earlier signature that shares a band has at least this estimated Jaccard similarity; adds the signature."""
     keys = [(band, part.tobytes()) for band, part in enumerate(np.split(signature, BANDS))]
     found = any(np.mean(signature == other) >= similarity for key in keys for other in bands.get(key, ()))
@@ -105,9 +109,13 @@ def reason_to_remove(row: dict[str, Any], settings: SubsetSettings, seen: Seen, 
     if settings.drop_exact_duplicates and pair in seen.pairs:
         return "exact_duplicate"
     seen.pairs.add(pair)
-    if is_train and settings.near_duplicate_similarity is not None:
-        if is_near_duplicate(minhash(question + " " + chosen), seen.bands, settings.near_duplicate_similarity):
-            return "near_duplicate"
+    similarity = settings.near_duplicate_similarity
+    if (
+        is_train
+        and similarity is not None
+        and is_near_duplicate(minhash(f"{question} {chosen}"), seen.bands, similarity)
+    ):
+        return "near_duplicate"
     return None
 
 
@@ -123,9 +131,15 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if name not in schema.names:
                 raise UserError(f"{path}: column `{name}` is missing; found {', '.join(schema.names)}")
             kind = schema.field(name).type
-            fits = pa.types.is_floating(kind) or pa.types.is_integer(kind) if name == "delta_score" else pa.types.is_string(kind) or pa.types.is_large_string(kind)
+            fits = (
+                pa.types.is_floating(kind) or pa.types.is_integer(kind)
+                if name == "delta_score"
+                else pa.types.is_string(kind) or pa.types.is_large_string(kind)
+            )
             if not fits:
-                raise UserError(f"{path}: column `{name}` holds {kind}; expected {'numbers' if name == 'delta_score' else 'text'}")
+                raise UserError(
+                    f"{path}: column `{name}` holds {kind}; expected {'numbers' if name == 'delta_score' else 'text'}"
+                )
         number = 0
         for batch in file.iter_batches(BATCH, columns=COLUMNS):
             for row in batch.to_pylist():
@@ -133,7 +147,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if empty:
                     raise UserError(f"{path}: row {number} has no `{empty[0]}`; mend or remove that row")
                 if not math.isfinite(row["delta_score"]):
-                    raise UserError(f"{path}: row {number} has delta_score {row['delta_score']}; expected a finite number")
+                    raise UserError(
+                        f"{path}: row {number} has delta_score {row['delta_score']}; expected a finite number"
+                    )
                 yield number, row
                 number += 1
     if not number:
@@ -159,7 +175,9 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
     kept, cut = usable, None
     if is_train and settings.k is not None:
         if settings.k > len(usable):
-            raise UserError(f"params.yaml: `subset.k` asks for {settings.k} rows; {path} has {len(usable)} usable of {read}")
+            raise UserError(
+                f"params.yaml: `subset.k` asks for {settings.k} rows; {path} has {len(usable)} usable of {read}"
+            )
         kept = sorted(usable)[: settings.k]
         value = -kept[-1][0]
         cut = {
@@ -175,20 +193,25 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
         "removed": removed,
         "kept": len(kept),
         "cut": cut,
-        "delta_score": {"min": min(scores), "mean": round(sum(scores) / len(scores), 6), "max": max(scores)} if scores else None,
+        "delta_score": {"min": min(scores), "mean": round(sum(scores) / len(scores), 6), "max": max(scores)}
+        if scores
+        else None,
     }
     return sorted(number for _, number in kept), summary
 
 
 def copy_rows(source: Path, target: Path, kept: list[int]) -> None:
     """Copies the rows with these numbers, batch by batch, to a zstd Parquet file."""
-    with open_parquet(source) as file, complete_file(target) as temporary:
-        with pq.ParquetWriter(temporary, file.schema_arrow, compression="zstd") as writer:
-            first, wanted = 0, np.array(kept, dtype=np.int64)
-            for batch in file.iter_batches(BATCH):
-                inside = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
-                writer.write_table(pa.Table.from_batches([batch.take(pa.array(inside))]))
-                first += len(batch)
+    wanted, first = np.array(kept, dtype=np.int64), 0
+    with (
+        open_parquet(source) as file,
+        complete_file(target) as temporary,
+        pq.ParquetWriter(temporary, file.schema_arrow, compression="zstd") as writer,
+    ):
+        for batch in file.iter_batches(BATCH):
+            inside = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
+            writer.write_table(pa.Table.from_batches([batch.take(pa.array(inside))]))
+            first += len(batch)
 
 
 def main() -> None:

@@ -45,13 +45,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> Ids:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token
     if bos and ids.count(tokenizer.bos_token_id) != text.count(bos):
-        raise UserError(f"tokenizer: {ids.count(tokenizer.bos_token_id)} {bos} in the ids of a prompt whose template writes {text.count(bos)}")
+        raise UserError(
+            f"tokenizer: {ids.count(tokenizer.bos_token_id)} {bos} in the ids of a prompt whose template writes {text.count(bos)}"
+        )
     return ids
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """The chat template's text of a question, up to where the assistant's answer begins."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> Ids:
@@ -63,12 +66,16 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -
     """
     prompt = prompt_text(tokenizer, question)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
     if not whole.startswith(prompt):
-        raise UserError(f"chat template: the prompt is not a prefix of prompt and answer for {question[:60]!r}; use another template")
+        raise UserError(
+            f"chat template: the prompt is not a prefix of prompt and answer for {question[:60]!r}; use another template"
+        )
     rest, eos = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
     if rest.count(eos) != 1:
-        raise UserError(f"chat template: {rest.count(eos)} end-of-sequence tokens in the answer {answer[:60]!r}; expected exactly one")
+        raise UserError(
+            f"chat template: {rest.count(eos)} end-of-sequence tokens in the answer {answer[:60]!r}; expected exactly one"
+        )
     return rest[: rest.index(eos) + 1]
 
 
@@ -83,7 +90,9 @@ def check_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
             raise UserError(f"the text {text[:60]!r} holds the special token {token}; remove that row or the token")
 
 
-def tokenize_split(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, split: str) -> tuple[list[dict[str, Ids]], dict[str, Any]]:
+def tokenize_split(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, split: str
+) -> tuple[list[dict[str, Ids]], dict[str, Any]]:
     """Tokenizes the pairs of a split; (rows of ids, counts for the report).
 
     Raises:
@@ -112,7 +121,9 @@ def tokenize_split(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
             continue
         kept.append({"prompt_ids": prompt, "chosen_ids": answers["chosen"], "rejected_ids": answers["rejected"]})
     if not kept:
-        raise UserError(f"{SUBSET}/{split}.parquet: no pair fits `tokenize.max_length` = {settings.max_length}; raise it")
+        raise UserError(
+            f"{SUBSET}/{split}.parquet: no pair fits `tokenize.max_length` = {settings.max_length}; raise it"
+        )
     lengths = {name: np.array([len(row[f"{name}_ids"]) for row in kept]) for name in ("prompt", "chosen", "rejected")}
     summary = {
         "read": len(rows),
@@ -120,7 +131,12 @@ def tokenize_split(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
         "dropped": dict(dropped),
         "truncated": dict.fromkeys(lengths, 0),
         "tokens": {
-            name: {"min": int(n.min()), "mean": round(float(n.mean()), 2), "p95": int(np.percentile(n, 95)), "max": int(n.max())}
+            name: {
+                "min": int(n.min()),
+                "mean": round(float(n.mean()), 2),
+                "p95": int(np.percentile(n, 95)),
+                "max": int(n.max()),
+            }
             for name, n in lengths.items()
         },
     }

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stages import params
 
@@ -39,7 +39,7 @@ class Tracking:
             import wandb  # slow to import, so only where it is on
 
             FOLDER.mkdir(parents=True, exist_ok=True)
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            mode: Literal["online", "offline"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
             return cls(wandb.init(project=settings.project, config=config, mode=mode, dir=str(FOLDER)))
         except Exception as error:
             print(f"W&B is off: {error}", file=sys.stderr)

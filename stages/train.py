@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
@@ -36,7 +36,15 @@ from stages.tracking import Tracking
 
 BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/reference")
 ADAPTER, REPORTS, SCRATCH = Path("models/adapter"), Path("reports/train"), Path(".scratch/train")
-HISTORY = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "learning_rate", "grad_norm")
+HISTORY = (
+    "loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/rejected",
+    "learning_rate",
+    "grad_norm",
+)
 EVALUATION = ("loss", "rewards/margins", "rewards/accuracies")
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
@@ -83,8 +91,11 @@ class TrackedDPOTrainer(DPOTrainer):
     The data set's columns: prompt_ids, chosen_ids, rejected_ids (lists of ids), ref_chosen_logps, ref_rejected_logps (nats, summed).
     """
 
+    model: Any
+
     def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
+        self.remove_callback(PrinterCallback)  # the history goes to files, the latest loss to the progress bar
         share_prefix(self.model.get_base_model())
         # Set after construction: with the flag of the same name in DPOConfig, TRL would compute the reference itself.
         self.precompute_ref_logps = True
@@ -105,15 +116,22 @@ def load_pairs(split: str) -> Dataset:
     with open_parquet(TOKENS / f"{split}.parquet") as tokens, open_parquet(REFERENCE / f"{split}.parquet") as reference:
         ids, logps = Dataset(tokens.read()), reference.read().to_pylist()
     if len(ids) != len(logps):
-        raise UserError(f"{REFERENCE}/{split}.parquet: {len(logps)} rows for {len(ids)} pairs of ids; run `dvc repro reference`")
-    sums = {f"ref_{name}_logps": [float(torch.tensor(row[f"{name}_logps"]).sum()) for row in logps] for name in ("chosen", "rejected")}
+        raise UserError(
+            f"{REFERENCE}/{split}.parquet: {len(logps)} rows for {len(ids)} pairs of ids; run `dvc repro reference`"
+        )
+    sums = {
+        f"ref_{name}_logps": [float(torch.tensor(row[f"{name}_logps"]).sum()) for row in logps]
+        for name in ("chosen", "rejected")
+    }
     return concatenate_datasets([ids, Dataset.from_dict(sums)], axis=1)
 
 
 def run_key(loaded: Params) -> str:
     """A hash of everything the trained adapter depends on, to name its scratch folder."""
     inputs = [sha256_folder(folder) for folder in (TOKENS, REFERENCE, BASE)]
-    return hashlib.sha256(json.dumps([loaded.model_dump(mode="json"), inputs], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([loaded.model_dump(mode="json"), inputs], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
@@ -184,7 +202,9 @@ class ProgressAndTracking(TrainerCallback):
         self.bar.close()
 
 
-def build_trainer(loaded: Params, scratch: Path, tokenizer: PreTrainedTokenizerBase, callbacks: list[TrainerCallback]) -> TrackedDPOTrainer:
+def build_trainer(
+    loaded: Params, scratch: Path, tokenizer: PreTrainedTokenizerBase, callbacks: list[TrainerCallback]
+) -> TrackedDPOTrainer:
     """The trainer on the tracked data, ready to run.
 
     Raises:
@@ -218,7 +238,9 @@ def build_trainer(loaded: Params, scratch: Path, tokenizer: PreTrainedTokenizerB
 
 def save_adapter(model: PeftModel, folder: Path, base_hash: str) -> None:
     """Writes an adapter canonically: sorted safetensors, and a config without paths, sets or class names that vary."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(get_peft_model_state_dict(model).items())}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in sorted(get_peft_model_state_dict(model).items())
+    }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
@@ -248,13 +270,15 @@ def reference_difference(trainer: TrackedDPOTrainer, batches: int = 4) -> float:
             break
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         with torch.no_grad():
-            scored = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True)
+            scored = trainer.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
+            )
         reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
         differences += (scored.log_probs.sum(dim=1).cpu() - reference.cpu()).abs().tolist()
     return sum(differences) / len(differences)
 
 
-def summarize(trainer: TrackedDPOTrainer, difference: float) -> dict[str, Any]:
+def summarize(trainer: TrackedDPOTrainer, pairs: int, difference: float) -> dict[str, Any]:
     """The numbers of a finished run for reports/train/summary.json."""
     history = trainer.state.log_history
     losses = [float(row["loss"]) for row in history if "loss" in row]
@@ -264,9 +288,9 @@ def summarize(trainer: TrackedDPOTrainer, difference: float) -> dict[str, Any]:
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "steps": trainer.state.global_step,
-        "pairs": len(trainer.train_dataset),
+        "pairs": pairs,
         "epochs": trainer.args.num_train_epochs,
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trained_parameters": sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad),
         "reference_difference": difference,
         "validation_loss": last.get("eval_loss"),
         "validation_accuracy": last.get("eval_rewards/accuracies"),
@@ -288,7 +312,7 @@ def run(loaded: Params, scratch: Path) -> None:
     REPORTS.mkdir(parents=True, exist_ok=True)
     write_history(trainer.state.log_history, HISTORY, REPORTS / "history.csv")
     write_history(trainer.state.log_history, EVALUATION, REPORTS / "evaluation.csv", prefix="eval_")
-    write_json(REPORTS / "summary.json", summarize(trainer, difference))
+    write_json(REPORTS / "summary.json", summarize(trainer, len(load_pairs("train")), difference))
     with complete_folder(ADAPTER) as folder:
         save_adapter(trainer.model, folder, sha256_file(BASE / "manifest.json"))
 

@@ -25,7 +25,9 @@ def questions() -> list[collect.Row]:
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, list[collect.Row]]:
-    return {split: pq.read_table(EMBEDDED / f"{split}.parquet").to_pylist() for split in ("train", "validation", "test")}
+    return {
+        split: pq.read_table(EMBEDDED / f"{split}.parquet").to_pylist() for split in ("train", "validation", "test")
+    }
 
 
 def test_pairs_rebuilt_from_the_samples_have_the_committed_bytes(questions: list[collect.Row], tmp_path: Path) -> None:
@@ -37,7 +39,9 @@ def test_pairs_rebuilt_from_the_samples_have_the_committed_bytes(questions: list
     assert collect.card(rebuilt, reasons, questions, LOADED.collect) == read_json(EMBEDDED / "card.json")
 
 
-def test_a_slice_sampled_again_has_the_committed_bytes(questions: list[collect.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slice_sampled_again_has_the_committed_bytes(
+    questions: list[collect.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bits are promised on one kind of CPU; on another one most answers still begin alike."""
     number, chunk = min(enumerate(collect.chunks(questions, LOADED.collect)), key=lambda entry: len(entry[1]))
     monkeypatch.chdir(tmp_path)
@@ -50,11 +54,15 @@ def test_a_slice_sampled_again_has_the_committed_bytes(questions: list[collect.R
     committed = [row for row in pq.read_table(EMBEDDED / "samples.parquet").to_pylist() if row["id"] in wanted]
     if read_json(EMBEDDED / "sampled_on.json") == collect.processor():
         assert found == committed, f"chunk {number}"
-    alike = [left["answer"].split()[:3] == right["answer"].split()[:3] for left, right in zip(found, committed, strict=True)]
+    alike = [
+        left["answer"].split()[:3] == right["answer"].split()[:3] for left, right in zip(found, committed, strict=True)
+    ]
     assert sum(alike) > 0.8 * len(alike)
 
 
-def test_every_delta_score_is_the_difference_of_the_grades_and_chosen_follows_its_instruction(splits: dict[str, list[collect.Row]]) -> None:
+def test_every_delta_score_is_the_difference_of_the_grades_and_chosen_follows_its_instruction(
+    splits: dict[str, list[collect.Row]],
+) -> None:
     for row in (row for rows in splits.values() for row in rows):
         constraint = json.loads(row["constraint"])
         assert is_strict(row["kind"], row["chosen"], constraint)
@@ -72,7 +80,9 @@ def test_chosen_is_a_sample_unless_it_is_marked_repaired(splits: dict[str, list[
         assert row["repaired"] or row["chosen"] in sampled[row["id"]]
 
 
-def test_topics_of_the_splits_are_disjoint_and_unseen_kinds_are_never_trained_on(splits: dict[str, list[collect.Row]]) -> None:
+def test_topics_of_the_splits_are_disjoint_and_unseen_kinds_are_never_trained_on(
+    splits: dict[str, list[collect.Row]],
+) -> None:
     topics = {split: {row["topic"] for row in rows} for split, rows in splits.items()}
     assert not topics["train"] & topics["validation"]
     assert not topics["train"] & topics["test"]
@@ -96,7 +106,10 @@ def test_the_promised_sizes_hold(splits: dict[str, list[collect.Row]], questions
     assert {row["kind"] for row in train} == {kind.name for kind in SEEN_KINDS}
     assert len(SEEN_KINDS) >= 16
     assert len(UNSEEN_KINDS) == 2
-    assert sum(question["split"] == "test" and question["kind"] in {k.name for k in SEEN_KINDS} for question in questions) >= 400
+    assert (
+        sum(question["split"] == "test" and question["kind"] in {k.name for k in SEEN_KINDS} for question in questions)
+        >= 400
+    )
     assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) <= 4 * 2**20
 
 
@@ -104,20 +117,44 @@ def test_the_held_out_questions_are_the_built_ones(questions: list[collect.Row])
     held_out = [question for question in questions if question["split"] != "train"]
     assert pq.read_table(EMBEDDED / "questions.parquet").to_pylist() == held_out
     plain = [json.loads(line) for line in (EMBEDDED / "plain.jsonl").read_text().splitlines()]
-    assert [(row["split"], row["topic"]) for row in plain] == [(s, t) for s in ("test", "validation") for t in split_topics()[s]]
+    assert [(row["split"], row["topic"]) for row in plain] == [
+        (s, t) for s in ("test", "validation") for t in split_topics()[s]
+    ]
 
 
 def test_the_rejected_answer_is_the_one_of_nearest_length_among_the_worst() -> None:
-    question = {"id": "x", "split": "train", "topic": "kites", "kind": "lowercase", "constraint": '{"topic": "kites"}', "question": "q"}
-    texts = ["kites fly high.", "kites fly over the hills and fields.", "KITES FLY.", "KITES FLY OVER ALL THE HILLS AND FIELDS OF THE LAND TODAY."]
-    samples = [{"id": "x", "sample": i, "demonstrated": False, "finished": True, "answer": text} for i, text in enumerate(texts)]
+    question = {
+        "id": "x",
+        "split": "train",
+        "topic": "kites",
+        "kind": "lowercase",
+        "constraint": '{"topic": "kites"}',
+        "question": "q",
+    }
+    texts = [
+        "kites fly high.",
+        "kites fly over the hills and fields.",
+        "KITES FLY.",
+        "KITES FLY OVER ALL THE HILLS AND FIELDS OF THE LAND TODAY.",
+    ]
+    samples = [
+        {"id": "x", "sample": i, "demonstrated": False, "finished": True, "answer": text}
+        for i, text in enumerate(texts)
+    ]
     pair = collect.build_pair(question, samples, LOADED.collect, LOADED.seed)
     assert isinstance(pair, dict)
     assert (pair["chosen"], pair["rejected"]) == ("kites fly high.", "KITES FLY.")
 
 
 def test_where_nothing_passes_the_best_answer_is_repaired_and_marked() -> None:
-    question = {"id": "x", "split": "train", "topic": "kites", "kind": "lowercase", "constraint": '{"topic": "kites"}', "question": "q"}
+    question = {
+        "id": "x",
+        "split": "train",
+        "topic": "kites",
+        "kind": "lowercase",
+        "constraint": '{"topic": "kites"}',
+        "question": "q",
+    }
     samples = [{"id": "x", "sample": 0, "demonstrated": False, "finished": True, "answer": "Kites FLY high."}]
     pair = collect.build_pair(question, samples, LOADED.collect, LOADED.seed)
     assert isinstance(pair, dict)
@@ -125,7 +162,14 @@ def test_where_nothing_passes_the_best_answer_is_repaired_and_marked() -> None:
 
 
 def test_unfinished_and_copied_answers_enter_no_pair() -> None:
-    question = {"id": "x", "split": "train", "topic": "kites", "kind": "lowercase", "constraint": '{"topic": "kites"}', "question": "q"}
+    question = {
+        "id": "x",
+        "split": "train",
+        "topic": "kites",
+        "kind": "lowercase",
+        "constraint": '{"topic": "kites"}',
+        "question": "q",
+    }
     example = collect.demonstration(question, LOADED.seed)[1]["content"]
     samples = [
         {"id": "x", "sample": 0, "demonstrated": True, "finished": True, "answer": example},

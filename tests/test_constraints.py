@@ -222,7 +222,6 @@ def test_a_near_miss_is_graded_between_a_pass_and_a_bad_answer(name: str) -> Non
     assert far < near < 0.6 < 0.85 <= grade(name, followed, verifier)
 
 
-@pytest.mark.xfail(reason="an introduction shifts the number that is expected of each line", strict=True)
 def test_a_numbered_list_behind_an_introduction_is_a_near_miss() -> None:
     verifier = TEA | {"n": 3}
     near, far = (
@@ -232,9 +231,6 @@ def test_a_numbered_list_behind_an_introduction_is_a_near_miss() -> None:
     assert grade("numbered", near, verifier) > grade("numbered", far, verifier) + 0.1
 
 
-@pytest.mark.xfail(
-    reason="the comma list takes up to three words for one, and does not look for repetitions", strict=True
-)
 @pytest.mark.parametrize(
     "answer", ["Three words: hot, cup, leaf", "tea, tea, tea", "a cup of, the hot water, drinking it now"]
 )
@@ -379,12 +375,7 @@ def test_quality_falls_with_each_fault() -> None:
 
 @pytest.mark.parametrize(
     "topic",
-    [
-        pytest.param(topic, marks=pytest.mark.xfail(reason="the stem is `the `, with its space", strict=True))
-        if topic == "the sun"
-        else topic
-        for topic in TOPICS
-    ],
+    TOPICS,
 )
 def test_an_answer_that_repeats_its_topic_names_it(topic: str) -> None:
     assert quality("lowercase", f"Many people know a lot about {topic}.", {"topic": topic}) == 1.0

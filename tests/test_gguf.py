@@ -14,7 +14,12 @@ from stages.model import load
 from stages.scoring import GgufChat, HuggingFaceChat
 from stages.tokenize import answer_ids, prompt_ids
 
-QUESTIONS = ("Tell me about kites.", "What is salt?", "Describe a very long river to a friend, please, in some detail.", "Hi")
+QUESTIONS = (
+    "Tell me about kites.",
+    "What is salt?",
+    "Describe a very long river to a friend, please, in some detail.",
+    "Hi",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,9 @@ def prompts(tiny_model_folder: Path) -> list[list[int]]:
     return [prompt_ids(tokenizer, question) for question in QUESTIONS]
 
 
-def test_f16_distributions_are_those_of_the_float32_model(gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]) -> None:
+def test_f16_distributions_are_those_of_the_float32_model(
+    gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     answers = [answer_ids(tokenizer, question, "It is fine, 123.") for question in QUESTIONS]
     reference = HuggingFaceChat(load(tiny_model_folder, torch.float32), tokenizer, 8, 4)
@@ -51,7 +58,9 @@ def test_answers_that_share_a_prompt_score_as_they_do_alone(gguf: Path, prompts:
         torch.testing.assert_close(left, right, atol=1e-4, rtol=0)
 
 
-def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]) -> None:
+def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(
+    gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
+) -> None:
     many = prompts * 3
     with GgufModel(gguf, threads=2, slots=5, context=128) as model:
         parallel = model.generate(many, 12)

@@ -94,7 +94,9 @@ def test_stage_tracks_the_params_it_reads_and_no_more(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_tracks_the_packages_that_shape_its_output(stage: str) -> None:
-    tracked = {name for entry in STAGES[stage].get("params", []) if isinstance(entry, dict) for name in entry["packages.yaml"]}
+    tracked = {
+        name for entry in STAGES[stage].get("params", []) if isinstance(entry, dict) for name in entry["packages.yaml"]
+    }
     assert tracked == expected_packages(stage)
 
 
@@ -107,5 +109,11 @@ def test_report_module_is_a_dependency_of_report_alone() -> None:
 
 
 def test_the_graph_resolves_for_every_profile(tmp_path: Path) -> None:
-    graph = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True)
+    graph = subprocess.run(
+        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert graph.stdout.split() == list(STAGES)

@@ -148,7 +148,6 @@ def test_a_misspelt_key_is_named(old: str, new: str, key: str, allowed: str) -> 
         pytest.param(
             "seed: 42\n",
             "seed",
-            marks=pytest.mark.xfail(reason="called `profiles.cpu.seed`", strict=True),
         ),
         ("    fit: {rate: 2.0e-4, steps: 10, mode: fast, parts: {train: a}, limit: null}\n", "profiles.cpu.fit"),
         ("steps: 10, ", "profiles.cpu.fit.steps"),
@@ -219,7 +218,6 @@ def test_what_is_no_mapping_is_one_line_at_the_terminal(text: str, said: str) ->
     assert "\n" not in str(caught.value.code)
 
 
-@pytest.mark.xfail(reason="params.py takes `profiles` for a mapping of mappings and `profile` for text", strict=True)
 @pytest.mark.parametrize(
     "text",
     [change("profile: cpu", "profile: [cpu]"), "profile: cpu\nprofiles: cpu\n", "profile: cpu\nprofiles: {cpu: }\n"],

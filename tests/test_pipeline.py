@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -49,16 +48,24 @@ def small_data(folder: Path) -> None:
     """A slice of the embedded data: the first rows of every split, and the questions and plain answers of two topics."""
     folder.mkdir()
     for split, count in (("train", 24), ("validation", 6), ("test", 6)):
-        pq.write_table(pq.read_table(ROOT / f"data/embedded/{split}.parquet").slice(0, count), folder / f"{split}.parquet")
+        pq.write_table(
+            pq.read_table(ROOT / f"data/embedded/{split}.parquet").slice(0, count), folder / f"{split}.parquet"
+        )
     questions = pq.read_table(ROOT / "data/embedded/questions.parquet")
     topics = sorted({row["topic"] for row in questions.to_pylist() if row["split"] == "test"})[:2]
-    pq.write_table(questions.filter([row["topic"] in topics for row in questions.to_pylist()]), folder / "questions.parquet")
-    lines = [line for line in (ROOT / "data/embedded/plain.jsonl").read_text().splitlines() if json.loads(line)["topic"] in topics]
+    pq.write_table(
+        questions.filter([row["topic"] in topics for row in questions.to_pylist()]), folder / "questions.parquet"
+    )
+    lines = [
+        line
+        for line in (ROOT / "data/embedded/plain.jsonl").read_text().splitlines()
+        if json.loads(line)["topic"] in topics
+    ]
     (folder / "plain.jsonl").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Path]:
+def clone(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
     """A committed copy of this repository's tracked files whose cpu profile runs small."""
     folder = tmp_path_factory.mktemp("clone") / "repository"
     tracked = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").split("\n")
@@ -75,7 +82,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> 
     run(folder, sys.executable, "-c", f"from tests.test_pipeline import override; override({SMALL!r})")
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-q", "-m", "start")
-    yield folder
+    return folder
 
 
 def override(changes: list[str]) -> None:
@@ -87,7 +94,11 @@ def override(changes: list[str]) -> None:
 
 def outs(folder: Path) -> dict[str, str]:
     """The md5 of every output in dvc.lock."""
-    return {out["path"]: out["md5"] for stage in read_yaml(folder / "dvc.lock")["stages"].values() for out in stage.get("outs", ())}
+    return {
+        out["path"]: out["md5"]
+        for stage in read_yaml(folder / "dvc.lock")["stages"].values()
+        for out in stage.get("outs", ())
+    }
 
 
 def ran(output: str) -> list[str]:

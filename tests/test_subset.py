@@ -237,7 +237,6 @@ def test_more_rows_than_are_usable_is_an_error_that_counts_them() -> None:
         run(k=3, drop_empty=True)
 
 
-@pytest.mark.xfail(reason="k is not checked to be at least 1", strict=True)
 @pytest.mark.parametrize("k", [0, -1])
 def test_fewer_than_one_row_is_refused(k: int) -> None:
     write([row(1), row(2), row(3)])

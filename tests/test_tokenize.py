@@ -134,9 +134,6 @@ def test_an_answer_that_holds_the_eos_is_refused(
             answer_ids(tokenizer, "Hello", answer)
 
 
-@pytest.mark.xfail(
-    reason="special tokens in the text of a question, and BOS in that of an answer, become special ids", strict=True
-)
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
@@ -149,16 +146,16 @@ def test_an_answer_that_holds_the_eos_is_refused(
 def test_texts_that_forge_turns_are_refused(
     byte_tokenizer: PreTrainedTokenizerFast, question: str, answer: str
 ) -> None:
-    with pytest.raises(UserError):
-        answer_ids(byte_tokenizer, question, answer)
+    with pytest.raises(UserError, match=r"row 0: the text .* holds the special token"):
+        tokenize_split(rows((question, answer, "Other.")), byte_tokenizer, LONG, "train")
 
 
-@pytest.mark.xfail(
-    raises=UserError, reason="spaces at the start of an answer merge with the end of the prompt", strict=True
-)
 @pytest.mark.parametrize("answer", ["  two spaces", "\n\nA paragraph", "\n"])
 def test_an_answer_may_begin_with_spaces(embedded_tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
-    agrees(embedded_tokenizer, "Hello", answer)
+    """A model writes it after the prompt's ids, so these stay as they are, though the whole text would merge across the boundary."""
+    ids = answer_ids(embedded_tokenizer, "Hello", answer)
+    assert embedded_tokenizer.decode(ids[:-1]) == answer
+    assert ids[-1] == embedded_tokenizer.eos_token_id
 
 
 def rows(*pairs: tuple[str, str, str]) -> list[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -45,7 +44,7 @@ PARAMS = train.Params(seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workspace(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a tiny base, 24 pairs of random ids, and their fp32 reference; the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
@@ -59,7 +58,10 @@ def workspace(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.Monke
         return torch.randint(10, 400, (n,), generator=generator).tolist()
 
     for split, count in (("train", 24), ("validation", 8)):
-        rows = [{"prompt_ids": ids(3 + i % 5), "chosen_ids": [*ids(2 + i % 4), eos], "rejected_ids": [*ids(1 + i % 6), eos]} for i in range(count)]
+        rows = [
+            {"prompt_ids": ids(3 + i % 5), "chosen_ids": [*ids(2 + i % 4), eos], "rejected_ids": [*ids(1 + i % 6), eos]}
+            for i in range(count)
+        ]
         write_parquet(tmp_path / f"data/tokens/{split}.parquet", pa.Table.from_pylist(rows, schema=schema()))
     write_reference(FP32)
     return tmp_path
@@ -120,7 +122,7 @@ def test_a_killed_run_resumes_to_the_same_bits(workspace: Path, monkeypatch: pyt
                 raise Killed
 
     build = train.build_trainer
-    monkeypatch.setattr(train, "build_trainer", lambda *a: build(*a[:3], [*a[3], Kill()]))
+    monkeypatch.setattr(train, "build_trainer", lambda *a: build(a[0], a[1], a[2], [*a[3], Kill()]))
     with pytest.raises(Killed):
         run(PARAMS, "killed")
     monkeypatch.setattr(train, "build_trainer", build)
@@ -132,7 +134,11 @@ def test_a_killed_run_resumes_to_the_same_bits(workspace: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("loss_type", get_args(train.LossType))
 def test_every_trl_loss_trains_the_adapter(workspace: Path, loss_type: str) -> None:
-    history = run(with_train(epochs=0.34, evaluations=0).model_copy(update={"loss_type": loss_type, "label_smoothing": 1e-3 if loss_type == "exo_pair" else 0.0}))
+    history = run(
+        with_train(epochs=0.34, evaluations=0).model_copy(
+            update={"loss_type": loss_type, "label_smoothing": 1e-3 if loss_type == "exo_pair" else 0.0}
+        )
+    )
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in history)
     weights = load_file(train.ADAPTER / "adapter_model.safetensors")
     assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
@@ -153,7 +159,9 @@ def test_the_trajectory_is_that_of_stock_trl(workspace: Path) -> None:
         args=config,
         train_dataset=ids,
         processing_class=AutoTokenizer.from_pretrained(train.BASE),
-        peft_config=train.LoraConfig(r=4, lora_alpha=8, target_modules=sorted(settings.lora_modules), task_type="CAUSAL_LM"),
+        peft_config=train.LoraConfig(
+            r=4, lora_alpha=8, target_modules=sorted(settings.lora_modules), task_type="CAUSAL_LM"
+        ),
     )
     stock.train()
     expected = [float(row["loss"]) for row in stock.state.log_history if "loss" in row]
@@ -192,7 +200,9 @@ def test_the_adapter_is_canonical(workspace: Path) -> None:
     assert config["target_modules"] == sorted(SETTINGS.lora_modules)
     assert config["base_model_name_or_path"].startswith("sha256:")
     assert str(workspace) not in json.dumps(config)
-    assert all(tensor.dtype == torch.float32 for tensor in load_file(train.ADAPTER / "adapter_model.safetensors").values())
+    assert all(
+        tensor.dtype == torch.float32 for tensor in load_file(train.ADAPTER / "adapter_model.safetensors").values()
+    )
 
 
 def test_a_combination_that_trl_refuses_is_one_line(workspace: Path) -> None:
@@ -214,7 +224,9 @@ def test_a_batch_split_by_accumulation_takes_the_same_steps(workspace: Path) -> 
         assert abs(one["loss"] - many["loss"]) < 1e-5
 
 
-def test_tracking_that_breaks_does_not_break_training(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tracking_that_breaks_does_not_break_training(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Broken:
         def log(self, *args: object, **kwargs: object) -> None:
             raise ConnectionError("gone")
