@@ -127,7 +127,9 @@ def sample_chunk(
         for demonstrated in (False, True):
             messages = demonstration(question, seed) if demonstrated else []
             messages = [*messages, {"role": "user", "content": question["question"]}]
-            prompts.append(cast(list[int], tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)))
+            prompts.append(
+                cast(list[int], tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            )
             samples.append(settings.demonstrated_samples if demonstrated else settings.samples)
             for sample in range(samples[-1]):
                 key = f"{seed}/{question['id']}/{demonstrated}/{sample}"

@@ -92,14 +92,15 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
             chosen[:prompt], rejected[:prompt]
         ):
             raise ValueError(f"pair {pair}: chosen and rejected do not follow the same prompt")
-        c, r = max(answers[pair] - 1, 0), max(answers[pair + pairs] - 1, 0)
+        predicted = max(answers[pair] - 1, 0)
+        c, r = max(predicted, int(prompt == 0)), max(answers[pair + pairs] - 1, 0)  # a row is never empty
         ids += [chosen[: prompt + c], rejected[prompt : prompt + r]]
         branch = torch.arange(prompt, prompt + max(c, r), device=input_ids.device)
         positions += [torch.arange(prompt, device=input_ids.device), branch[:c], branch[:r]]
         mask = torch.ones(r, prompt + r, dtype=torch.bool, device=input_ids.device).tril(diagonal=prompt)
         segments.append(Segment(start, prompt, c, r, mask))
         last = [start + prompt - 1] if prompt else []
-        predictors[pair] = last * (answers[pair] > 0) + list(range(start + prompt, start + prompt + c))
+        predictors[pair] = last * (answers[pair] > 0) + list(range(start + prompt, start + prompt + predicted))
         first = start + prompt + c
         predictors[pair + pairs] = last * (answers[pair + pairs] > 0) + list(range(first, first + r))
         start += prompt + c + r

@@ -71,7 +71,7 @@ def test_log_probs_and_gradients_equal_those_of_stock_trl(sizes: list[tuple[int,
     (found.log_probs * weights).sum().backward()
     for (name, left), (_, right) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):
         if left.grad is not None and right.grad is not None:
-            scale = left.grad.norm().clamp(min=1e-6)
+            scale = left.grad.norm().clamp(min=1e-4)  # a lone token's attention has no gradient but noise
             assert (left.grad - right.grad).norm() / scale < 1e-4, name
 
 
