@@ -206,7 +206,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         ("a: *unknown\n", "not valid YAML"),
         ("- 1\n", "expected a mapping of keys, found list"),
         ("", "expected a mapping of keys, found NoneType"),
-        ("seed: 42\n", "names no entry of `profiles`"),
+        ("seed: 42\n", "`profiles` must map each profile"),
     ],
 )
 def test_what_is_no_mapping_is_one_line_at_the_terminal(text: str, said: str) -> None:
