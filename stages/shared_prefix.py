@@ -143,7 +143,7 @@ def shared_prefix_attention(
     Returns:
         (1, tokens, heads, head size) and no weights.
     """
-    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
     outputs = []
     for s in segments:
         shared, end = s.start + s.prompt, s.start + s.prompt + s.chosen
@@ -224,9 +224,9 @@ def share_prefix(model: PreTrainedModel) -> None:
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if not fused_lm_head:
-            return original(*args, labels=labels, **kwargs) if labels is not None else original(*args, **kwargs)
-        return score_pairs(self, kwargs["input_ids"], kwargs["attention_mask"], labels)
+        if fused_lm_head and labels is not None:
+            return score_pairs(self, kwargs["input_ids"], kwargs["attention_mask"], labels)
+        return original(*args, labels=labels, **kwargs) if labels is not None else original(*args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
     model.set_attn_implementation(ATTENTION)

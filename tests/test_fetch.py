@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # it is documented there
+from huggingface_hub.utils import filter_repo_objects  # it is documented there
 
 from stages import fetch_data, fetch_model
 from stages.artifacts import sha256_file
