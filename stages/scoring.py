@@ -4,6 +4,7 @@ The context is the chat template's text, tokenized without further special token
 end-of-sequence token is scored with it; lm-eval's own pairing would move the template's last line break into the answer.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class ChatModel(TemplateLM):
 
     Args:
         tokenizer: with the chat template.
-        max_new_tokens: longest answer; `unfinished` holds the answers that reached it, in order of the requests.
+        max_new_tokens: longest answer; `finished` says of each generated answer whether it ended before that.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
@@ -84,13 +85,13 @@ class ChatModel(TemplateLM):
                 results.append((float(log_probs.gather(1, tokens).double().sum()), is_greedy))
         return results
 
+    @abstractmethod
     def generate(self, prompts: list[Ids]) -> list[Ids]:
         """Greedy answers to prompts, with the end token where it was reached."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer_logits(self, prompt: Ids, answers: list[Ids]) -> list[torch.Tensor]:
         """For each answer to a prompt the logits that predict its tokens: (answer tokens, vocabulary)."""
-        raise NotImplementedError
 
 
 class HuggingFaceChat(ChatModel):

@@ -17,6 +17,15 @@ from stages.topics import split_topics
 EMBEDDED = Path(__file__).parent.parent / "data/embedded"
 LOADED = params.load(collect.Params, Path(__file__).parent.parent / "params.yaml")
 
+KITES = {
+    "id": "x",
+    "split": "train",
+    "topic": "kites",
+    "kind": "lowercase",
+    "constraint": '{"topic": "kites"}',
+    "question": "q",
+}
+
 
 @pytest.fixture(scope="module")
 def questions() -> list[collect.Row]:
@@ -123,14 +132,6 @@ def test_the_held_out_questions_are_the_built_ones(questions: list[collect.Row])
 
 
 def test_the_rejected_answer_is_the_one_of_nearest_length_among_the_worst() -> None:
-    question = {
-        "id": "x",
-        "split": "train",
-        "topic": "kites",
-        "kind": "lowercase",
-        "constraint": '{"topic": "kites"}',
-        "question": "q",
-    }
     texts = [
         "kites fly high.",
         "kites fly over the hills and fields.",
@@ -141,41 +142,25 @@ def test_the_rejected_answer_is_the_one_of_nearest_length_among_the_worst() -> N
         {"id": "x", "sample": i, "demonstrated": False, "finished": True, "answer": text}
         for i, text in enumerate(texts)
     ]
-    pair = collect.build_pair(question, samples, LOADED.collect, LOADED.seed)
+    pair = collect.build_pair(KITES, samples, LOADED.collect, LOADED.seed)
     assert isinstance(pair, dict)
     assert (pair["chosen"], pair["rejected"]) == ("kites fly high.", "KITES FLY.")
 
 
 def test_where_nothing_passes_the_best_answer_is_repaired_and_marked() -> None:
-    question = {
-        "id": "x",
-        "split": "train",
-        "topic": "kites",
-        "kind": "lowercase",
-        "constraint": '{"topic": "kites"}',
-        "question": "q",
-    }
     samples = [{"id": "x", "sample": 0, "demonstrated": False, "finished": True, "answer": "Kites FLY high."}]
-    pair = collect.build_pair(question, samples, LOADED.collect, LOADED.seed)
+    pair = collect.build_pair(KITES, samples, LOADED.collect, LOADED.seed)
     assert isinstance(pair, dict)
     assert (pair["chosen"], pair["repaired"]) == ("kites fly high.", True)
 
 
 def test_unfinished_and_copied_answers_enter_no_pair() -> None:
-    question = {
-        "id": "x",
-        "split": "train",
-        "topic": "kites",
-        "kind": "lowercase",
-        "constraint": '{"topic": "kites"}',
-        "question": "q",
-    }
-    example = collect.demonstration(question, LOADED.seed)[1]["content"]
+    example = collect.demonstration(KITES, LOADED.seed)[1]["content"]
     samples = [
         {"id": "x", "sample": 0, "demonstrated": True, "finished": True, "answer": example},
         {"id": "x", "sample": 0, "demonstrated": False, "finished": False, "answer": "kites fly and fly and"},
     ]
-    assert collect.build_pair(question, samples, LOADED.collect, LOADED.seed) == "no finished answer"
+    assert collect.build_pair(KITES, samples, LOADED.collect, LOADED.seed) == "no finished answer"
 
 
 @pytest.mark.parametrize("kind", KINDS)

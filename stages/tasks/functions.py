@@ -35,7 +35,7 @@ def answers(doc: dict[str, Any]) -> list[str]:
 
 
 def grade_instruction(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Strict success and grade of one answer; an answer cut at the token limit arrives empty and fails."""
+    """Strict success and grade of one answer by its text; stages/evaluate.py fails the unfinished ones."""
     constraint = json.loads(doc["constraint"])
     return {
         "strict": float(is_strict(doc["kind"], results[0], constraint)),
