@@ -7,7 +7,9 @@ the pairs of the batch are laid end to end in one row,
 
 where both branches take the positions that follow the prompt, and the rejected branch attends to the prompt and itself but not
 to the chosen. The last token of an answer predicts nothing, so it is no input; the last of the prompt predicts the first
-token of both answers. Attention runs pair by pair, so that no pair can see another and no masked block is computed.
+token of both answers. Attention runs pair by pair, so that no pair can see another and no masked block is computed. Its forward
+is torch's scaled_dot_product_attention; on the CPU its backward is a few matrix products a pair, because torch's
+own takes five times as long as its forward there (measured at 111 tokens a pair; `make bench` repeats it).
 
 `share_prefix(model)` puts this behind the seam that TRL's `add_fused_lm_head` patches in (`model(..., fused_lm_head=True)`), so that
 all losses, metrics and the trainer stay TRL's. The idea is that of prefix sharing for DPO (arXiv 2410.20305).
@@ -24,7 +26,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 ATTENTION = "shared_prefix"
 IGNORED = -100
-CHUNK = 512
+CHUNK = 128
+QUERIES = 512
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,12 @@ class Segment:
     prompt: int
     chosen: int
     rejected: int
-    mask: torch.Tensor  # (rejected, prompt + rejected) bool: what each rejected token attends to
+    mask: torch.Tensor  # (tokens, tokens) bool, over all parts: which keys each query attends to
+
+    @property
+    def tokens(self) -> int:
+        """How many input tokens the pair has."""
+        return self.prompt + self.chosen + self.rejected
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
         ids += [chosen[: prompt + c], rejected[prompt : prompt + r]]
         branch = torch.arange(prompt, prompt + max(c, r), device=input_ids.device)
         positions += [torch.arange(prompt, device=input_ids.device), branch[:c], branch[:r]]
-        mask = torch.ones(r, prompt + r, dtype=torch.bool, device=input_ids.device).tril(diagonal=prompt)
+        mask = torch.ones(prompt + c + r, prompt + c + r, dtype=torch.bool, device=input_ids.device).tril()
+        mask[prompt + c :, prompt : prompt + c] = False
         segments.append(Segment(start, prompt, c, r, mask))
         last = [start + prompt - 1] if prompt else []
         predictors[pair] = last * (answers[pair] > 0) + list(range(start + prompt, start + prompt + predicted))
@@ -114,6 +123,60 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
         labels=labels[:, 1:][scored],
         scored=scored,
     )
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segment: Segment, scaling: float, dropout: float
+) -> torch.Tensor:
+    """Attention within one pair, (1, heads, tokens, head size): the first branch causal, the second blind to the first."""
+    shared, end = segment.prompt, segment.prompt + segment.chosen
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
+    first, second = query[:, :, :end], query[:, :, end:]
+    outputs = [scaled_dot_product_attention(first, key[:, :, :end], value[:, :, :end], is_causal=True, **options)]
+    if segment.rejected:
+        seen_key, seen_value = (torch.cat([x[:, :, :shared], x[:, :, end:]], dim=2) for x in (key, value))
+        mask = torch.cat([segment.mask[end:, :shared], segment.mask[end:, end:]], dim=1)
+        outputs.append(scaled_dot_product_attention(second, seen_key, seen_value, attn_mask=mask, **options))
+    return torch.cat(outputs, dim=2)
+
+
+class PairAttention(torch.autograd.Function):
+    """`attend` without dropout, with a backward of plain matrix products for the CPU; nothing of size tokens^2 is kept for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segment: Segment, scaling: float
+    ) -> torch.Tensor:
+        """See `attend`."""
+        output = attend(query, key, value, segment, scaling, dropout=0.0)
+        ctx.save_for_backward(query, key, value, output)
+        ctx.segment, ctx.scaling = segment, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        """The gradient by query, key and value; the weights are computed again, `QUERIES` rows at a time (Dao 2022, B.2)."""
+        query, key, value, output = ctx.saved_tensors
+        kv_heads, tokens, size = key.shape[1:]
+        groups = query.size(1) // kv_heads
+        key, value = key[0], value[0]
+        by_query = torch.empty_like(query)
+        by_key, by_value = (x.new_zeros(x.shape, dtype=torch.float32) for x in (key, value))
+        for first in range(0, tokens, QUERIES):
+            last = min(first + QUERIES, tokens)  # causal: no later key is attended to
+            rows = (kv_heads, groups * (last - first), size)  # the heads that share a key head, one over another
+            q, wanted, reached = (x[0, :, first:last].reshape(rows) for x in (query, gradients[0], output))
+            scores = torch.bmm(q * ctx.scaling, key[:, :last].transpose(1, 2)).float()
+            hidden = ~ctx.segment.mask[first:last, :last]
+            scores.view(kv_heads, groups, last - first, last).masked_fill_(hidden, -torch.inf)
+            weights = scores.softmax(dim=-1)
+            by_value[:, :last] += torch.bmm(weights.to(q.dtype).transpose(1, 2), wanted)
+            by_weight = torch.bmm(wanted, value[:, :last].transpose(1, 2)).float()
+            mean = torch.linalg.vecdot(wanted.float(), reached.float()).unsqueeze(-1)
+            by_score = by_weight.sub_(mean).mul_(weights).mul_(ctx.scaling).to(q.dtype)
+            by_query[0, :, first:last] = torch.bmm(by_score, key[:, :last]).view(-1, last - first, size)
+            by_key[:, :last] += torch.bmm(by_score.transpose(1, 2), q)
+        return by_query, by_key.to(key.dtype).unsqueeze(0), by_value.to(value.dtype).unsqueeze(0), None, None
 
 
 def shared_prefix_attention(
@@ -136,26 +199,21 @@ def shared_prefix_attention(
         value: like `key`.
         attention_mask: unused; the segments say who sees whom.
         segments: the pairs of the row.
-        scaling: factor of the scores.
+        scaling: factor of the scores; 1 / sqrt(head size) by default.
         dropout: of the attention weights.
         kwargs: other arguments of the interface.
 
     Returns:
         (1, tokens, heads, head size) and no weights.
     """
-    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
+    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     outputs = []
     for s in segments:
-        shared, end = s.start + s.prompt, s.start + s.prompt + s.chosen
-        q, k, v = (x[:, :, s.start : end] for x in (query, key, value))
-        if end > s.start:
-            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
-        if s.rejected:
-            q = query[:, :, end : end + s.rejected]
-            k, v = (
-                torch.cat([x[:, :, s.start : shared], x[:, :, end : end + s.rejected]], dim=2) for x in (key, value)
-            )
-            outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=s.mask, **options))
+        q, k, v = (x[:, :, s.start : s.start + s.tokens] for x in (query, key, value))
+        if query.is_cuda or dropout:
+            outputs.append(attend(q, k, v, s, scaling, dropout))
+        else:
+            outputs.append(PairAttention.apply(q, k, v, s, scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
