@@ -4,8 +4,11 @@ For every question (a topic and a checkable instruction) the model answers a few
 example of the same instruction about a subject outside the topics. The example is only in the prompt of the sampling: what is
 kept is the question alone, so that training has to teach what the example showed. Verifiers grade the answers
 (stages/constraints.py); the chosen answer is among the best, the rejected among the worst, and of the candidates within
-`tie_margin` those two are taken whose lengths are nearest, so that length tells little. Where no answer follows the instruction, the best
-one is repaired deterministically and serves as chosen. `delta_score` is the grade of chosen less the grade of rejected.
+`tie_margin` those two are taken whose lengths are nearest, so that length tells little. For `contrast_share` of the questions the
+rejected answer follows another instruction about the same topic instead, so that no form is good in itself: what is chosen
+under one instruction is rejected under another. A plain question about each training topic, without an instruction, borrows both answers:
+plain prose is chosen, an answer in some other form rejected. Where no answer follows the instruction, the best one is repaired
+deterministically and serves as chosen. `delta_score` is the grade of chosen less the grade of rejected.
 
 Sampling goes chunk by chunk into a scratch folder and resumes after an interruption. Every sequence draws from a generator seeded
 by its question, and chunks are independent, so a chunk can be sampled again alone: same bits on one kind of CPU.
@@ -14,10 +17,11 @@ questions), plain.jsonl (held-out plain answers, written by hand, only read here
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -32,7 +36,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stages import params
 from stages.artifacts import complete_file, sha256_file, write_json, write_parquet
 from stages.console import UserError, progress, run_stage
-from stages.constraints import KINDS, SEEN_KINDS, grade, is_strict, repair, words
+from stages.constraints import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict, repair, words
 from stages.gguf import GgufModel
 from stages.quantize import convert
 from stages.topics import split_topics
@@ -60,6 +64,7 @@ DEMONSTRATIONS = {
     "It is made from lemons and cold water. Children like to sell it on hot days.",
 }
 Row = dict[str, Any]
+Length = Callable[[str], int]
 
 
 class CollectSettings(params.Settings):
@@ -71,6 +76,7 @@ class CollectSettings(params.Settings):
     temperature: float
     max_new_tokens: int
     tie_margin: float
+    contrast_share: float
     chunk_topics: int
     slots: int
     threads: int
@@ -86,12 +92,12 @@ class Params(params.Params):
 def build_questions(settings: CollectSettings) -> list[Row]:
     """All questions in a fixed order: id, split, topic, kind, verifier parameters as JSON, and text.
 
-    A training topic meets every seen kind. A held-out topic meets half of the kinds, unseen ones included for the test split, so
-    that many topics carry the same number of questions of each kind.
+    A training topic meets every seen kind and the plain question. A held-out topic meets half of the kinds, unseen ones included
+    for the test split, so that many topics carry the same number of questions of each kind.
     """
     rows: list[Row] = []
     for split, topics in split_topics().items():
-        kinds = list(KINDS) if split == "test" else [kind.name for kind in SEEN_KINDS]
+        kinds = [kind.name for kind in (*SEEN_KINDS, *{"test": UNSEEN_KINDS, "train": (PLAIN,)}.get(split, ()))]
         for number, topic in enumerate(topics if split != "train" else topics[: settings.topics]):
             asked = kinds if split == "train" else kinds[number % 2 :: 2]
             for name in asked:
@@ -158,29 +164,38 @@ def copies(answer: str, demonstrated: str) -> bool:
     return bool(grams[0] & grams[1])
 
 
-def build_pair(question: Row, samples: list[Row], settings: CollectSettings, seed: int) -> Row | str:
-    """The preference pair of one question, or the reason why there is none (module docstring: the rule)."""
-    kind, verifier = question["kind"], json.loads(question["constraint"])
-    example = demonstration(question, seed)[1]["content"]
-    answers = dict.fromkeys(
-        row["answer"]
-        for row in samples
-        if row["finished"]
-        and row["answer"]
-        and not (row["demonstrated"] and KINDS[kind].free_text and copies(row["answer"], example))
+def usable_answers(question: Row, samples: list[Row], seed: int) -> list[str]:
+    """The distinct answers of a question that may enter a pair: finished, not empty, not copied from the worked example."""
+    kind, example = question["kind"], demonstration(question, seed)[1]["content"]
+    return list(
+        dict.fromkeys(
+            row["answer"]
+            for row in samples
+            if row["finished"]
+            and row["answer"]
+            and not (row["demonstrated"] and KINDS[kind].free_text and copies(row["answer"], example))
+        )
     )
+
+
+def build_pair(
+    question: Row, answers: list[str], contrast: list[str], settings: CollectSettings, length: Length
+) -> Row | str:
+    """The preference pair of one question, or the reason why there is none (module docstring: the rule).
+
+    `answers` are the question's own; where `contrast` is not empty the rejected answer is one of these. `length` counts tokens.
+    """
+    kind, verifier = question["kind"], json.loads(question["constraint"])
     if not answers:
         return "no finished answer"
     grades = {answer: grade(kind, answer, verifier) for answer in answers}
-    worst = min(grades.values())
-    rejectable = [
-        answer
-        for answer in answers
-        if grades[answer] <= worst + settings.tie_margin and not is_strict(kind, answer, verifier)
+    failing = {answer: value for answer, value in grades.items() if not is_strict(kind, answer, verifier)}
+    rejectable = contrast or [
+        answer for answer, value in failing.items() if value <= min(failing.values()) + settings.tie_margin
     ]
     if not rejectable:
         return "every answer follows the instruction"
-    passing = {answer: grades[answer] for answer in answers if is_strict(kind, answer, verifier)}
+    passing = {answer: value for answer, value in grades.items() if answer not in failing}
     repaired = not passing
     if repaired:
         fixed = first_repair(kind, sorted(answers, key=lambda answer: (-grades[answer], answer)), verifier)
@@ -190,19 +205,40 @@ def build_pair(question: Row, samples: list[Row], settings: CollectSettings, see
     acceptable = [answer for answer, value in passing.items() if value >= max(passing.values()) - settings.tie_margin]
     chosen, rejected = min(
         ((good, bad) for good in acceptable for bad in rejectable),
-        key=lambda pair: (abs(len(pair[0]) - len(pair[1])), pair),
+        key=lambda pair: (abs(length(pair[0]) - length(pair[1])), pair),
     )
     return {
         "question": question["question"],
         "chosen": chosen,
         "rejected": rejected,
-        "delta_score": round(passing[chosen] - grades[rejected], 4),
+        "delta_score": round(passing[chosen] - grade(kind, rejected, verifier), 4),
         "id": question["id"],
         "topic": question["topic"],
         "kind": kind,
         "constraint": question["constraint"],
         "repaired": repaired,
+        "contrast": bool(contrast),
     }
+
+
+def contrasting_answers(question: Row, neighbours: list[tuple[Row, list[str]]], random: Random) -> list[str]:
+    """Answers that follow one of three other instructions about the same topic, drawn at random, and fail this one; may be empty.
+
+    `neighbours` are the other questions about the topic with their usable answers. Prose is contrasted with prose only, since a
+    word list or a single word would be too easy to reject.
+    """
+    kind, verifier = question["kind"], json.loads(question["constraint"])
+    found = []
+    for other, answers in neighbours:
+        followed = json.loads(other["constraint"])
+        fitting = [
+            answer
+            for answer in answers
+            if is_strict(other["kind"], answer, followed) and not is_strict(kind, answer, verifier)
+        ]
+        if fitting and KINDS[other["kind"]].free_text >= KINDS[kind].free_text:
+            found.append(fitting)
+    return [answer for fitting in random.sample(found, min(3, len(found))) for answer in fitting]
 
 
 def first_repair(kind: str, answers: list[str], verifier: Row) -> str | None:
@@ -214,16 +250,26 @@ def first_repair(kind: str, answers: list[str], verifier: Row) -> str | None:
 
 
 def build_splits(
-    questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int
+    questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int, length: Length
 ) -> tuple[dict[str, list[Row]], Counter[str]]:
     """Grades and pairs all samples: ({split: rows sorted by delta_score descending, then id}, reasons for no pair)."""
     by_question: dict[str, list[Row]] = {question["id"]: [] for question in questions}
     for row in samples:
         by_question[row["id"]].append(row)
+    answers = {question["id"]: usable_answers(question, by_question[question["id"]], seed) for question in questions}
+    by_topic: dict[tuple[str, str], list[Row]] = {}
+    for question in questions:
+        by_topic.setdefault((question["split"], question["topic"]), []).append(question)
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     reasons: Counter[str] = Counter()
     for question in questions:
-        pair = build_pair(question, by_question[question["id"]], settings, seed)
+        random, contrast, own = Random(f"{seed}/{question['id']}/contrast"), [], answers[question["id"]]
+        others = [other for other in by_topic[question["split"], question["topic"]] if other is not question]
+        if question["kind"] == PLAIN.name:
+            own = [text for other in others if KINDS[other["kind"]].free_text for text in answers[other["id"]]]
+        if random.random() < settings.contrast_share or question["kind"] == PLAIN.name:
+            contrast = contrasting_answers(question, [(other, answers[other["id"]]) for other in others], random)
+        pair = build_pair(question, own, contrast, settings, length)
         if isinstance(pair, str):
             reasons[f"{question['split']}: {pair}"] += 1
         else:
@@ -231,6 +277,12 @@ def build_splits(
     for rows in splits.values():
         rows.sort(key=lambda row: (-row["delta_score"], row["id"]))
     return splits, reasons
+
+
+def token_length(model: Path) -> Length:
+    """A function that counts the tokens of a text."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return functools.cache(lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def leakage(rows: list[Row]) -> dict[str, float]:
@@ -294,7 +346,7 @@ def main() -> None:
         raise UserError(f"{BASE}: no model; run `dvc repro fetch_model` first")
     questions = build_questions(settings)
     samples = sample_all(questions, settings, seed)
-    splits, reasons = build_splits(questions, samples, settings, seed)
+    splits, reasons = build_splits(questions, samples, settings, seed, token_length(BASE))
     write_parquet(EMBEDDED / "samples.parquet", pa.Table.from_pylist(samples))
     for split, rows in splits.items():
         write_parquet(EMBEDDED / f"{split}.parquet", pa.Table.from_pylist(rows))
@@ -313,7 +365,8 @@ def processor() -> Row:
 
 
 def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
-    """The questions in chunks of `chunk_topics` topics, in order: what is sampled together, and again alone by the test."""
+    """The questions to sample in chunks of `chunk_topics` topics, in order; the test samples one of them again alone."""
+    questions = [question for question in questions if question["kind"] != PLAIN.name]
     topics = list(dict.fromkeys((question["split"], question["topic"]) for question in questions))
     groups = [set(topics[i : i + settings.chunk_topics]) for i in range(0, len(topics), settings.chunk_topics)]
     return [[question for question in questions if (question["split"], question["topic"]) in group] for group in groups]
@@ -322,7 +375,7 @@ def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
 def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> list[Row]:
     """Samples all chunks that the scratch folder does not hold yet; returns all rows in order."""
     key = hashlib.sha256(
-        f"{settings.model_dump_json()}{seed}{sha256_file(BASE / 'model.safetensors')}".encode()
+        f"{settings.model_dump_json(exclude={'tie_margin', 'contrast_share'})}{seed}{sha256_file(BASE / 'model.safetensors')}".encode()
     ).hexdigest()[:16]
     folder = SCRATCH / key
     folder.mkdir(parents=True, exist_ok=True)
