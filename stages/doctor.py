@@ -164,6 +164,11 @@ def check_profile(root: Path) -> Check:
     if isinstance(found, Check):
         return Check("profile", found.ok, found.finding, found.mend)
     committed, current = (side.get("profile") for side in found)
+    scratch = root / ".scratch"
+    if (scratch / "params.yaml.before").exists() and not is_locked(scratch / "repro.lock"):
+        return Check(
+            "profile", False, f"a killed run left params.yaml at profile: {current}", "put it back: make repro"
+        )
     if committed == current:
         return Check("profile", True, str(current))
     return Check(
@@ -172,6 +177,18 @@ def check_profile(root: Path) -> Check:
         f"params.yaml says profile: {current}, the commit {committed}; every run from here uses {current}",
         f"commit it if it is meant, or set profile: {committed} again in params.yaml",
     )
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock of this file."""
+    try:
+        with path.open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def parameters(root: Path) -> tuple[dict[str, Any], dict[str, Any]] | Check:
@@ -239,12 +256,7 @@ def check_rwlock(root: Path) -> Check:
 def check_lock(root: Path) -> Check:
     """DVC's repository lock is free, or held by a dvc that lives."""
     path = root / ".dvc" / "tmp" / "lock"
-    try:
-        with path.open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return Check("dvc lock", True, "none")
-    except BlockingIOError:
+    if is_locked(path):
         holder = re.search(r"\d+", path.read_text(encoding="utf-8"))
         if holder and is_alive(int(holder[0])) and is_dvc(int(holder[0])):
             return Check("dvc lock", True, f"held by the dvc that is running, process {holder[0]}")

@@ -1,4 +1,4 @@
-"""Stage evaluate: base, merged and every GGUF on the same held-out tasks -> reports/eval.
+"""Stage evaluate: base, merged and every GGUF on the same held-out tasks -> data/evaluation.
 
 The tasks are lm-eval's (stages/tasks/*.yaml), run through models that work on token ids (stages/scoring.py): strict instruction accuracy
 over greedy answers, preference accuracy on held-out pairs, log-likelihood of plain answers. Beside them, over full
@@ -32,7 +32,7 @@ from stages.scoring import ChatModel, GgufChat, HuggingFaceChat
 from stages.tokenize import answer_ids, prompt_ids
 
 BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
-SUBSET, OUTPUT, TASKS = Path("data/subset"), Path("reports/eval"), Path(__file__).parent / "tasks"
+SUBSET, OUTPUT, TASKS = Path("data/subset"), Path("data/evaluation"), Path(__file__).parent / "tasks"
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
 
@@ -87,7 +87,7 @@ def run_tasks(model: ChatModel, settings: EvaluateSettings) -> dict[str, Answers
 
 
 def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
-    """The rows of reports/eval/NAME.jsonl: one a question."""
+    """The rows of data/evaluation/NAME.jsonl: one a question."""
     rows = []
     for sample, is_finished in zip(samples, finished, strict=True):
         doc, answer = sample["doc"], sample["filtered_resps"][0]
@@ -147,7 +147,7 @@ def perplexity(samples: Answers, tokenizer: PreTrainedTokenizerBase) -> dict[str
 def evaluate_model(
     name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], Answers]:
-    """All tasks on one model: (reports/eval/NAME.json, rows of NAME.jsonl)."""
+    """All tasks on one model: (data/evaluation/NAME.json, rows of NAME.jsonl)."""
     with opened(name, settings, tokenizer) as model:
         samples = run_tasks(model, settings)
         finished = model.finished

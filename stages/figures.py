@@ -75,7 +75,7 @@ class KindGain:
 
 @dataclass(frozen=True)
 class QuantizedFile:
-    """One GGUF: its size, its distance from the merged model, and what the loss of bits does to its answers."""
+    """One GGUF: its size, its distance from the merged model, and what the loss of bits does to its answers; None: not measured."""
 
     name: str
     bytes: int
@@ -83,10 +83,10 @@ class QuantizedFile:
     tensors: int
     fallback: int
     matrices: Mapping[str, int]
-    mean_kl: float
-    top1_agreement: float
-    strict: float
-    against_merged: Mapping[str, float]
+    mean_kl: float | None
+    top1_agreement: float | None
+    strict: float | None
+    against_merged: Mapping[str, float] | None
     sha256: str
 
 
@@ -169,17 +169,21 @@ def gains_by_kind(rows: Sequence[KindGain]) -> Figure:
 
 
 def quantization_tradeoff(files: Sequence[QuantizedFile]) -> Figure:
-    """Distance from the merged model, and change in strict accuracy with its paired interval, for each GGUF."""
+    """Distance from the merged model, and change in strict accuracy with its paired interval, for each GGUF that was evaluated."""
     with _style():
         figure = _figure(height=3.1)
         left, right = figure.subplots(1, 2)
-        left.plot([file.mean_kl for file in files], "o-", color=BLUE, ms=7, lw=1.2)
+        files = [file for file in files if file.mean_kl is not None]
+        distances = [file.mean_kl or 0.0 for file in files]
+        left.plot(distances, "o-", color=BLUE, ms=7, lw=1.2)
         left.set_title("Mean KL from merged, nats per token")
-        if all(file.mean_kl > 0 for file in files):
+        if distances and min(distances) > 0:
             left.set_yscale("log")
             left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         right.axhline(0, color=INK, lw=0.8)
         for x, gain in enumerate(file.against_merged for file in files):
+            if gain is None:
+                continue
             colour = GREEN if gain["low"] > 0 else RED if gain["high"] < 0 else MUTED
             right.plot([x, x], [gain["low"], gain["high"]], "-", color=colour, lw=2.5)
             right.plot(x, gain["points"], "o", color=colour, ms=7)

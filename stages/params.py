@@ -56,7 +56,7 @@ def load(params: type[P], path: Path = PARAMS) -> P:
     try:
         return params.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {'; '.join(_explain(detail, where) for detail in error.errors())}") from None
+        raise UserError(f"{path}: {'; '.join(_explain(detail, where, params) for detail in error.errors())}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -113,11 +113,14 @@ def reject_unknown_keys(tree: dict[str, Any], path: Path = PARAMS, pipeline: Pat
                 raise UserError(f"{path}: unknown key `{prefix}{key}`; allowed there: {', '.join(sorted(allowed))}")
 
 
-def _explain(detail: Any, where: dict[str, str]) -> str:
+def _explain(detail: Any, where: dict[str, str], params: type[Params]) -> str:
     first, *rest = detail["loc"] or ("?",)
     key = ".".join([where.get(str(first), str(first)), *map(str, rest)])
     if detail["type"] == "extra_forbidden":
-        return f"unknown key `{key}`; remove it or correct its name"
+        allowed: Any = params
+        for name in detail["loc"][:-1]:
+            allowed = allowed.model_fields[name].annotation
+        return f"unknown key `{key}`; allowed there: {', '.join(sorted(allowed.model_fields))}"
     if detail["type"] == "missing":
         return f"key `{key}` is missing"
     return f"`{key}` is {detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}"

@@ -1,4 +1,4 @@
-"""Stage quantize: models/merged -> models/gguf/*.gguf and reports/quantize.json.
+"""Stage quantize: models/merged -> models/gguf: a GGUF file for each type, and quantize.json, which describes them.
 
 llama.cpp's own converter writes the f16 GGUF from the safetensors, and llama.cpp itself quantizes it to the smaller types. What
 the file says about itself (token ids, end and padding tokens, pre-tokenizer, chat template) is compared with the tokenizer of the
@@ -21,7 +21,7 @@ from stages.artifacts import complete_folder, sha256_file, write_json
 from stages.console import UserError, progress, run_stage
 from stages.gguf import GgufModel, quiet_llama_cpp
 
-MERGED, OUTPUT, REPORT = Path("models/merged"), Path("models/gguf"), Path("reports/quantize.json")
+MERGED, OUTPUT = Path("models/merged"), Path("models/gguf")
 FILE_TYPES = {
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
@@ -159,9 +159,9 @@ def main() -> None:
                 quantize(folder / "f16.gguf", path, kind)
             check(path, tokenizer)
             report[kind] = describe(path, kind)
-        report_metadata = metadata(folder / "f16.gguf")
-    report_metadata.pop("template")
-    write_json(REPORT, {"files": report, "metadata": report_metadata})
+        found = metadata(folder / "f16.gguf")
+        found.pop("template")
+        write_json(folder / "quantize.json", {"files": report, "metadata": found})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Stage report: the other stages' reports -> reports/metrics.json, report.md, report.html and figures/.
+"""Stage report: what the other stages found -> reports/metrics.json, report.md, report.html, figures/, quantize.json and eval/.
 
 Nothing is measured here: each number is one that a stage wrote, or a count of its rows, so that the page can be rebuilt
-on any machine. What is shown is computed once, in `page`, and rendered twice. The HTML is one file without scripts that
-needs no network. Answers of models are data: they are escaped wherever they are shown.
+on any machine. What is shown is computed once, in `page`, and rendered twice; a task that the profile does not evaluate is
+left out. The HTML is one file without scripts that needs no network. Answers of models are data: they are escaped wherever
+they are shown. What lies in DVC's cache (the table of GGUF files, scores and answers) is copied to reports/, so that git
+carries it and a review needs no cache.
 """
 
 import base64
@@ -10,6 +12,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ from stages.figures import Curves, KindGain, QuantizedFile
 REPORTS, TEMPLATES = Path("reports"), Path(__file__).parent / "templates"
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
+EVALUATION, QUANTIZE = Path("data/evaluation"), Path("models/gguf/quantize.json")
+TASKS = ("strict", "preference", "perplexity", "failures")
 SPLITS = ("train", "validation", "test")
 
 Row = dict[str, Any]
@@ -81,10 +86,10 @@ def read_inputs() -> Inputs:
     """
     tree = params.read_yaml(params.PARAMS)
     profile = params.selected_profile(tree)
-    quantize = read_json(REPORTS / "quantize.json")
-    ggufs = sorted(quantize["files"], key=lambda name: (-quantize["files"][name]["bytes"], name))
+    quantize = read_json(QUANTIZE)
+    comparison = read_json(EVALUATION / "comparison.json")
+    ggufs = sorted(set(quantize["files"]) & set(comparison), key=lambda name: (-quantize["files"][name]["bytes"], name))
     models = ["base", "merged", *ggufs]
-    evaluation = REPORTS / "eval"
     return Inputs(
         profile=profile,
         params=flatten(shown_params(tree, profile)),
@@ -94,11 +99,11 @@ def read_inputs() -> Inputs:
         validation=parse_curves(read_text(REPORTS / "train" / "evaluation.csv")),
         summary=read_json(REPORTS / "train" / "summary.json"),
         quantize=quantize,
-        comparison=read_json(evaluation / "comparison.json"),
-        divergence=read_json(evaluation / "divergence.json"),
-        results={name: read_json(evaluation / f"{name}.json") for name in models},
+        comparison=comparison,
+        divergence=read_json(EVALUATION / "divergence.json"),
+        results={name: dict.fromkeys(TASKS) | read_json(EVALUATION / f"{name}.json") for name in models},
         answers={
-            name: parse_answers(read_text(evaluation / f"{name}.jsonl"))
+            name: parse_answers(read_text(EVALUATION / f"{name}.jsonl"))
             for name in dict.fromkeys(["base", "merged", models[-1]])
         },
     )
@@ -145,21 +150,29 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def metrics(inputs: Inputs) -> Row:
     """The numbers of reports/metrics.json, which `dvc metrics` and `dvc exp show` list."""
-    gain = inputs.comparison["merged"]
-    before_and_after = ("base", "merged")
-    return {
-        "strict_accuracy": {name: result["strict"]["seen"]["accuracy"] for name, result in inputs.results.items()},
-        "strict_gain": {key: gain["strict"][key] for key in ("points", "low", "high", "n")},
-        "unseen_gain": {"points": gain["unseen"]["points"]},
-        "preference_accuracy": {name: inputs.results[name]["preference"]["accuracy"] for name in before_and_after},
-        "perplexity": {name: inputs.results[name]["perplexity"]["value"] for name in before_and_after},
-        "gguf_kl": {name: inputs.divergence[name]["mean_kl"] for name in inputs.quantize["files"]},
+    gain, compared = inputs.comparison["merged"], {name: inputs.results[name] for name in ("base", "merged")}
+    found: Row = {
+        "gguf_kl": {name: inputs.divergence[name]["mean_kl"] for name in inputs.results if name in inputs.divergence},
         "train": {"first_loss": inputs.summary["first_loss"]},
     }
+    if gain["strict"]:
+        found["strict_accuracy"] = {
+            name: result["strict"]["seen"]["accuracy"] for name, result in inputs.results.items()
+        }
+        found["strict_gain"] = {key: gain["strict"][key] for key in ("points", "low", "high", "n")}
+    if gain["unseen"]:
+        found["unseen_gain"] = {"points": gain["unseen"]["points"]}
+    if compared["merged"]["preference"]:
+        found["preference_accuracy"] = {name: result["preference"]["accuracy"] for name, result in compared.items()}
+    if compared["merged"]["perplexity"]:
+        found["perplexity"] = {name: result["perplexity"]["value"] for name, result in compared.items()}
+    return found
 
 
 def kind_gains(inputs: Inputs) -> list[KindGain]:
     """Every kind of instruction before and after training, from the largest gain to the largest loss."""
+    if not inputs.comparison["merged"]["strict"]:
+        return []
     base, merged = inputs.results["base"]["strict"]["by_kind"], inputs.results["merged"]["strict"]["by_kind"]
     rows = []
     for kind, gain in inputs.comparison["merged"]["by_kind"].items():
@@ -213,23 +226,25 @@ def _sample(inputs: Inputs, row: Row) -> Sample:
 
 def quantized_files(inputs: Inputs) -> list[QuantizedFile]:
     """The GGUF files from the largest to the smallest."""
-    return [
-        QuantizedFile(
-            name=name,
-            bytes=inputs.quantize["files"][name]["bytes"],
-            bits_per_weight=inputs.quantize["files"][name]["bits_per_weight"],
-            tensors=inputs.quantize["files"][name]["tensors"],
-            fallback=inputs.quantize["files"][name]["fallback"],
-            matrices=inputs.quantize["files"][name]["matrices_by_type"],
-            mean_kl=inputs.divergence[name]["mean_kl"],
-            top1_agreement=inputs.divergence[name]["top1_agreement"],
-            strict=inputs.results[name]["strict"]["seen"]["accuracy"],
-            against_merged=inputs.comparison[name]["strict"],
-            sha256=inputs.quantize["files"][name]["sha256"],
+    files = []
+    for name, file in sorted(inputs.quantize["files"].items(), key=lambda item: (-item[1]["bytes"], item[0])):
+        strict = inputs.results.get(name, {}).get("strict")
+        files.append(
+            QuantizedFile(
+                name=name,
+                bytes=file["bytes"],
+                bits_per_weight=file["bits_per_weight"],
+                tensors=file["tensors"],
+                fallback=file["fallback"],
+                matrices=file["matrices_by_type"],
+                mean_kl=inputs.divergence.get(name, {}).get("mean_kl"),
+                top1_agreement=inputs.divergence.get(name, {}).get("top1_agreement"),
+                strict=strict["seen"]["accuracy"] if strict else None,
+                against_merged=inputs.comparison.get(name, {}).get("strict"),
+                sha256=file["sha256"],
+            )
         )
-        for name in inputs.results
-        if name in inputs.quantize["files"]
-    ]
+    return files
 
 
 def data_flow(inputs: Inputs) -> list[SplitFlow]:
@@ -267,6 +282,33 @@ def data_flow(inputs: Inputs) -> list[SplitFlow]:
     return flow
 
 
+def scores(result: Row) -> list[str]:
+    """The cells of a model in the table of scores: strict, unseen, preference, perplexity, empty, looping, unfinished."""
+    strict, failures = result["strict"], result["failures"]
+    return [
+        percent(strict["seen"]["accuracy"] if strict else None),
+        percent(strict["unseen"]["accuracy"] if strict else None),
+        percent(result["preference"]["accuracy"] if result["preference"] else None),
+        number(result["perplexity"]["value"] if result["perplexity"] else None),
+        *(count(failures[name]) if failures else "–" for name in ("empty", "looping", "unfinished")),
+    ]
+
+
+def sizes(result: Row) -> str:
+    """On how much each score rests."""
+    found = []
+    if result["strict"]:
+        found += [
+            f"{part} {result['strict'][key]['n']:,} questions"
+            for part, key in (("strict", "seen"), ("unseen", "unseen"))
+        ]
+    if result["preference"]:
+        found.append(f"preference {result['preference']['n']:,} pairs")
+    if result["perplexity"]:
+        found.append("perplexity {tokens:,} tokens of {answers:,} answers".format(**result["perplexity"]))
+    return ", ".join(found)
+
+
 def headline(gain: Mapping[str, Any], before: float, after: float, what: str) -> str:
     """One sentence: from where to where, the gain with its interval, and whether the interval holds zero."""
     change = f"{points(gain['points'])} points, 95% paired interval {interval(gain)}, n = {gain['n']:,}"
@@ -278,27 +320,34 @@ def headline(gain: Mapping[str, Any], before: float, after: float, what: str) ->
     return f"Training moved {what} {span}; the interval includes no change."
 
 
+def headlines(inputs: Inputs) -> list[str]:
+    """What training did, in a sentence for each task that was evaluated."""
+    gain, base, merged = inputs.comparison["merged"], inputs.results["base"], inputs.results["merged"]
+    sentences = []
+    for part, what in (
+        ("seen", "the share of instructions followed exactly"),
+        ("unseen", "the same share, on kinds of instruction never trained on,"),
+    ):
+        found = gain["strict" if part == "seen" else "unseen"]
+        if found:
+            before, after = (result["strict"][part]["accuracy"] for result in (base, merged))
+            sentences.append(headline(found, before, after, what))
+    if not sentences and merged["preference"]:
+        before, after = (percent(result["preference"]["accuracy"]) for result in (base, merged))
+        pairs = f"{merged['preference']['n']:,} held-out pairs"
+        sentences.append(f"The chosen answer is the likelier one in {after} of {pairs}, before training in {before}.")
+    return sentences
+
+
 def page(inputs: Inputs) -> Row:
     """Everything the templates show, computed once for both."""
     gain, results = inputs.comparison["merged"], inputs.results
     kinds = kind_gains(inputs)
     fixed, broken = samples(inputs, [row.kind for row in kinds])
-    strict = {name: (results[name]["strict"]["seen"], results[name]["strict"]["unseen"]) for name in ("base", "merged")}
     return {
         "profile": inputs.profile,
         "params": inputs.params,
-        "headline": headline(
-            gain["strict"],
-            strict["base"][0]["accuracy"],
-            strict["merged"][0]["accuracy"],
-            "the share of instructions followed exactly",
-        ),
-        "headline_unseen": headline(
-            gain["unseen"],
-            strict["base"][1]["accuracy"],
-            strict["merged"][1]["accuracy"],
-            "the same share, on kinds of instruction never trained on,",
-        ),
+        "headline": headlines(inputs),
         "gain": gain,
         "results": results,
         "comparison": inputs.comparison,
@@ -307,7 +356,6 @@ def page(inputs: Inputs) -> Row:
         "files": quantized_files(inputs),
         "hf_bf16": inputs.divergence.get("hf_bf16"),
         "metadata": inputs.quantize["metadata"],
-        "smallest": list(inputs.results)[-1],
         "fixed": fixed,
         "broken": broken,
         "flow": data_flow(inputs),
@@ -332,6 +380,7 @@ def environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     filters = (percent, points, interval, number, difference, setting, count, words, clean, data_uri)
+    made.globals |= {"scores": scores, "sizes": sizes}
     made.filters |= {filter.__name__: filter for filter in filters} | {"md": markdown}
     return made
 
@@ -409,6 +458,9 @@ def main() -> None:
     with complete_folder(FIGURES) as folder:
         draw_figures(inputs, folder)
     write_json(METRICS, metrics(inputs))
+    shutil.copyfile(QUANTIZE, REPORTS / QUANTIZE.name)
+    with complete_folder(REPORTS / "eval") as folder:
+        shutil.copytree(EVALUATION, folder, dirs_exist_ok=True)
     pictures = {path.stem: path for path in sorted(FIGURES.glob("*.png"))}
     render("report.md.j2", MARKDOWN, content)
     render("report.html.j2", HTML, {**content, "pictures": pictures})

@@ -183,6 +183,9 @@ class Relay:
 
 def headline(metrics: dict[str, Any]) -> str:
     """The result in one line, from reports/metrics.json."""
+    if "strict_gain" not in metrics:
+        preference = metrics.get("preference_accuracy", {})
+        return "; ".join(f"preference accuracy of {name}: {value:.1%}" for name, value in preference.items())
     accuracy, gain = metrics["strict_accuracy"], metrics["strict_gain"]
     return (
         f"strict accuracy: base {accuracy['base']:.1%}, merged {accuracy['merged']:.1%}; "

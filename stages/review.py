@@ -54,6 +54,12 @@ class Run:
     history: Curves
     validation: Curves
 
+    @property
+    def strict_gain(self) -> dict[str, Any] | None:
+        """The gain of merged over base with its interval, in points; None where the instructions were not evaluated."""
+        keys = ("points", "low", "high", "n")
+        return {key: self.metrics[f"strict_gain.{key}"] for key in keys} if "strict_gain.n" in self.metrics else None
+
 
 @dataclass(frozen=True)
 class Change:
@@ -191,17 +197,18 @@ def strict_gain(before: Mapping[str, Row], after: Mapping[str, Row], seen: bool)
     return dict(paired_gain(rows)) if rows else None
 
 
-def quantization(revision: Revision) -> dict[str, dict[str, float]]:
-    """Size, divergence and strict accuracy of each GGUF of a revision, from the largest to the smallest."""
+def quantization(revision: Revision) -> dict[str, dict[str, float | None]]:
+    """Size, divergence and strict accuracy of each GGUF of a revision, from the largest to the smallest; None: not measured."""
     files = read_json(revision, "reports/quantize.json")["files"]
     divergence = read_json(revision, "reports/eval/divergence.json")
+    strict = read_json(revision, "reports/metrics.json").get("strict_accuracy", {})
     return {
         name: {
             "megabytes": files[name]["bytes"] / 1e6,
             "bits_per_weight": files[name]["bits_per_weight"],
-            "mean_kl": divergence[name]["mean_kl"],
-            "top1_agreement": divergence[name]["top1_agreement"],
-            "strict": read_json(revision, f"reports/eval/{name}.json")["strict"]["seen"]["accuracy"],
+            "mean_kl": divergence.get(name, {}).get("mean_kl"),
+            "top1_agreement": divergence.get(name, {}).get("top1_agreement"),
+            "strict": strict.get(name),
         }
         for name in sorted(files, key=lambda name: (-files[name]["bytes"], name))
     }
@@ -247,6 +254,15 @@ def summarize(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _headline(run: Run) -> str:
+    gain = run.strict_gain
+    if gain is None:
+        return f"preference {percent(run.metrics.get('preference_accuracy.merged'))}"
+    return (
+        f"strict {percent(run.metrics['strict_accuracy.merged'])}, {points(gain['points'])} points, {_interval(gain)}"
+    )
+
+
 def _interval(gain: Mapping[str, Any]) -> str:
     return f"95% interval {points(gain['low'])} to {points(gain['high'])}, n = {gain['n']}"
 
@@ -263,9 +279,7 @@ def compare(names: Sequence[str]) -> list[str]:
     lines = []
     for run in runs:
         values = " ".join(f"{key}={setting(run.params.get(key, ABSENT))}" for key in differing)
-        gain = {key: run.metrics[f"strict_gain.{key}"] for key in ("points", "low", "high", "n")}
-        strict = percent(run.metrics["strict_accuracy.merged"])
-        lines.append(f"{run.name}  {values}  strict {strict}, {points(gain['points'])} points, {_interval(gain)}")
+        lines.append(f"{run.name}  {values}  {_headline(run)}")
     return [*lines, f"read {OUTPUT / 'sweep.html'}"]
 
 

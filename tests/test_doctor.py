@@ -195,6 +195,18 @@ def test_a_profile_that_stuck_is_told_apart_from_other_overrides(repo: Path) -> 
     assert doctor.check_params(repo).ok
 
 
+def test_a_profile_left_by_a_killed_run_is_put_back_by_the_next(repo: Path) -> None:
+    scratch = repo / ".scratch"
+    scratch.mkdir()
+    (scratch / "params.yaml.before").write_text("profile: cpu\n")
+    lock = scratch / "repro.lock"
+    lock.touch()
+    assert doctor.check_profile(repo).mend == "put it back: make repro"
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert doctor.check_profile(repo).ok
+
+
 def test_a_broken_params_file_is_a_problem_in_one_line(repo: Path) -> None:
     (repo / "params.yaml").write_text("beta: [0.1\nseed: 7\n")
     found = doctor.check_params(repo)

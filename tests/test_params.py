@@ -132,7 +132,12 @@ def test_no_selected_profile_is_told() -> None:
         ("seed: 42", "seed: 42\nsede: 1", "sede", "allowed there: beta, collect, name, profile, profiles, seed, wandb"),
         ("    model: {source: embedded}", "    modle: {}", "profiles.cpu.modle", "allowed there: fit, model"),
         ("    model: {source: elsewhere}", "    modle: {}", "profiles.gpu.modle", "allowed there: fit, model"),
-        ("rate: 2.0e-4", "rate: 2.0e-4, rte: 1", "profiles.cpu.fit.rte", "remove it or correct its name"),
+        (
+            "rate: 2.0e-4",
+            "rate: 2.0e-4, rte: 1",
+            "profiles.cpu.fit.rte",
+            "allowed there: limit, mode, parts, rate, steps",
+        ),
     ],
 )
 def test_a_misspelt_key_is_named(old: str, new: str, key: str, allowed: str) -> None:

@@ -30,26 +30,24 @@ def write_reports(root: Path, beta: float = 0.1, seed: int = 0, rate: float | No
         "    quantize:\n      types: [Q8_0, Q4_K_M]\n"
         "  a40:\n    train:\n      learning_rate: 1e-6\n"
     )
-    reports = root / "reports"
+    reports, evaluation = root / "reports", root / "data/evaluation"
     random = Random(seed)
     answers = {
         name: _answers(name, random, rate if rate is not None and name != "base" else share)
         for name, share in MODELS.items()
     }
     for name, rows in answers.items():
-        _write(reports / "eval" / f"{name}.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
-        _json(reports / "eval" / f"{name}.json", _result(name, rows, random))
+        _write(evaluation / f"{name}.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+        _json(evaluation / f"{name}.json", _result(name, rows, random))
     against = {"merged": "base"} | dict.fromkeys(FILES, "merged")
-    _json(
-        reports / "eval" / "comparison.json", {n: _compare(answers[old], answers[n], old) for n, old in against.items()}
-    )
+    _json(evaluation / "comparison.json", {n: _compare(answers[old], answers[n], old) for n, old in against.items()})
     kl = {"hf_bf16": 1e-5, "f16": 2e-6, "Q8_0": 4e-4, "Q4_K_M": 0.021}
     _json(
-        reports / "eval" / "divergence.json",
+        evaluation / "divergence.json",
         {name: {"mean_kl": value, "top1_agreement": 1 - value, "tokens": 5000} for name, value in kl.items()},
     )
     _json(
-        reports / "quantize.json",
+        root / "models/gguf/quantize.json",
         {"files": {name: _file(name) for name in FILES}, "metadata": {"architecture": "llama", "eos": 2}},
     )
     _json(reports / "subset.json", {split: _subset(split) for split in ("train", "validation", "test")})
@@ -212,7 +210,8 @@ class Page(HTMLParser):
 
 
 def outputs() -> dict[str, bytes]:
-    paths = [report.METRICS, report.MARKDOWN, report.HTML, *sorted(report.FIGURES.iterdir())]
+    folders = (path for folder in (report.FIGURES, report.REPORTS / "eval") for path in sorted(folder.iterdir()))
+    paths = [report.METRICS, report.MARKDOWN, report.HTML, report.REPORTS / "quantize.json", *folders]
     return {path.as_posix(): path.read_bytes() for path in paths}
 
 
@@ -355,20 +354,20 @@ def test_the_headline_says_what_the_interval_allows(low: float, high: float, ver
 @pytest.mark.parametrize(
     "missing",
     [
-        "subset.json",
-        "data.json",
-        "train/history.csv",
-        "train/summary.json",
-        "quantize.json",
-        "eval/Q8_0.json",
-        "eval/merged.jsonl",
+        "reports/subset.json",
+        "reports/data.json",
+        "reports/train/history.csv",
+        "reports/train/summary.json",
+        "models/gguf/quantize.json",
+        "data/evaluation/Q8_0.json",
+        "data/evaluation/merged.jsonl",
     ],
 )
 def test_a_missing_input_is_named_in_one_line(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_reports(tmp_path)
-    (tmp_path / "reports" / missing).unlink()
+    (tmp_path / missing).unlink()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"^reports/{missing}: no such file; run `dvc repro` to make it$"):
+    with pytest.raises(UserError, match=rf"^{missing}: no such file; run `dvc repro` to make it$"):
         report.main()
     assert not report.HTML.exists()
 
@@ -382,6 +381,40 @@ def test_a_run_without_validation_is_reported_without_it(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     report.main()
     assert "On the validation split" not in Page(report.HTML.read_text()).text
+
+
+def test_a_run_that_measured_preference_alone_is_reported_without_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_reports(tmp_path)
+    evaluation = tmp_path / "data/evaluation"
+    for path in [evaluation / f"{name}.json" for name in MODELS]:
+        found = json.loads(path.read_text())
+        _json(path, {key: found[key] for key in ("model", "preference")})
+        path.with_suffix(".jsonl").write_text("")
+    comparison = json.loads((evaluation / "comparison.json").read_text())
+    empty = {"strict": None, "unseen": None, "by_kind": {}}
+    _json(evaluation / "comparison.json", {name: found | empty for name, found in comparison.items()})
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    page = Page(report.HTML.read_text())
+    assert set(json.loads(report.METRICS.read_text())) == {"preference_accuracy", "gguf_kl", "train"}
+    assert "The chosen answer is the likelier one in" in page.text
+    assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
+    assert "kinds" not in page.ids
+    assert "By kind" not in report.MARKDOWN.read_text()
+
+
+def test_a_file_that_was_not_evaluated_is_listed_by_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_reports(tmp_path)
+    evaluation = tmp_path / "data/evaluation"
+    for name in ("comparison", "divergence"):
+        found = json.loads((evaluation / f"{name}.json").read_text())
+        _json(evaluation / f"{name}.json", {key: value for key, value in found.items() if key != "Q8_0"})
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    assert "| Q8_0 | 145.0 | 8.62 | 0 of 272 | – | – | – | – | – |" in report.MARKDOWN.read_text()
+    assert "Q8_0" not in json.loads(report.METRICS.read_text())["strict_accuracy"]
 
 
 def test_counts_that_do_not_add_up_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
