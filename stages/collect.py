@@ -6,8 +6,7 @@ kept is the question alone, so that training has to teach what the example showe
 (stages/constraints.py); the chosen answer is among the best, the rejected among the worst, and of the candidates within
 `tie_margin` those two are taken whose lengths are nearest, so that length tells little. For `contrast_share` of the questions the
 rejected answer follows another instruction about the same topic instead, so that no form is good in itself: what is chosen
-under one instruction is rejected under another. A plain question about each training topic, without an instruction, borrows both answers:
-plain prose is chosen, an answer in some other form rejected. Where no answer follows the instruction, the best one is repaired
+under one instruction is rejected under another. Where no answer follows the instruction, the best one is repaired
 deterministically and serves as chosen. `delta_score` is the grade of chosen less the grade of rejected.
 
 Sampling goes chunk by chunk into a scratch folder and resumes after an interruption. Every sequence draws from a generator seeded
@@ -17,11 +16,10 @@ questions), plain.jsonl (held-out plain answers, written by hand, only read here
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -36,7 +34,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stages import params
 from stages.artifacts import complete_file, sha256_file, write_json, write_parquet
 from stages.console import UserError, progress, run_stage
-from stages.constraints import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict, repair, words
+from stages.constraints import KINDS, SEEN_KINDS, grade, is_strict, repair, words
 from stages.gguf import GgufModel
 from stages.quantize import convert
 from stages.topics import split_topics
@@ -64,7 +62,6 @@ DEMONSTRATIONS = {
     "It is made from lemons and cold water. Children like to sell it on hot days.",
 }
 Row = dict[str, Any]
-Length = Callable[[str], int]
 
 
 class CollectSettings(params.Settings):
@@ -92,12 +89,12 @@ class Params(params.Params):
 def build_questions(settings: CollectSettings) -> list[Row]:
     """All questions in a fixed order: id, split, topic, kind, verifier parameters as JSON, and text.
 
-    A training topic meets every seen kind and the plain question. A held-out topic meets half of the kinds, unseen ones included
-    for the test split, so that many topics carry the same number of questions of each kind.
+    A training topic meets every seen kind. A held-out topic meets half of the kinds, unseen ones included for the test split, so
+    that many topics carry the same number of questions of each kind.
     """
     rows: list[Row] = []
     for split, topics in split_topics().items():
-        kinds = [kind.name for kind in (*SEEN_KINDS, *{"test": UNSEEN_KINDS, "train": (PLAIN,)}.get(split, ()))]
+        kinds = list(KINDS) if split == "test" else [kind.name for kind in SEEN_KINDS]
         for number, topic in enumerate(topics if split != "train" else topics[: settings.topics]):
             asked = kinds if split == "train" else kinds[number % 2 :: 2]
             for name in asked:
@@ -178,12 +175,10 @@ def usable_answers(question: Row, samples: list[Row], seed: int) -> list[str]:
     )
 
 
-def build_pair(
-    question: Row, answers: list[str], contrast: list[str], settings: CollectSettings, length: Length
-) -> Row | str:
+def build_pair(question: Row, answers: list[str], contrast: list[str], settings: CollectSettings) -> Row | str:
     """The preference pair of one question, or the reason why there is none (module docstring: the rule).
 
-    `answers` are the question's own; where `contrast` is not empty the rejected answer is one of these. `length` counts tokens.
+    `answers` are the question's own; where `contrast` is not empty the rejected answer is one of these.
     """
     kind, verifier = question["kind"], json.loads(question["constraint"])
     if not answers:
@@ -205,7 +200,7 @@ def build_pair(
     acceptable = [answer for answer, value in passing.items() if value >= max(passing.values()) - settings.tie_margin]
     chosen, rejected = min(
         ((good, bad) for good in acceptable for bad in rejectable),
-        key=lambda pair: (abs(length(pair[0]) - length(pair[1])), pair),
+        key=lambda pair: (abs(len(pair[0]) - len(pair[1])), pair),
     )
     return {
         "question": question["question"],
@@ -222,7 +217,7 @@ def build_pair(
 
 
 def contrasting_answers(question: Row, neighbours: list[tuple[Row, list[str]]], random: Random) -> list[str]:
-    """Answers that follow one of three other instructions about the same topic, drawn at random, and fail this one; may be empty.
+    """Answers that follow another instruction about the same topic, drawn at random, and fail this one; may be empty.
 
     `neighbours` are the other questions about the topic with their usable answers. Prose is contrasted with prose only, since a
     word list or a single word would be too easy to reject.
@@ -238,7 +233,7 @@ def contrasting_answers(question: Row, neighbours: list[tuple[Row, list[str]]], 
         ]
         if fitting and KINDS[other["kind"]].free_text >= KINDS[kind].free_text:
             found.append(fitting)
-    return [answer for fitting in random.sample(found, min(3, len(found))) for answer in fitting]
+    return random.choice(found) if found else []
 
 
 def first_repair(kind: str, answers: list[str], verifier: Row) -> str | None:
@@ -250,7 +245,7 @@ def first_repair(kind: str, answers: list[str], verifier: Row) -> str | None:
 
 
 def build_splits(
-    questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int, length: Length
+    questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int
 ) -> tuple[dict[str, list[Row]], Counter[str]]:
     """Grades and pairs all samples: ({split: rows sorted by delta_score descending, then id}, reasons for no pair)."""
     by_question: dict[str, list[Row]] = {question["id"]: [] for question in questions}
@@ -263,13 +258,11 @@ def build_splits(
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     reasons: Counter[str] = Counter()
     for question in questions:
-        random, contrast, own = Random(f"{seed}/{question['id']}/contrast"), [], answers[question["id"]]
-        others = [other for other in by_topic[question["split"], question["topic"]] if other is not question]
-        if question["kind"] == PLAIN.name:
-            own = [text for other in others if KINDS[other["kind"]].free_text for text in answers[other["id"]]]
-        if random.random() < settings.contrast_share or question["kind"] == PLAIN.name:
+        random, contrast = Random(f"{seed}/{question['id']}/contrast"), []
+        if random.random() < settings.contrast_share:
+            others = [other for other in by_topic[question["split"], question["topic"]] if other is not question]
             contrast = contrasting_answers(question, [(other, answers[other["id"]]) for other in others], random)
-        pair = build_pair(question, own, contrast, settings, length)
+        pair = build_pair(question, answers[question["id"]], contrast, settings)
         if isinstance(pair, str):
             reasons[f"{question['split']}: {pair}"] += 1
         else:
@@ -277,12 +270,6 @@ def build_splits(
     for rows in splits.values():
         rows.sort(key=lambda row: (-row["delta_score"], row["id"]))
     return splits, reasons
-
-
-def token_length(model: Path) -> Length:
-    """A function that counts the tokens of a text."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return functools.cache(lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def leakage(rows: list[Row]) -> dict[str, float]:
@@ -346,7 +333,7 @@ def main() -> None:
         raise UserError(f"{BASE}: no model; run `dvc repro fetch_model` first")
     questions = build_questions(settings)
     samples = sample_all(questions, settings, seed)
-    splits, reasons = build_splits(questions, samples, settings, seed, token_length(BASE))
+    splits, reasons = build_splits(questions, samples, settings, seed)
     write_parquet(EMBEDDED / "samples.parquet", pa.Table.from_pylist(samples))
     for split, rows in splits.items():
         write_parquet(EMBEDDED / f"{split}.parquet", pa.Table.from_pylist(rows))
@@ -365,8 +352,7 @@ def processor() -> Row:
 
 
 def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
-    """The questions to sample in chunks of `chunk_topics` topics, in order; the test samples one of them again alone."""
-    questions = [question for question in questions if question["kind"] != PLAIN.name]
+    """The questions in chunks of `chunk_topics` topics, in order: what is sampled together, and again alone by the test."""
     topics = list(dict.fromkeys((question["split"], question["topic"]) for question in questions))
     groups = [set(topics[i : i + settings.chunk_topics]) for i in range(0, len(topics), settings.chunk_topics)]
     return [[question for question in questions if (question["split"], question["topic"]) in group] for group in groups]

@@ -1,7 +1,6 @@
 """How a stage meets the person who runs it: one-line errors, progress, and a record of when and where it ran."""
 
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -16,8 +15,6 @@ from typing import TypeVar
 from tqdm import tqdm
 
 TIMINGS = Path("timings")
-# It asks, when imported, for a Hub kernel that a CPU does without.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 T = TypeVar("T")
 
 

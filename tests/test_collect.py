@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from stages import collect, fetch_model, params
 from stages.artifacts import read_json, write_parquet
-from stages.constraints import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict
+from stages.constraints import KINDS, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict
 from stages.gguf import GgufModel
 from stages.topics import split_topics
 
@@ -42,9 +42,7 @@ def splits() -> dict[str, list[collect.Row]]:
 
 def test_pairs_rebuilt_from_the_samples_have_the_committed_bytes(questions: list[collect.Row], tmp_path: Path) -> None:
     samples = pq.read_table(EMBEDDED / "samples.parquet").to_pylist()
-    fetch_model.fetch_embedded(tmp_path / "base")
-    length = collect.token_length(tmp_path / "base")
-    rebuilt, reasons = collect.build_splits(questions, samples, LOADED.collect, LOADED.seed, length)
+    rebuilt, reasons = collect.build_splits(questions, samples, LOADED.collect, LOADED.seed)
     for split, rows in rebuilt.items():
         write_parquet(tmp_path / f"{split}.parquet", pa.Table.from_pylist(rows))
         assert (tmp_path / f"{split}.parquet").read_bytes() == (EMBEDDED / f"{split}.parquet").read_bytes(), split
@@ -89,7 +87,7 @@ def test_chosen_is_a_sample_unless_it_is_marked_repaired(splits: dict[str, list[
         sampled.setdefault(sample["id"], set()).add(sample["answer"])
     for row in (row for rows in splits.values() for row in rows):
         assert row["contrast"] or row["rejected"] in sampled[row["id"]]
-        assert row["repaired"] or row["kind"] == PLAIN.name or row["chosen"] in sampled[row["id"]]
+        assert row["repaired"] or row["chosen"] in sampled[row["id"]]
 
 
 def test_a_contrasting_answer_follows_another_instruction_about_the_same_topic(
@@ -103,20 +101,8 @@ def test_a_contrasting_answer_follows_another_instruction_about_the_same_topic(
             origins.setdefault((question["topic"], sample["answer"]), set()).add(question["kind"])
     contrasting = [row for rows in splits.values() for row in rows if row["contrast"]]
     assert all(origins[row["topic"], row["rejected"]] - {row["kind"]} for row in contrasting)
-    drawn = [row["contrast"] for rows in splits.values() for row in rows if row["kind"] != PLAIN.name]
+    drawn = [row["contrast"] for rows in splits.values() for row in rows]
     assert abs(sum(drawn) / len(drawn) - LOADED.collect.contrast_share) < 0.05
-
-
-def test_a_plain_question_borrows_both_answers_from_others_about_its_topic(
-    splits: dict[str, list[collect.Row]],
-) -> None:
-    plain = [row for row in splits["train"] if row["kind"] == PLAIN.name]
-    topics: dict[str, set[str]] = {}
-    for sample in pq.read_table(EMBEDDED / "samples.parquet").to_pylist():
-        topics.setdefault(sample["id"].split("/")[1], set()).add(sample["answer"])
-    assert len(plain) > 150
-    assert all(row["contrast"] and not row["repaired"] for row in plain)
-    assert all({row["chosen"], row["rejected"]} <= topics[row["topic"]] for row in plain)
 
 
 def test_topics_of_the_splits_are_disjoint_and_unseen_kinds_are_never_trained_on(
@@ -142,7 +128,7 @@ def test_the_promised_sizes_hold(splits: dict[str, list[collect.Row]], questions
     assert len(train) >= 2500
     assert len({row["delta_score"] for row in train}) >= 20
     assert sum(not row["repaired"] for row in train) >= 0.6 * len(train)
-    assert {row["kind"] for row in train} == {kind.name for kind in SEEN_KINDS} | {PLAIN.name}
+    assert {row["kind"] for row in train} == {kind.name for kind in SEEN_KINDS}
     assert len(SEEN_KINDS) >= 16
     assert len(UNSEEN_KINDS) == 2
     assert (
@@ -168,13 +154,13 @@ def test_the_rejected_answer_is_the_one_of_nearest_length_among_the_worst() -> N
         "KITES FLY.",
         "KITES FLY OVER ALL THE HILLS AND FIELDS OF THE LAND TODAY.",
     ]
-    pair = collect.build_pair(KITES, texts, [], LOADED.collect, length=len)
+    pair = collect.build_pair(KITES, texts, [], LOADED.collect)
     assert isinstance(pair, dict)
     assert (pair["chosen"], pair["rejected"]) == ("kites fly high.", "KITES FLY.")
 
 
 def test_where_nothing_passes_the_best_answer_is_repaired_and_marked() -> None:
-    pair = collect.build_pair(KITES, ["Kites FLY high."], [], LOADED.collect, length=len)
+    pair = collect.build_pair(KITES, ["Kites FLY high."], [], LOADED.collect)
     assert isinstance(pair, dict)
     assert (pair["chosen"], pair["repaired"]) == ("kites fly high.", True)
 
@@ -186,7 +172,7 @@ def test_unfinished_and_copied_answers_enter_no_pair() -> None:
         {"id": "x", "sample": 0, "demonstrated": False, "finished": False, "answer": "kites fly and fly and"},
     ]
     assert collect.usable_answers(KITES, samples, LOADED.seed) == []
-    assert collect.build_pair(KITES, [], [], LOADED.collect, length=len) == "no finished answer"
+    assert collect.build_pair(KITES, [], [], LOADED.collect) == "no finished answer"
 
 
 def test_prose_is_contrasted_with_prose_that_fails_the_instruction() -> None:

@@ -65,10 +65,6 @@ FOLLOWED = {  # each is exactly what the instruction asks for
     "comma_list": (TEA | {"n": 3}, ["hot, cup, leaf", "hot,cup,leaf", "Hot, cup, leaf."]),
     "brackets": (TEA, ["[Tea is hot.]", "[Tea (a drink) is old.\nIt is good.]"]),
     "avoid_word": (TEA | {"word": "the"}, ["Tea is hot.", "Then there is tea, their other drink."]),
-    "plain": (
-        TEA,
-        ["Tea is a hot drink that many people like.", "It's hot. Tea is made from leaves, and it tastes good."],
-    ),
 }
 MISSED = {  # each breaks the instruction somewhere
     "lowercase": ["Tea is a hot drink.", "tea is HOT.", "tea is from Asia."],
@@ -174,13 +170,6 @@ MISSED = {  # each breaks the instruction somewhere
     ],
     "brackets": ["Tea is hot.", "[Tea is hot.", "Tea is hot.]", "[Tea] is [hot]", "[]", "(Tea is hot.)"],
     "avoid_word": ["The tea is hot.", "Tea is the best.", "Drink THE tea."],
-    "plain": [
-        '"Tea is a hot drink that many people like."',
-        "tea is a hot drink that many people like.",
-        "TEA IS A HOT DRINK THAT MANY PEOPLE LIKE.",
-        "1. Tea is hot.\n2. Tea is old and people like it.",
-        "Tea is hot.",
-    ],
 }
 # (near miss, answer that does nothing of what was asked), about the same topic and equally presentable
 NEAR_AND_FAR = {
@@ -207,7 +196,6 @@ NEAR_AND_FAR = {
     "comma_list": ("hot, cup", "It is a drink that people like."),
     "brackets": ("[Tea is a hot drink.", "Tea is a hot drink."),
     "avoid_word": ("Tea is the hot drink.", "The tea the man the cook and the maid like is the best."),
-    "plain": ("Tea is a hot drink that people like!", "- hot\n- old"),
 }
 
 
@@ -322,7 +310,7 @@ def test_a_question_whose_answers_cannot_be_repaired_stops_nothing(name: str, an
         "constraint": json.dumps(FOLLOWED[name][0]),
     }
     values = dict.fromkeys(CollectSettings.model_fields, 1) | {"temperature": 0.7, "tie_margin": 0.03}
-    pair = build_pair(question, [answer], [], CollectSettings.model_validate(values), length=len)
+    pair = build_pair(question, [answer], [], CollectSettings.model_validate(values))
     assert isinstance(pair, str) or is_strict(name, pair["chosen"], FOLLOWED[name][0])
 
 

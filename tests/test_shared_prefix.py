@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from stages.shared_prefix import IGNORED, pack_pairs, share_prefix
+from stages import shared_prefix
+from stages.shared_prefix import IGNORED, PairAttention, attend, pack_pairs, share_prefix
 
 VOCABULARY = 97
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -73,6 +74,29 @@ def test_log_probs_and_gradients_equal_those_of_stock_trl(sizes: list[tuple[int,
         if left.grad is not None and right.grad is not None:
             scale = left.grad.norm().clamp(min=1e-4)  # a lone token's attention has no gradient but noise
             assert (left.grad - right.grad).norm() / scale < 1e-4, name
+
+
+@pytest.mark.parametrize("queries", [1, 5, 512])
+@pytest.mark.parametrize("size", [(7, 4, 6), (0, 3, 5), (9, 2, 1), (3, 1, 4)])
+def test_the_backward_of_attention_equals_that_of_torch(
+    size: tuple[int, int, int], queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU attention has a backward of its own, in blocks of queries; torch's differentiates the same forward."""
+    monkeypatch.setattr(shared_prefix, "QUERIES", queries)
+    batch = batch_of([size])
+    segment = pack_pairs(batch["input_ids"], batch["attention_mask"], batch["labels"]).segments[0]
+    torch.manual_seed(0)
+    shapes = [(1, heads, segment.tokens, 8) for heads in (6, 2, 2)]
+    ours, torchs = ([torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2))
+    torchs = [tensor.clone().requires_grad_() for tensor in ours]
+    ours = [tensor.requires_grad_() for tensor in ours]
+    outputs = PairAttention.apply(*ours, segment, 0.3), attend(*torchs, segment, 0.3, dropout=0.0)
+    wanted = torch.randn_like(outputs[0])
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.backward(wanted)
+    for found, expected in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_checkpointing_changes_no_bit_of_the_gradient() -> None:
