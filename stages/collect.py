@@ -6,7 +6,8 @@ kept is the question alone, so that training has to teach what the example showe
 (stages/constraints.py); the chosen answer is among the best, the rejected among the worst, and of the candidates within
 `tie_margin` those two are taken whose lengths are nearest, so that length tells little. For `contrast_share` of the questions the
 rejected answer follows another instruction about the same topic instead, so that no form is good in itself: what is chosen
-under one instruction is rejected under another. Where no answer follows the instruction, the best one is repaired
+under one instruction is rejected under another. A plain question about each training topic, without an instruction, borrows both answers:
+plain prose is chosen, an answer in some other form rejected. Where no answer follows the instruction, the best one is repaired
 deterministically and serves as chosen. `delta_score` is the grade of chosen less the grade of rejected.
 
 Sampling goes chunk by chunk into a scratch folder and resumes after an interruption. Every sequence draws from a generator seeded
@@ -34,7 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stages import params
 from stages.artifacts import complete_file, sha256_file, write_json, write_parquet
 from stages.console import UserError, progress, run_stage
-from stages.constraints import KINDS, SEEN_KINDS, grade, is_strict, repair, words
+from stages.constraints import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict, repair, words
 from stages.gguf import GgufModel
 from stages.quantize import convert
 from stages.topics import split_topics
@@ -89,12 +90,12 @@ class Params(params.Params):
 def build_questions(settings: CollectSettings) -> list[Row]:
     """All questions in a fixed order: id, split, topic, kind, verifier parameters as JSON, and text.
 
-    A training topic meets every seen kind. A held-out topic meets half of the kinds, unseen ones included for the test split, so
-    that many topics carry the same number of questions of each kind.
+    A training topic meets every seen kind and the plain question. A held-out topic meets half of the kinds, unseen ones included
+    for the test split, so that many topics carry the same number of questions of each kind.
     """
     rows: list[Row] = []
     for split, topics in split_topics().items():
-        kinds = list(KINDS) if split == "test" else [kind.name for kind in SEEN_KINDS]
+        kinds = [kind.name for kind in (*SEEN_KINDS, *{"test": UNSEEN_KINDS, "train": (PLAIN,)}.get(split, ()))]
         for number, topic in enumerate(topics if split != "train" else topics[: settings.topics]):
             asked = kinds if split == "train" else kinds[number % 2 :: 2]
             for name in asked:
@@ -258,11 +259,13 @@ def build_splits(
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     reasons: Counter[str] = Counter()
     for question in questions:
-        random, contrast = Random(f"{seed}/{question['id']}/contrast"), []
-        if random.random() < settings.contrast_share:
-            others = [other for other in by_topic[question["split"], question["topic"]] if other is not question]
+        random, contrast, own = Random(f"{seed}/{question['id']}/contrast"), [], answers[question["id"]]
+        others = [other for other in by_topic[question["split"], question["topic"]] if other is not question]
+        if question["kind"] == PLAIN.name:
+            own = [text for other in others if KINDS[other["kind"]].free_text for text in answers[other["id"]]]
+        if random.random() < settings.contrast_share or question["kind"] == PLAIN.name:
             contrast = contrasting_answers(question, [(other, answers[other["id"]]) for other in others], random)
-        pair = build_pair(question, answers[question["id"]], contrast, settings)
+        pair = build_pair(question, own, contrast, settings)
         if isinstance(pair, str):
             reasons[f"{question['split']}: {pair}"] += 1
         else:
@@ -352,7 +355,8 @@ def processor() -> Row:
 
 
 def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
-    """The questions in chunks of `chunk_topics` topics, in order: what is sampled together, and again alone by the test."""
+    """The questions to sample in chunks of `chunk_topics` topics, in order; the test samples one of them again alone."""
+    questions = [question for question in questions if question["kind"] != PLAIN.name]
     topics = list(dict.fromkeys((question["split"], question["topic"]) for question in questions))
     groups = [set(topics[i : i + settings.chunk_topics]) for i in range(0, len(topics), settings.chunk_topics)]
     return [[question for question in questions if (question["split"], question["topic"]) in group] for group in groups]

@@ -129,6 +129,19 @@ def _fillers(params: Params, count: int) -> list[str]:
     return [filler.format(topic=params["topic"]) for filler in FILLERS[:count]]
 
 
+def _plain(answer: str, params: Params) -> float:
+    marked = re.search(r"[\"<>\[\]{}*#•\n]|P\.S\.|^\W|^\d+\.", answer)
+    cased = answer[:1].isupper() and any(word[1:].islower() for word in words(answer)[:2]) and not answer.isupper()
+    text = answer.endswith(".") and len(sentences(answer)) >= 2 and len(words(answer)) >= 12
+    return float(not marked and cased and text)
+
+
+def _repair_plain(answer: str, params: Params) -> str:
+    text = " ".join(re.sub(r"[\"<>\[\]{}*#•]|P\.S\.|^\s*(?:-|\d+\.)", "", line).strip() for line in lines(answer))
+    body = " ".join(part.rstrip("!?;:,. ").lower().capitalize() + "." for part in sentences(re.sub(r"^\W+", "", text)))
+    return body if _plain(body, params) == 1.0 else " ".join(_fillers(params, 3))
+
+
 def _enough_sentences(answer: str, params: Params, count: int) -> list[str]:
     """The first `count` sentences of an answer, stock sentences standing in for missing ones."""
     found = [sentence if sentence[-1] in ".!?" else sentence + "." for sentence in sentences(answer)][:count]
@@ -563,7 +576,10 @@ UNSEEN_KINDS = (
     ),
 )
 
-KINDS = {kind.name: kind for kind in (*SEEN_KINDS, *UNSEEN_KINDS)}
+# No instruction, so no form: keeps the forms of the other kinds from spreading to every question. In training only.
+PLAIN = Kind("plain", lambda random, topic: (question_about(random, topic), {"topic": topic}), _plain, _repair_plain)
+
+KINDS = {kind.name: kind for kind in (*SEEN_KINDS, *UNSEEN_KINDS, PLAIN)}
 
 
 def is_strict(kind: str, answer: str, params: Params) -> bool:

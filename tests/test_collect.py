@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from stages import collect, fetch_model, params
 from stages.artifacts import read_json, write_parquet
-from stages.constraints import KINDS, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict
+from stages.constraints import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict
 from stages.gguf import GgufModel
 from stages.topics import split_topics
 
@@ -87,7 +87,7 @@ def test_chosen_is_a_sample_unless_it_is_marked_repaired(splits: dict[str, list[
         sampled.setdefault(sample["id"], set()).add(sample["answer"])
     for row in (row for rows in splits.values() for row in rows):
         assert row["contrast"] or row["rejected"] in sampled[row["id"]]
-        assert row["repaired"] or row["chosen"] in sampled[row["id"]]
+        assert row["repaired"] or row["kind"] == PLAIN.name or row["chosen"] in sampled[row["id"]]
 
 
 def test_a_contrasting_answer_follows_another_instruction_about_the_same_topic(
@@ -101,8 +101,21 @@ def test_a_contrasting_answer_follows_another_instruction_about_the_same_topic(
             origins.setdefault((question["topic"], sample["answer"]), set()).add(question["kind"])
     contrasting = [row for rows in splits.values() for row in rows if row["contrast"]]
     assert all(origins[row["topic"], row["rejected"]] - {row["kind"]} for row in contrasting)
-    drawn = [row["contrast"] for rows in splits.values() for row in rows]
+    drawn = [row["contrast"] for rows in splits.values() for row in rows if row["kind"] != PLAIN.name]
     assert abs(sum(drawn) / len(drawn) - LOADED.collect.contrast_share) < 0.05
+
+
+def test_a_plain_question_borrows_both_answers_from_others_about_its_topic(
+    splits: dict[str, list[collect.Row]],
+) -> None:
+    plain = [row for row in splits["train"] if row["kind"] == PLAIN.name]
+    topics: dict[str, set[str]] = {}
+    for sample in pq.read_table(EMBEDDED / "samples.parquet").to_pylist():
+        topics.setdefault(sample["id"].split("/")[1], set()).add(sample["answer"])
+    assert len(plain) > 150
+    assert all(row["contrast"] for row in plain)
+    assert all(row["rejected"] in topics[row["topic"]] for row in plain)
+    assert all(row["repaired"] or row["chosen"] in topics[row["topic"]] for row in plain)
 
 
 def test_topics_of_the_splits_are_disjoint_and_unseen_kinds_are_never_trained_on(
@@ -128,7 +141,7 @@ def test_the_promised_sizes_hold(splits: dict[str, list[collect.Row]], questions
     assert len(train) >= 2500
     assert len({row["delta_score"] for row in train}) >= 20
     assert sum(not row["repaired"] for row in train) >= 0.6 * len(train)
-    assert {row["kind"] for row in train} == {kind.name for kind in SEEN_KINDS}
+    assert {row["kind"] for row in train} == {kind.name for kind in SEEN_KINDS} | {PLAIN.name}
     assert len(SEEN_KINDS) >= 16
     assert len(UNSEEN_KINDS) == 2
     assert (

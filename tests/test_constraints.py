@@ -65,6 +65,13 @@ FOLLOWED = {  # each is exactly what the instruction asks for
     "comma_list": (TEA | {"n": 3}, ["hot, cup, leaf", "hot,cup,leaf", "Hot, cup, leaf."]),
     "brackets": (TEA, ["[Tea is hot.]", "[Tea (a drink) is old.\nIt is good.]"]),
     "avoid_word": (TEA | {"word": "the"}, ["Tea is hot.", "Then there is tea, their other drink."]),
+    "plain": (
+        TEA,
+        [
+            "Tea is a hot drink. Many people like it in the morning.",
+            "It's hot. Tea is made from leaves, and it tastes so good.",
+        ],
+    ),
 }
 MISSED = {  # each breaks the instruction somewhere
     "lowercase": ["Tea is a hot drink.", "tea is HOT.", "tea is from Asia."],
@@ -170,6 +177,14 @@ MISSED = {  # each breaks the instruction somewhere
     ],
     "brackets": ["Tea is hot.", "[Tea is hot.", "Tea is hot.]", "[Tea] is [hot]", "[]", "(Tea is hot.)"],
     "avoid_word": ["The tea is hot.", "Tea is the best.", "Drink THE tea."],
+    "plain": [
+        '"Tea is a hot drink. Many people like it in the morning."',
+        "tea is a hot drink. many people like it in the morning.",
+        "TEA IS A HOT DRINK. MANY PEOPLE LIKE IT IN THE MORNING.",
+        "1. Tea is a hot drink.\n2. Many people like it in the morning.",
+        "Tea is a hot drink that many people like in the morning.",
+        "Tea is hot. It is old.",
+    ],
 }
 # (near miss, answer that does nothing of what was asked), about the same topic and equally presentable
 NEAR_AND_FAR = {
@@ -196,6 +211,7 @@ NEAR_AND_FAR = {
     "comma_list": ("hot, cup", "It is a drink that people like."),
     "brackets": ("[Tea is a hot drink.", "Tea is a hot drink."),
     "avoid_word": ("Tea is the hot drink.", "The tea the man the cook and the maid like is the best."),
+    "plain": ("Tea is a hot drink that people like!", "- hot\n- old"),
 }
 
 
