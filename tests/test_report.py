@@ -393,7 +393,7 @@ def test_a_run_that_measured_preference_alone_is_reported_without_the_rest(
         _json(path, {key: found[key] for key in ("model", "preference")})
         path.with_suffix(".jsonl").write_text("")
     comparison = json.loads((evaluation / "comparison.json").read_text())
-    empty = {"strict": None, "unseen": None, "by_kind": {}}
+    empty: dict[str, Any] = {"strict": None, "unseen": None, "by_kind": {}}
     _json(evaluation / "comparison.json", {name: found | empty for name, found in comparison.items()})
     monkeypatch.chdir(tmp_path)
     report.main()
