@@ -90,7 +90,10 @@ def test_the_backward_of_attention_equals_that_of_torch(
     ours, torchs = ([torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2))
     torchs = [tensor.clone().requires_grad_() for tensor in ours]
     ours = [tensor.requires_grad_() for tensor in ours]
-    outputs = PairAttention.apply(*ours, segment, 0.3), attend(torchs[0], torchs[1], torchs[2], segment, 0.3, dropout=0.0)
+    outputs = (
+        PairAttention.apply(*ours, segment, 0.3),
+        attend(torchs[0], torchs[1], torchs[2], segment, 0.3, dropout=0.0),
+    )
     wanted = torch.randn_like(outputs[0])
     assert torch.equal(*outputs)
     for output in outputs:
