@@ -207,7 +207,7 @@ def divergences(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) 
 
     def logits_of(model: ChatModel) -> list[torch.Tensor]:
         bar = progress(ids, "comparing", unit="answer")
-        return [model.answer_logits(prompt, [answer])[0].float() for prompt, answer in bar]
+        return [model.answer_logits([prompt], [[answer]])[0][0].float() for prompt, answer in bar]
 
     expected = logits_of(
         HuggingFaceChat(load(MERGED, torch.float32), tokenizer, settings.max_new_tokens, settings.batch_size)

@@ -64,8 +64,7 @@ class GgufModel:
         self.eos = llama_cpp.llama_vocab_eos(self.vocab)
         self.slots, self.context = slots, context
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = slots * context
-        params.n_batch = self.batch_size = max(2048, slots, context)
+        params.n_ctx = params.n_batch = slots * context
         params.n_ubatch = UBATCH
         params.n_seq_max = slots
         params.n_threads = params.n_threads_batch = threads
@@ -74,7 +73,7 @@ class GgufModel:
         if not self.ctx:
             raise UserError(f"{path}: no memory for a context of {slots} x {context} tokens; lower the number of slots")
         self.memory = llama_cpp.llama_get_memory(self.ctx)
-        self.batch = llama_cpp.llama_batch_init(self.batch_size, 0, 1)
+        self.batch = llama_cpp.llama_batch_init(slots * context, 0, 1)
 
     def __enter__(self) -> "GgufModel":
         return self
@@ -91,32 +90,40 @@ class GgufModel:
         count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), buffer, len(buffer), False, True)
         return list(buffer[:count])
 
-    def answer_logits(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """The logits that predict the tokens of each answer to a prompt: (answer tokens, vocabulary) float32 each.
+    def answer_logits(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[torch.Tensor]]:
+        """The logits that predict the tokens of every answer to every prompt: (answer tokens, vocabulary) float32 each.
 
-        The prompt is computed once; what an answer added to the cache is removed before the next.
+        All prompts are computed together, each once, and then all their answers.
+
+        Args:
+            prompts: token ids of each prompt.
+            answers: the answers to each prompt, no more of them together than slots.
 
         Raises:
-            ValueError: an empty prompt or answer, or a prompt that does not fit the context with its longest answer.
+            ValueError: an empty prompt or answer, too many answers, or a prompt that does not fit its slot with an answer.
         """
-        longest = len(prompt) + max(map(len, answers))
-        if not prompt or not all(answers) or longest > self.context:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens with its answer does not fit a context of {self.context}"
-            )
+        counts = [len(choices) for choices in answers]
+        if sum(counts) > self.slots:
+            raise ValueError(f"{sum(counts)} answers need as many slots; this model has {self.slots}")
+        for prompt, choices in zip(prompts, answers, strict=True):
+            if not prompt or not choices or not all(choices) or len(prompt) + max(map(len, choices)) > self.context:
+                raise ValueError(
+                    f"a prompt of {len(prompt)} tokens with its answers does not fit a context of {self.context}"
+                )
         llama_cpp.llama_memory_clear(self.memory, False)
-        first = self._prefill(prompt, [0]).clone()
-        results = []
-        for answer in answers:
-            llama_cpp.llama_memory_seq_rm(self.memory, 0, len(prompt), -1)
-            rows = [first]
-            if len(answer) > 1:
-                self.batch.n_tokens = 0
-                for position, token in enumerate(answer[:-1], start=len(prompt)):
-                    self._add(token, position, slot=0, wants_logits=True)
-                rows.append(self._decode(len(answer) - 1).clone())
-            results.append(torch.cat(rows))
-        return results
+        first = self._prefill(prompts, counts, slot=0).clone()
+        self.batch.n_tokens = slot = 0
+        for prompt, choices in zip(prompts, answers, strict=True):
+            for answer in choices:
+                self._add(answer[:-1], len(prompt), slot)
+                slot += 1
+        rest = iter(self._decode(self.batch.n_tokens).split([len(a) - 1 for choices in answers for a in choices]))
+        return [
+            [torch.cat([row.unsqueeze(0), next(rest)]) for _ in choices]
+            for row, choices in zip(first, answers, strict=True)
+        ]
 
     def generate(
         self,
@@ -157,22 +164,24 @@ class GgufModel:
         in_slot: list[int] = []  # in_slot[slot] is the sequence decoded there; slots stay contiguous (_release)
         entered = 0
         while entered < len(answers) or in_slot:
-            while entered < len(answers) and len(in_slot) + samples[prompt_of[entered]] <= self.slots:
-                prompt = prompt_of[entered]
-                sequences = list(range(entered, entered + samples[prompt]))
-                logits = self._prefill(prompts[prompt], range(len(in_slot), len(in_slot) + len(sequences)))
-                self._append(
-                    answers, sequences, pick(logits.expand(len(sequences), -1), sequences, [0] * len(sequences))
-                )
-                in_slot.extend(sequences)
-                entered += len(sequences)
+            entering = []
+            while entered < len(answers) and len(in_slot) + len(entering) + samples[prompt_of[entered]] <= self.slots:
+                entering += range(entered, entered + samples[prompt_of[entered]])
+                entered = entering[-1] + 1
+            if entering:
+                found = list(dict.fromkeys(prompt_of[sequence] for sequence in entering))
+                counts = [samples[prompt] for prompt in found]
+                logits = self._prefill([prompts[prompt] for prompt in found], counts, slot=len(in_slot))
+                logits = logits.repeat_interleave(torch.tensor(counts), dim=0)
+                self._append(answers, entering, pick(logits, entering, [0] * len(entering)))
+                in_slot += entering
             self._release(in_slot, answers, max_new_tokens, on_finished)
             if not in_slot:
                 continue
             self.batch.n_tokens = 0
             for slot, sequence in enumerate(in_slot):
                 position = len(prompts[prompt_of[sequence]]) + len(answers[sequence]) - 1
-                self._add(answers[sequence][-1], position, slot, wants_logits=True)
+                self._add(answers[sequence][-1:], position, slot)
             logits = self._decode(len(in_slot))
             self._append(answers, in_slot, pick(logits, in_slot, [len(answers[sequence]) for sequence in in_slot]))
             self._release(in_slot, answers, max_new_tokens, on_finished)
@@ -183,14 +192,17 @@ class GgufModel:
         for sequence, token in zip(sequences, tokens, strict=True):
             answers[sequence].append(token)
 
-    def _prefill(self, prompt: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
-        """Computes a prompt in the first of `slots`, copies its cache to the others; the last logits, (1, vocabulary)."""
+    def _prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int], slot: int) -> torch.Tensor:
+        """Computes each prompt once, into `counts` slots of its own from `slot` on; the last logits, (prompts, vocabulary)."""
+        starts = [slot + sum(counts[:i]) for i in range(len(counts))]
         self.batch.n_tokens = 0
-        for position, token in enumerate(prompt):
-            self._add(token, position, slots[0], wants_logits=position == len(prompt) - 1)
-        logits = self._decode(1)
-        for slot in slots[1:]:
-            llama_cpp.llama_memory_seq_cp(self.memory, slots[0], slot, -1, -1)
+        for prompt, start in zip(prompts, starts, strict=True):
+            self._add(prompt[:-1], 0, start, wants_logits=False)
+            self._add(prompt[-1:], len(prompt) - 1, start)
+        logits = self._decode(len(prompts))
+        for start, count in zip(starts, counts, strict=True):
+            for copied in range(start + 1, start + count):
+                llama_cpp.llama_memory_seq_cp(self.memory, start, copied, -1, -1)
         return logits
 
     def _release(
@@ -218,17 +230,21 @@ class GgufModel:
             if on_finished:
                 on_finished(sequence)
 
-    def _add(self, token: int, position: int, slot: int, wants_logits: bool) -> None:
-        batch, i = self.batch, self.batch.n_tokens
-        batch.token[i] = token
-        batch.pos[i] = position
-        batch.n_seq_id[i] = 1
-        batch.seq_id[i][0] = slot
-        batch.logits[i] = wants_logits
-        batch.n_tokens = i + 1
+    def _add(self, tokens: Sequence[int], position: int, slot: int, wants_logits: bool = True) -> None:
+        """Appends tokens that stand from `position` on in a slot to the batch."""
+        batch = self.batch
+        for i, token in enumerate(tokens, start=batch.n_tokens):
+            batch.token[i] = token
+            batch.pos[i] = position + i - batch.n_tokens
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = slot
+            batch.logits[i] = wants_logits
+        batch.n_tokens += len(tokens)
 
     def _decode(self, rows: int) -> torch.Tensor:
         """Runs the batch and views the logits asked for, in the order they were added: (rows, vocabulary)."""
+        if not self.batch.n_tokens:
+            return torch.empty(0, self.vocabulary_size)
         code = llama_cpp.llama_decode(self.ctx, self.batch)
         if code:
             raise RuntimeError(f"llama_decode failed with code {code} on a batch of {self.batch.n_tokens} tokens")

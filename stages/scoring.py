@@ -14,8 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.console import progress
 from stages.gguf import GgufModel
+from stages.shared_prefix import pair_logits
 
 Ids = list[int]
+TOKENS_TOGETHER = 1024
+
+
+def score(logits: torch.Tensor, answer: Ids) -> tuple[float, bool]:
+    """The log-probability in nats of an answer under the logits (tokens, vocabulary), and whether it is the greedy one."""
+    tokens = torch.tensor(answer, device=logits.device).unsqueeze(1)
+    log_probs = logits.float().log_softmax(dim=-1).gather(1, tokens)
+    return float(log_probs.double().sum()), bool((logits.argmax(dim=-1, keepdim=True) == tokens).all())
 
 
 class ChatModel(TemplateLM):
@@ -30,6 +39,7 @@ class ChatModel(TemplateLM):
         super().__init__()
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.finished: list[bool] = []
+        self.answers_together = TOKENS_TOGETHER
 
     @property
     def eot_token_id(self) -> int:
@@ -70,28 +80,43 @@ class ChatModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], Ids, Ids]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Sums of log-probabilities in nats; requests that follow each other with one context share its computation."""
-        groups: list[tuple[Ids, list[Ids]]] = []
+        prompts: list[Ids] = []
+        answers: list[list[Ids]] = []
         for _, prompt, answer in requests:
-            if groups and groups[-1][0] == prompt:
-                groups[-1][1].append(answer)
-            else:
-                groups.append((prompt, [answer]))
-        results = []
-        for prompt, answers in progress(groups, "scoring", unit="prompt"):
-            for logits, answer in zip(self.answer_logits(prompt, answers), answers, strict=True):
-                tokens = torch.tensor(answer, device=logits.device).unsqueeze(1)
-                log_probs = logits.float().log_softmax(dim=-1)
-                is_greedy = bool((logits.argmax(dim=-1, keepdim=True) == tokens).all())
-                results.append((float(log_probs.gather(1, tokens).double().sum()), is_greedy))
-        return results
+            if not prompts or prompts[-1] != prompt:
+                prompts.append(prompt)
+                answers.append([])
+            answers[-1].append(answer)
+        results: dict[int, list[tuple[float, bool]]] = {}
+        bar = progress(range(len(prompts)), "scoring", unit="prompt")
+        for batch in self.batches(prompts, answers):
+            logits = self.answer_logits([prompts[i] for i in batch], [answers[i] for i in batch])
+            for i, found in zip(batch, logits, strict=True):
+                results[i] = [score(rows, answer) for rows, answer in zip(found, answers[i], strict=True)]
+            bar.update(len(batch))
+        bar.close()
+        return [result for i in range(len(prompts)) for result in results[i]]
+
+    def batches(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[int]]:
+        """Which prompts are scored together: those of similar length, up to `TOKENS_TOGETHER` and `answers_together`."""
+        sizes = [len(prompt) + sum(map(len, choices)) for prompt, choices in zip(prompts, answers, strict=True)]
+        batches: list[list[int]] = []
+        tokens = count = 0
+        for i in sorted(range(len(prompts)), key=lambda i: (sizes[i], i)):
+            tokens, count = tokens + sizes[i], count + len(answers[i])
+            if not batches or tokens > TOKENS_TOGETHER or count > self.answers_together:
+                batches.append([])
+                tokens, count = sizes[i], len(answers[i])
+            batches[-1].append(i)
+        return batches
 
     @abstractmethod
     def generate(self, prompts: list[Ids]) -> list[Ids]:
         """Greedy answers to prompts, with the end token where it was reached."""
 
     @abstractmethod
-    def answer_logits(self, prompt: Ids, answers: list[Ids]) -> list[torch.Tensor]:
-        """For each answer to a prompt the logits that predict its tokens: (answer tokens, vocabulary)."""
+    def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
+        """For each answer to each prompt the logits that predict its tokens: (answer tokens, vocabulary)."""
 
 
 class HuggingFaceChat(ChatModel):
@@ -120,13 +145,16 @@ class HuggingFaceChat(ChatModel):
         return [answers[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
-    def answer_logits(self, prompt: Ids, answers: list[Ids]) -> list[torch.Tensor]:
-        """Logits of each answer by one forward of prompt and answer."""
-        results = []
-        for answer in answers:
-            ids = torch.tensor([[*prompt, *answer[:-1]]], device=self.model.device)
-            results.append(self.model(input_ids=ids, logits_to_keep=len(answer), use_cache=False).logits[0])
-        return results
+    def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
+        """Logits of all answers by one forward of one row, every prompt computed once (stages/shared_prefix.py)."""
+        pairs = [(i, choices[j : j + 2]) for i, choices in enumerate(answers) for j in range(0, len(choices), 2)]
+        first = [(prompts[i], choices[0]) for i, choices in pairs]
+        second = [(prompts[i], choices[1] if choices[1:] else []) for i, choices in pairs]
+        logits = pair_logits(self.model, first, second)
+        found: list[list[torch.Tensor]] = [[] for _ in prompts]
+        for (i, choices), *both in zip(pairs, logits[: len(pairs)], logits[len(pairs) :], strict=True):
+            found[i] += both[: len(choices)]
+        return found
 
 
 class GgufChat(ChatModel):
@@ -134,7 +162,7 @@ class GgufChat(ChatModel):
 
     def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
         super().__init__(tokenizer, max_new_tokens)
-        self.model = model
+        self.model, self.answers_together = model, model.slots
 
     def generate(self, prompts: list[Ids]) -> list[Ids]:
         """Greedy answers as parallel sequences, longest prompts first."""
@@ -146,6 +174,6 @@ class GgufChat(ChatModel):
         bar.close()
         return [answer for _, answer in sorted(zip(order, answers, strict=True))]
 
-    def answer_logits(self, prompt: Ids, answers: list[Ids]) -> list[torch.Tensor]:
-        """Logits of each answer; the prompt is computed once."""
-        return self.model.answer_logits(prompt, answers)
+    def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
+        """Logits of each answer as a sequence of its own; every prompt is computed once."""
+        return self.model.answer_logits(prompts, answers)

@@ -28,6 +28,7 @@ ATTENTION = "shared_prefix"
 IGNORED = -100
 CHUNK = 128
 QUERIES = 512
+Sequences = list[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
@@ -295,13 +296,43 @@ def score_pairs(
 ) -> FusedCausalLMOutput:
     """Log-probabilities (and TRL's metrics) of a padded preference batch by one pass over the packed row."""
     packed = pack_pairs(input_ids, attention_mask, labels)
-    states = model.base_model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, segments=packed.segments
-    ).last_hidden_state
-    hidden = states[0, packed.predictors]
+    hidden = predicting_states(model, packed)
     fields = AnswerLogProbs.apply(hidden, model.get_output_embeddings().weight, packed.labels)
     spread = [field.new_zeros(packed.scored.shape).masked_scatter(packed.scored, field) for field in fields]
     log_probs, entropy, mean_logits, is_top1 = spread
     return FusedCausalLMOutput(
         log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, label_mask=packed.scored
     )
+
+
+def predicting_states(model: PreTrainedModel, packed: PackedPairs) -> torch.Tensor:
+    """The last hidden states that predict the answers' tokens, (answers, size); the model's attention must be `ATTENTION`."""
+    states = model.base_model(
+        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, segments=packed.segments
+    ).last_hidden_state
+    return states[0, packed.predictors]
+
+
+def pair_logits(model: PreTrainedModel, chosen: Sequences, rejected: Sequences) -> list[torch.Tensor]:
+    """The whole logits of pairs' answers, for a model as it was loaded: all chosen, then all rejected, (answer tokens, vocabulary) each.
+
+    Args:
+        model: any causal language model; its attention is switched for this call alone.
+        chosen: prompt and answer ids of each pair's first answer.
+        rejected: the same of the second; the prompts are the same, and an answer may be empty.
+    """
+    rows = [[*prompt, *answer] for prompt, answer in (*chosen, *rejected)]
+    labels = [[IGNORED] * len(prompt) + answer for prompt, answer in (*chosen, *rejected)]
+    length = max(map(len, rows))
+    padded, mask, wanted = (
+        torch.tensor([row + [fill] * (length - len(row)) for row in values], device=model.device)
+        for values, fill in ((rows, 0), ([[1] * len(row) for row in rows], 0), (labels, IGNORED))
+    )
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        hidden = predicting_states(model, pack_pairs(padded, mask, wanted))
+    finally:
+        model.set_attn_implementation(attention)
+    logits = model.get_output_embeddings()(hidden)
+    return list(logits.split([len(answer) for _, answer in (*chosen, *rejected)]))

@@ -3,15 +3,19 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from gguf.quants import quantize as quantize_array
 from transformers import AutoTokenizer
 
 from stages import evaluate, merge, quantize
 from stages.console import UserError
 from stages.gguf import GgufModel
 from stages.model import load
-from stages.scoring import GgufChat, HuggingFaceChat
+from stages.scoring import ChatModel, GgufChat, HuggingFaceChat
 from stages.tokenize import answer_ids, prompt_ids
 
 QUESTIONS = (
@@ -41,21 +45,47 @@ def test_f16_distributions_are_those_of_the_float32_model(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     answers = [answer_ids(tokenizer, question, "It is fine, 123.") for question in QUESTIONS]
     reference = HuggingFaceChat(load(tiny_model_folder, torch.float32), tokenizer, 8, 4)
-    with GgufModel(gguf, threads=2, context=128) as model:
+    with GgufModel(gguf, threads=2, slots=4, context=128) as model:
         ours = GgufChat(model, tokenizer, 8)
-        found = [ours.answer_logits(p, [a])[0] for p, a in zip(prompts, answers, strict=True)]
-    expected = [reference.answer_logits(p, [a])[0] for p, a in zip(prompts, answers, strict=True)]
+        found = [row for (row,) in ours.answer_logits(prompts, [[a] for a in answers])]
+    expected = [row for (row,) in reference.answer_logits(prompts, [[a] for a in answers])]
     assert evaluate.divergence(expected, found)["mean_kl"] < 1e-3
     assert evaluate.divergence(expected, [row.roll(1, dims=0) for row in found])["mean_kl"] > 1e-3
 
 
-def test_answers_that_share_a_prompt_score_as_they_do_alone(gguf: Path, prompts: list[list[int]]) -> None:
-    answers = [[5, 6, 7, 8], [9], [10, 11]]
-    with GgufModel(gguf, threads=2, context=128) as model:
-        together = model.answer_logits(prompts[0], answers)
-        alone = [model.answer_logits(prompts[0], [answer])[0] for answer in answers]
-    for left, right in zip(together, alone, strict=True):
-        torch.testing.assert_close(left, right, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("backend", ["gguf", "transformers"])
+def test_answers_scored_together_score_as_a_plain_forward_of_each(
+    backend: str, gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
+) -> None:
+    answers = [[[5, 6, 7, 8], [9], [10, 11]], [[12, 13]], [[14], [15, 16, 17]], [[18, 19, 20]]]
+    reference = load(tiny_model_folder, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    requests = [((), prompt, answer) for prompt, choices in zip(prompts, answers, strict=True) for answer in choices]
+    with GgufModel(gguf, threads=2, slots=7, context=128) as model:
+        ours: ChatModel = GgufChat(model, tokenizer, 8)
+        if backend == "transformers":
+            ours = HuggingFaceChat(reference, tokenizer, 8, batch_size=4)
+        found = ours.answer_logits(prompts, answers)
+        scores = ours._loglikelihood_tokens(requests)
+    expected = []
+    for _, prompt, answer in requests:
+        with torch.no_grad():
+            expected.append(reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1])
+    tolerance = 1e-4 if backend == "transformers" else 5e-3  # float16 weights
+    for left, right in zip([row for rows in found for row in rows], expected, strict=True):
+        torch.testing.assert_close(left, right, atol=tolerance, rtol=0)
+    for (log_likelihood, greedy), logits, (_, _, answer) in zip(scores, expected, requests, strict=True):
+        wanted = logits.log_softmax(dim=-1)[range(len(answer)), answer].sum()
+        assert log_likelihood == pytest.approx(float(wanted), abs=10 * tolerance)
+        assert greedy == (logits.argmax(dim=-1).tolist() == answer)
+
+
+def test_prompts_scored_together_are_bounded_by_tokens_and_by_slots(gguf: Path, tiny_model_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    prompts, answers = [[1] * 300, [1] * 200, [1] * 2000, [1] * 250], [[[2] * 100] * 2] * 4
+    with GgufModel(gguf, threads=1, slots=5, context=16) as model:
+        assert GgufChat(model, tokenizer, 8).batches(prompts, answers) == [[1, 3], [0], [2]]
+        assert GgufChat(model, tokenizer, 8).batches([[1]] * 3, [[[2]] * 2] * 3) == [[0, 1], [2]]
 
 
 def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(
@@ -131,3 +161,23 @@ def test_a_merged_model_that_lost_its_template_is_refused(tmp_path: Path, tiny_m
     (copied / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     with pytest.raises(UserError, match="its chat template differs"):
         merge.check_companions(tiny_model_folder, copied)
+
+
+def test_q5_1_stretches_weights_that_were_q4_1_before() -> None:
+    """Why Q5_K_M, whose rows of 576 fall back to Q5_1, is farther from the merged model than Q4_K_M with its Q5_0.
+
+    The embedded base was published as Q4_1: 16 levels from the least to the largest weight of a block. Q5_1 lays 32 levels over
+    the same range, 31/15 of theirs a step, so that all below the middle round down and all above it round up.
+    """
+
+    def requantized(weights: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+        return np.asarray(dequantize(quantize_array(weights, kind), kind))
+
+    def stretch(weights: np.ndarray, kind: GGMLQuantizationType) -> float:
+        return float(((requantized(weights, kind) - weights) * weights).sum() / (weights**2).sum())
+
+    gaussian = np.random.default_rng(0).standard_normal((64, 576)).astype(np.float32)
+    published = requantized(gaussian, GGMLQuantizationType.Q4_1)
+    assert abs(stretch(gaussian, GGMLQuantizationType.Q5_1)) < 1e-3
+    assert abs(stretch(published, GGMLQuantizationType.Q5_0)) < 1e-3
+    assert 0.015 < stretch(published, GGMLQuantizationType.Q5_1) < 0.025
