@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
 }
 PANELS = (
-    ("Loss", ("loss",)),
+    ("Preference loss", ("preference_loss",)),
     ("Reward margin", ("rewards/margins",)),
     ("Reward accuracy", ("rewards/accuracies",)),
     ("Rewards of both answers", ("rewards/chosen", "rewards/rejected")),

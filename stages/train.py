@@ -38,6 +38,7 @@ BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/r
 ADAPTER, REPORTS, SCRATCH = Path("models/adapter"), Path("reports/train"), Path(".scratch/train")
 HISTORY = (
     "loss",
+    "preference_loss",
     "rewards/margins",
     "rewards/accuracies",
     "rewards/chosen",
@@ -45,7 +46,7 @@ HISTORY = (
     "learning_rate",
     "grad_norm",
 )
-EVALUATION = ("loss", "rewards/margins", "rewards/accuracies")
+EVALUATION = ("loss", "preference_loss", "rewards/margins", "rewards/accuracies")
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -60,6 +61,7 @@ class TrainSettings(params.Settings):
     lora_dropout: float
     lora_modules: list[str]
     learning_rate: float
+    sft_weight: float
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
     warmup_steps: int
     warmup_ratio: float
@@ -106,6 +108,17 @@ class TrackedDPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset
 
+    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
+        """TRL's loss, and as a metric the part of it that is not the chosen answers' negative log-likelihood."""
+        result = super()._compute_loss(model, inputs, return_outputs)
+        loss = result[0] if return_outputs else result
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        chosen = inputs["completion_mask"][: len(inputs["completion_mask"]) // 2, 1:]
+        sft_loss = -metrics["logps/chosen"][-1] * len(chosen) / int(chosen.sum())
+        weight = sum(w for name, w in zip(self.loss_types, self.loss_weights, strict=True) if name == "sft")
+        metrics["preference_loss"].append(float(loss.detach()) - weight * sft_loss)
+        return result
+
 
 def load_pairs(split: str) -> Dataset:
     """The tracked ids of a split beside the summed reference log-probabilities of its answers.
@@ -147,7 +160,8 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
             output_dir=str(output),
             seed=loaded.seed,
             beta=loaded.beta,
-            loss_type=[loaded.loss_type],
+            loss_type=[loaded.loss_type, *(["sft"] if s.sft_weight else [])],
+            loss_weights=[1.0, *([s.sft_weight] if s.sft_weight else [])],
             label_smoothing=loaded.label_smoothing,
             max_length=None,
             disable_dropout=False,
@@ -281,7 +295,7 @@ def reference_difference(trainer: TrackedDPOTrainer, batches: int = 4) -> float:
 def summarize(trainer: TrackedDPOTrainer, pairs: int, difference: float) -> dict[str, Any]:
     """The numbers of a finished run for reports/train/summary.json."""
     history = trainer.state.log_history
-    losses = [float(row["loss"]) for row in history if "loss" in row]
+    losses = [float(row["preference_loss"]) for row in history if "loss" in row]
     evaluations = [row for row in history if "eval_loss" in row]
     last = evaluations[-1] if evaluations else {}
     return {
@@ -292,7 +306,7 @@ def summarize(trainer: TrackedDPOTrainer, pairs: int, difference: float) -> dict
         "epochs": trainer.args.num_train_epochs,
         "trained_parameters": sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad),
         "reference_difference": difference,
-        "validation_loss": last.get("eval_loss"),
+        "validation_loss": last.get("eval_preference_loss"),
         "validation_accuracy": last.get("eval_rewards/accuracies"),
     }
 

@@ -151,7 +151,8 @@ def _training(folder: Path, random: Random) -> None:
         margin = step / 60 + random.gauss(0, 0.2)
         row = {
             "step": step,
-            "loss": 0.69 / (1 + step / 60),
+            "loss": 0.69 / (1 + step / 60) + 0.3,
+            "preference_loss": 0.69 / (1 + step / 60),
             "rewards/margins": margin,
             "rewards/accuracies": min(1.0, 0.5 + step / 200),
         }

@@ -26,6 +26,7 @@ SETTINGS = train.TrainSettings(
     lora_alpha=8,
     lora_dropout=0.0,
     lora_modules=["q_proj", "v_proj", "down_proj"],
+    sft_weight=0.2,
     learning_rate=1e-2,
     schedule="cosine",
     warmup_steps=0,
@@ -87,17 +88,19 @@ def run(loaded: train.Params, scratch: str = "scratch") -> list[dict[str, float]
     return [dict(zip(lines[0].split(","), map(float, line.split(",")), strict=True)) for line in lines[1:]]
 
 
-def test_the_first_loss_is_ln_2_in_float32_and_moves(workspace: Path) -> None:
-    history = run(PARAMS)
-    assert abs(history[0]["loss"] - math.log(2)) < 1e-5
-    assert abs(history[-1]["loss"] - math.log(2)) > 1e-4
+@pytest.mark.parametrize("sft_weight", [0.0, 0.2])
+def test_the_first_preference_loss_is_ln_2_in_float32_and_moves(workspace: Path, sft_weight: float) -> None:
+    history = run(with_train(sft_weight=sft_weight))
+    assert abs(history[0]["preference_loss"] - math.log(2)) < 1e-5
+    assert abs(history[-1]["preference_loss"] - math.log(2)) > 1e-4
+    assert (history[0]["loss"] > 1.0) == (sft_weight > 0)  # a random model's answers have some 6 nats a token
     assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_first_loss_is_near_ln_2_in_nf4_with_the_difference_reported(workspace: Path) -> None:
     write_reference(NF4)
     history = run(PARAMS.model_copy(update={"base": NF4}))
-    assert abs(history[0]["loss"] - math.log(2)) < 5e-3
+    assert abs(history[0]["preference_loss"] - math.log(2)) < 5e-3
     assert json.loads((train.REPORTS / "summary.json").read_text())["reference_difference"] < 0.1
 
 
@@ -218,8 +221,8 @@ def test_a_reference_of_other_pairs_is_refused(workspace: Path) -> None:
 
 
 def test_a_batch_split_by_accumulation_takes_the_same_steps(workspace: Path) -> None:
-    whole = run(with_train(batch_size=8, accumulation=1, evaluations=0, epochs=2.0), "whole")
-    split = run(with_train(batch_size=1, accumulation=8, evaluations=0, epochs=2.0), "split")
+    whole = run(with_train(batch_size=8, accumulation=1, evaluations=0, epochs=2.0, sft_weight=0.0), "whole")
+    split = run(with_train(batch_size=1, accumulation=8, evaluations=0, epochs=2.0, sft_weight=0.0), "split")
     for one, many in zip(whole, split, strict=True):
         assert abs(one["loss"] - many["loss"]) < 1e-5
 
