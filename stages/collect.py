@@ -3,10 +3,10 @@
 For every question (a topic and a checkable instruction) the model answers a few times as it is, and a few times after one worked
 example of the same instruction about a subject outside the topics. The example is only in the prompt of the sampling: what is
 kept is the question alone, so that training has to teach what the example showed. Verifiers grade the answers
-(stages/constraints.py); the chosen answer is among the best, the rejected among the worst, and of the candidates within
-`tie_margin` those two are taken whose lengths are nearest, so that length tells little. For `contrast_share` of the questions the
+(stages/constraints.py); the chosen answer is among those within `tie_margin` of the best, the rejected any that fails, and those
+two are taken whose lengths are nearest, so that length tells little and near misses are met. For `contrast_share` of the questions the
 rejected answer follows another instruction about the same topic instead, so that no form is good in itself: what is chosen
-under one instruction is rejected under another. A plain question about each training topic, without an instruction, borrows both answers:
+under one instruction is rejected under another. Plain questions about each training topic, without an instruction, borrow both answers:
 plain prose is chosen, an answer in some other form rejected. Where no answer follows the instruction, the best one is repaired
 deterministically and serves as chosen. `delta_score` is the grade of chosen less the grade of rejected.
 
@@ -44,6 +44,7 @@ EMBEDDED = Path("data/embedded")
 SCRATCH = Path(".scratch/collect")
 BASE = Path("models/base")
 COPIED_WORDS = 5
+PLAIN_QUESTIONS = 2
 TOP_K = 50
 
 DEMONSTRATIONS = {
@@ -90,19 +91,21 @@ class Params(params.Params):
 def build_questions(settings: CollectSettings) -> list[Row]:
     """All questions in a fixed order: id, split, topic, kind, verifier parameters as JSON, and text.
 
-    A training topic meets every seen kind and the plain question. A held-out topic meets half of the kinds, unseen ones included
-    for the test split, so that many topics carry the same number of questions of each kind.
+    A training topic meets every seen kind and `PLAIN_QUESTIONS` plain questions. A held-out topic meets half of the kinds,
+    unseen ones included for the test split, so that many topics carry the same number of questions of each kind.
     """
     rows: list[Row] = []
     for split, topics in split_topics().items():
-        kinds = [kind.name for kind in (*SEEN_KINDS, *{"test": UNSEEN_KINDS, "train": (PLAIN,)}.get(split, ()))]
+        extra = {"test": UNSEEN_KINDS, "train": (PLAIN,) * PLAIN_QUESTIONS}.get(split, ())
+        kinds = [kind.name for kind in (*SEEN_KINDS, *extra)]
         for number, topic in enumerate(topics if split != "train" else topics[: settings.topics]):
             asked = kinds if split == "train" else kinds[number % 2 :: 2]
-            for name in asked:
-                question, verifier = KINDS[name].ask(Random(f"{split}/{topic}/{name}"), topic)
+            for i, name in enumerate(asked):
+                key = f"{split}/{topic}/{name}" + (f"/{asked[:i].count(name) + 1}" if name in asked[:i] else "")
+                question, verifier = KINDS[name].ask(Random(key), topic)
                 rows.append(
                     {
-                        "id": f"{split}/{topic}/{name}",
+                        "id": key,
                         "split": split,
                         "topic": topic,
                         "kind": name,
@@ -185,10 +188,8 @@ def build_pair(question: Row, answers: list[str], contrast: list[str], settings:
     if not answers:
         return "no finished answer"
     grades = {answer: grade(kind, answer, verifier) for answer in answers}
-    failing = {answer: value for answer, value in grades.items() if not is_strict(kind, answer, verifier)}
-    rejectable = contrast or [
-        answer for answer, value in failing.items() if value <= min(failing.values()) + settings.tie_margin
-    ]
+    failing = [answer for answer in answers if not is_strict(kind, answer, verifier)]
+    rejectable = contrast or failing
     if not rejectable:
         return "every answer follows the instruction"
     passing = {answer: value for answer, value in grades.items() if answer not in failing}

@@ -8,7 +8,7 @@ The grade of an answer, whose differences become `delta_score`, is
 
     0.85 * satisfied + 0.15 * quality
 
-where a miss earns at most half of `satisfied` (so that near misses stay clearly below a pass) and quality asks whether the
+where a miss earns at most a fifth of `satisfied` (so that near misses stay clearly below a pass) and quality asks whether the
 answer names its topic, has a sensible length, is not repetitive and ends like a finished text.
 The idea of verifiable instructions is that of IFEval (arXiv 2311.07911); the kinds and the code are this project's own.
 """
@@ -614,7 +614,7 @@ def grade(kind: str, answer: str, params: Params) -> float:
     if not answer or (is_looping(answer) and kind != "repeat"):
         return 0.0
     satisfied = KINDS[kind].satisfied(answer, params)
-    satisfied = satisfied if satisfied == 1.0 else 0.5 * satisfied
+    satisfied = satisfied if satisfied == 1.0 else 0.2 * satisfied
     return round(0.85 * satisfied + 0.15 * quality(kind, answer, params), 4)
 
 

@@ -160,16 +160,17 @@ def test_the_held_out_questions_are_the_built_ones(questions: list[collect.Row])
     ]
 
 
-def test_the_rejected_answer_is_the_one_of_nearest_length_among_the_worst() -> None:
+def test_the_rejected_answer_is_the_one_of_nearest_length_among_those_that_fail() -> None:
     texts = [
         "kites fly high.",
-        "kites fly over the hills and fields.",
+        "they fly over the hills and the wide fields.",  # follows, but does not name the topic
+        "Kites fly low.",
         "KITES FLY.",
-        "KITES FLY OVER ALL THE HILLS AND FIELDS OF THE LAND TODAY.",
+        "KITES FLY OVER THE HILLS AND THE WIDE FIELDS.",
     ]
     pair = collect.build_pair(KITES, texts, [], LOADED.collect)
     assert isinstance(pair, dict)
-    assert (pair["chosen"], pair["rejected"]) == ("kites fly high.", "KITES FLY.")
+    assert (pair["chosen"], pair["rejected"]) == ("kites fly high.", "Kites fly low.")
 
 
 def test_where_nothing_passes_the_best_answer_is_repaired_and_marked() -> None:
