@@ -164,7 +164,7 @@ class GgufModel:
         in_slot: list[int] = []  # in_slot[slot] is the sequence decoded there; slots stay contiguous (_release)
         entered = 0
         while entered < len(answers) or in_slot:
-            entering = []
+            entering: list[int] = []
             while entered < len(answers) and len(in_slot) + len(entering) + samples[prompt_of[entered]] <= self.slots:
                 entering += range(entered, entered + samples[prompt_of[entered]])
                 entered = entering[-1] + 1
