@@ -60,7 +60,9 @@ def test_answers_scored_together_score_as_a_plain_forward_of_each(
     answers = [[[5, 6, 7, 8], [9], [10, 11]], [[12, 13]], [[14], [15, 16, 17]], [[18, 19, 20]]]
     reference = load(tiny_model_folder, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    requests = [(("", ""), prompt, answer) for prompt, choices in zip(prompts, answers, strict=True) for answer in choices]
+    requests = [
+        (("", ""), prompt, answer) for prompt, choices in zip(prompts, answers, strict=True) for answer in choices
+    ]
     with GgufModel(gguf, threads=2, slots=7, context=128) as model:
         ours: ChatModel = GgufChat(model, tokenizer, 8)
         if backend == "transformers":
