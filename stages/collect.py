@@ -19,6 +19,7 @@ questions), plain.jsonl (held-out plain answers, written by hand, only read here
 import contextlib
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stages import params
 from stages.artifacts import complete_file, sha256_file, write_json, write_parquet
 from stages.console import UserError, progress, run_stage
-from stages.constraints import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict, repair, words
+from stages.constraints import (
+    KINDS,
+    PLAIN,
+    SEEN_KINDS,
+    UNSEEN_KINDS,
+    VALIDATION_KINDS,
+    grade,
+    is_strict,
+    repair,
+    words,
+)
 from stages.gguf import GgufModel
 from stages.quantize import convert
 from stages.topics import split_topics
@@ -46,6 +57,7 @@ BASE = Path("models/base")
 COPIED_WORDS = 5
 PLAIN_QUESTIONS = 2
 TOP_K = 50
+WAVES = sorted({kind.wave for kind in KINDS.values()})
 
 DEMONSTRATIONS = {
     "paper planes": "A paper plane is a toy that is folded from one sheet. "
@@ -91,15 +103,16 @@ class Params(params.Params):
 def build_questions(settings: CollectSettings) -> list[Row]:
     """All questions in a fixed order: id, split, topic, kind, verifier parameters as JSON, and text.
 
-    A training topic meets every seen kind and `PLAIN_QUESTIONS` plain questions. A held-out topic meets half of the kinds,
-    unseen ones included for the test split, so that many topics carry the same number of questions of each kind.
+    A training topic meets every seen kind and `PLAIN_QUESTIONS` plain questions. A held-out topic meets half of the kinds of
+    each wave, its split's unseen ones included, so that many topics carry the same number of questions of each kind.
     """
     rows: list[Row] = []
+    extra = {"test": UNSEEN_KINDS, "validation": VALIDATION_KINDS, "train": (PLAIN,) * PLAIN_QUESTIONS}
     for split, topics in split_topics().items():
-        extra = {"test": UNSEEN_KINDS, "train": (PLAIN,) * PLAIN_QUESTIONS}.get(split, ())
-        kinds = [kind.name for kind in (*SEEN_KINDS, *extra)]
+        kinds = [*SEEN_KINDS, *extra[split]]
+        waves = [[kind.name for kind in kinds if kind.wave == wave] for wave in WAVES]
         for number, topic in enumerate(topics if split != "train" else topics[: settings.topics]):
-            asked = kinds if split == "train" else kinds[number % 2 :: 2]
+            asked = [name for wave in waves for name in (wave if split == "train" else wave[number % 2 :: 2])]
             for i, name in enumerate(asked):
                 key = f"{split}/{topic}/{name}" + (f"/{asked[:i].count(name) + 1}" if name in asked[:i] else "")
                 question, verifier = KINDS[name].ask(Random(key), topic)
@@ -309,12 +322,12 @@ def card(splits: dict[str, list[Row]], reasons: Counter[str], questions: list[Ro
     """Counts for the data card, of everything that a reader should know before trusting the data."""
     by_kind = {}
     for name in KINDS:
-        rows = [row for row in splits["train"] + splits["test"] if row["kind"] == name]
+        rows = [row for found in splits.values() for row in found if row["kind"] == name]
         train = [row for row in splits["train"] if row["kind"] == name]
         by_kind[name] = {
             "train_rows": len(train),
-            "repaired_share": round(sum(row["repaired"] for row in rows) / max(1, len(rows)), 4),
-            "mean_delta_score": round(sum(row["delta_score"] for row in rows) / max(1, len(rows)), 4),
+            "repaired_share": round(sum(row["repaired"] for row in rows) / len(rows), 4),
+            "mean_delta_score": round(sum(row["delta_score"] for row in rows) / len(rows), 4),
         }
     train = splits["train"]
     return {
@@ -356,11 +369,23 @@ def processor() -> Row:
 
 
 def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
-    """The questions to sample in chunks of `chunk_topics` topics, in order; the test samples one of them again alone."""
-    questions = [question for question in questions if question["kind"] != PLAIN.name]
-    topics = list(dict.fromkeys((question["split"], question["topic"]) for question in questions))
-    groups = [set(topics[i : i + settings.chunk_topics]) for i in range(0, len(topics), settings.chunk_topics)]
-    return [[question for question in questions if (question["split"], question["topic"]) in group] for group in groups]
+    """The questions to sample, wave by wave, in chunks of whole topics; the test samples one of them again alone.
+
+    A chunk of the first wave has `chunk_topics` topics, one of a later, smaller wave so many that it is about as large.
+    """
+    found = []
+    waves = [
+        [question for question in questions if question["kind"] != PLAIN.name and KINDS[question["kind"]].wave == wave]
+        for wave in WAVES
+    ]
+    for wave in waves:
+        topics = list(dict.fromkeys((question["split"], question["topic"]) for question in wave))
+        size = math.ceil(settings.chunk_topics * len(waves[0]) / max(1, len(wave)))
+        groups = [set(topics[i : i + size]) for i in range(0, len(topics), size)]
+        found += [
+            [question for question in wave if (question["split"], question["topic"]) in group] for group in groups
+        ]
+    return found
 
 
 def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> list[Row]:

@@ -34,6 +34,7 @@ KEYWORDS = (
 OPENINGS = ("Well,", "In short,", "To be honest,", "Good question!", "Let me explain:", "Of course.")
 ENDINGS = ("That is all.", "I hope this helps.", "Thank you for asking.", "And that is why.", "Have a nice day.")
 AVOIDED = ("the", "and", "of", "is")
+LETTERS = "bkvw"
 VOCABULARY = ("yes", "no", "maybe")
 FILLERS = (
     "There is more to learn about {topic}.",
@@ -54,6 +55,7 @@ class Kind:
         satisfied: (answer, parameters) -> share satisfied in [0, 1]; 1.0 only when exactly satisfied.
         repair: (answer, parameters) -> an answer that is satisfied exactly.
         free_text: whether the answer is prose about the topic, so that length, topic and ending can be judged.
+        wave: kinds of one wave were sampled together; a new kind opens a new one, so that what was sampled stays as it is.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Kind:
     satisfied: Callable[[str, Params], float]
     repair: Callable[[str, Params], str]
     free_text: bool = True
+    wave: int = 1
 
 
 def words(text: str) -> list[str]:
@@ -228,11 +231,7 @@ def _repair_keywords(answer: str, params: Params) -> str:
 
 def _avoid(answer: str, params: Params) -> float:
     found = [word.lower() for word in words(answer)]
-    return (
-        1.0
-        if found and params["word"] not in found
-        else max(0.0, 1.0 - 0.2 * found.count(params["word"])) * bool(found)
-    )
+    return max(0.0, 1.0 - 0.2 * found.count(params["word"])) * bool(found)
 
 
 def _repair_avoid(answer: str, params: Params) -> str:
@@ -241,10 +240,42 @@ def _repair_avoid(answer: str, params: Params) -> str:
     return kept if words(kept) else "Nothing more needs saying."
 
 
-def _no_commas(answer: str, params: Params) -> float:
+def _ask_unnamed(random: Random, topic: str) -> tuple[str, Params]:
+    instruction = random.choice(("Never call the subject by its name.", "Do so without naming the subject."))
+    return f"{question_about(random, topic)} {instruction}", {"topic": topic, "name": words(topic)[-1].lower()}
+
+
+def _unnamed(answer: str, params: Params) -> float:
+    return _avoid(answer, {"word": params["name"]})
+
+
+def _repair_unnamed(answer: str, params: Params) -> str:
+    return _repair_avoid(answer, {"word": params["name"]})
+
+
+def _ask_avoid_letter(random: Random, topic: str) -> tuple[str, Params]:
+    letter = random.choice([letter for letter in LETTERS if letter not in topic])
+    instruction = random.choice(
+        (f'Do not use the letter "{letter}".', f'Answer with words that do not contain the letter "{letter}".')
+    )
+    return f"{question_about(random, topic)} {instruction}", {"topic": topic, "letter": letter}
+
+
+def _avoid_letter(answer: str, params: Params) -> float:
+    return _without(answer.lower(), params["letter"])
+
+
+def _repair_avoid_letter(answer: str, params: Params) -> str:
+    clean = [sentence for sentence in sentences(answer) if params["letter"] not in sentence.lower()]
+    kept = " ".join(clean or [word for word in answer.split() if params["letter"] not in word.lower()])
+    return kept if words(kept) else "Nothing more needs saying."
+
+
+def _without(answer: str, mark: str) -> float:
+    """The share of sentences without a mark, at most 0.9 where it stands anywhere in the answer."""
     found = sentences(answer)
-    free = share(sum("," not in sentence for sentence in found), len(found))
-    return free if "," not in answer else min(free, 0.9)
+    free = share(sum(mark not in sentence for sentence in found), len(found))
+    return free if mark not in answer else min(free, 0.9)
 
 
 # --- fixed words at the start or the end ----------------------------------------------------------------------------------
@@ -480,7 +511,7 @@ SEEN_KINDS = (
     Kind(
         "no_commas",
         _prose("Do not use any commas.", "Write your answer without a single comma."),
-        _no_commas,
+        lambda answer, params: _without(answer, ","),
         lambda answer, params: answer.replace(",", ""),
     ),
     Kind(
@@ -559,8 +590,37 @@ SEEN_KINDS = (
         _repair_postscript,
     ),
     Kind("comma_list", _ask_comma_list, _comma_list, _repair_comma_list, free_text=False),
+    Kind(
+        "parentheses",
+        _prose("Put your whole answer in parentheses.", "Wrap your entire answer in ( and )."),
+        _wrapped("(", ")"),
+        _wrap("(", ")"),
+        wave=2,
+    ),
+    Kind(
+        "asterisks",
+        _prose(
+            "Put your whole answer between two asterisks, one at each end.",
+            "Begin your answer with an asterisk (*) and end it with one.",
+        ),
+        _wrapped("*", "*"),
+        _wrap("*", "*"),
+        wave=2,
+    ),
+    Kind(
+        "tagged",
+        _prose(
+            "Put your whole answer between the tags <answer> and </answer>.",
+            "Wrap your entire answer in <answer> and </answer>.",
+        ),
+        _wrapped("<answer>", "</answer>"),
+        _wrap("<answer>", "</answer>"),
+        wave=2,
+    ),
+    Kind("avoid_letter", _ask_avoid_letter, _avoid_letter, _repair_avoid_letter, wave=2),
 )
 
+# In the test split alone.
 UNSEEN_KINDS = (
     Kind(
         "brackets",
@@ -576,10 +636,22 @@ UNSEEN_KINDS = (
     ),
 )
 
+# In the validation split alone, so that a recipe can be chosen by what it does to kinds without training rows.
+VALIDATION_KINDS = (
+    Kind(
+        "braces",
+        _prose("Put your whole answer in curly braces.", "Wrap your entire answer in {{ and }}."),
+        _wrapped("{", "}"),
+        _wrap("{", "}"),
+        wave=2,
+    ),
+    Kind("unnamed", _ask_unnamed, _unnamed, _repair_unnamed, wave=2),
+)
+
 # No instruction, so no form: keeps the forms of the other kinds from spreading to every question. In training only.
 PLAIN = Kind("plain", lambda random, topic: (question_about(random, topic), {"topic": topic}), _plain, _repair_plain)
 
-KINDS = {kind.name: kind for kind in (*SEEN_KINDS, *UNSEEN_KINDS, PLAIN)}
+KINDS = {kind.name: kind for kind in (*SEEN_KINDS, *UNSEEN_KINDS, *VALIDATION_KINDS, PLAIN)}
 
 
 def is_strict(kind: str, answer: str, params: Params) -> bool:
@@ -604,7 +676,7 @@ def quality(kind: str, answer: str, params: Params) -> float:
         0.4 * names_topic
         + 0.2 * (4 <= len(found) <= 60)
         + 0.2 * share(len(set(bigrams)), len(bigrams))
-        + 0.2 * answer.endswith((".", "!", "?", '"', "]", "}"))
+        + 0.2 * answer.endswith((".", "!", "?", '"', ")", "]", "}", ">", "*"))
     )
 
 

@@ -82,6 +82,8 @@ class QuantizedFile:
     bits_per_weight: float
     tensors: int
     fallback: int
+    weight_error: float
+    weight_stretch: float
     matrices: Mapping[str, int]
     mean_kl: float | None
     top1_agreement: float | None

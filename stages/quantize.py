@@ -2,8 +2,8 @@
 
 llama.cpp's own converter writes the f16 GGUF from the safetensors, and llama.cpp itself quantizes it to the smaller types. What
 the file says about itself (token ids, end and padding tokens, pre-tokenizer, chat template) is compared with the tokenizer of the
-merged model, because converted fine-tunes have been published with wrong ones; and tensors whose rows do not fit the blocks of a
-type fall back to another, which is counted and reported.
+merged model, because converted fine-tunes have been published with wrong ones; tensors whose rows do not fit the blocks of a
+type fall back to another, which is counted and reported; and what happened to the weights is measured apart from what it does to answers.
 """
 
 import subprocess
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import llama_cpp
-from gguf import GGUFReader
+import numpy as np
+from gguf import GGUFReader, dequantize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages import params
@@ -29,6 +30,7 @@ FILE_TYPES = {
     "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
 }
 INTENDED = {"Q5_K_M": {"Q5_K", "Q6_K"}, "Q4_K_M": {"Q4_K", "Q6_K"}, "Q6_K": {"Q6_K"}, "Q8_0": {"Q8_0"}, "f16": {"F16"}}
+ROWS_AT_ONCE = 4096
 PROBES = (
     "Hello, world!",
     "The year 2024 costs 1,234.56 dollars.",
@@ -108,6 +110,26 @@ def describe(path: Path, kind: str) -> dict[str, Any]:
     }
 
 
+def weight_change(path: Path, source: Path) -> dict[str, float]:
+    """How the matrices of a GGUF file differ from those of the one it was quantized from, over all their weights together.
+
+    `weight_error` is the norm of the difference over the norm of the weights. `weight_stretch` is the part of it that all weights
+    share: the least-squares slope of the new weights over the old, less 1; rounding that favours no direction has next to none.
+    """
+    originals = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
+    norm = squared = shared = 0.0
+    for tensor in GGUFReader(path).tensors:
+        if len(tensor.shape) < 2:
+            continue
+        original = originals[tensor.name]
+        for row in range(0, len(tensor.data), ROWS_AT_ONCE):
+            rows = slice(row, row + ROWS_AT_ONCE)
+            old = dequantize(original.data[rows], original.tensor_type).astype(np.float64)
+            change = dequantize(tensor.data[rows], tensor.tensor_type) - old
+            norm, squared, shared = norm + (old**2).sum(), squared + (change**2).sum(), shared + (change * old).sum()
+    return {"weight_error": round((squared / norm) ** 0.5, 6), "weight_stretch": round(shared / norm, 6)}
+
+
 def metadata(path: Path) -> dict[str, Any]:
     """What a GGUF says of its tokenizer: architecture, pre-tokenizer, special ids and chat template."""
     fields = GGUFReader(path).fields
@@ -158,7 +180,7 @@ def main() -> None:
             if kind != "f16":
                 quantize(folder / "f16.gguf", path, kind)
             check(path, tokenizer)
-            report[kind] = describe(path, kind)
+            report[kind] = describe(path, kind) | weight_change(path, folder / "f16.gguf")
         found = metadata(folder / "f16.gguf")
         found.pop("template")
         write_json(folder / "quantize.json", {"files": report, "metadata": found})

@@ -236,6 +236,8 @@ def quantized_files(inputs: Inputs) -> list[QuantizedFile]:
                 bits_per_weight=file["bits_per_weight"],
                 tensors=file["tensors"],
                 fallback=file["fallback"],
+                weight_error=file["weight_error"],
+                weight_stretch=file["weight_stretch"],
                 matrices=file["matrices_by_type"],
                 mean_kl=inputs.divergence.get(name, {}).get("mean_kl"),
                 top1_agreement=inputs.divergence.get(name, {}).get("top1_agreement"),
@@ -386,8 +388,8 @@ def environment() -> jinja2.Environment:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction as a percentage."""
-    return "–" if value is None else f"{100 * value:.{digits}f}%"
+    """A fraction as a percentage; one that rounds to nothing has no sign."""
+    return "–" if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f}%".replace("-", "−")
 
 
 def points(value: float) -> str:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from stages import collect, fetch_model, params
 from stages.artifacts import read_json, write_parquet
-from stages.constraints import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, grade, is_strict
+from stages.constraints import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, VALIDATION_KINDS, grade, is_strict
 from stages.gguf import GgufModel
 from stages.topics import split_topics
 
@@ -70,6 +70,15 @@ def test_a_slice_sampled_again_has_the_committed_bytes(
     assert sum(alike) > 0.8 * len(alike)
 
 
+def test_a_later_wave_of_kinds_leaves_what_was_sampled_before(questions: list[collect.Row]) -> None:
+    chunks = collect.chunks(questions, LOADED.collect)
+    waves = [{KINDS[question["kind"]].wave for question in chunk} for chunk in chunks]
+    assert waves == sorted(waves, key=min)
+    assert all(len(wave) == 1 for wave in waves)
+    first = [question for question in questions if KINDS[question["kind"]].wave == 1]
+    assert collect.chunks(first, LOADED.collect) == chunks[: waves.index({2})]
+
+
 def test_every_delta_score_is_the_difference_of_the_grades_and_chosen_follows_its_instruction(
     splits: dict[str, list[collect.Row]],
 ) -> None:
@@ -126,9 +135,13 @@ def test_topics_of_the_splits_are_disjoint_and_unseen_kinds_are_never_trained_on
     assert not topics["train"] & topics["test"]
     assert not topics["validation"] & topics["test"]
     assert all(topics[split] <= set(split_topics()[split]) for split in topics)
-    unseen = {kind.name for kind in UNSEEN_KINDS}
-    assert not unseen & {row["kind"] for row in splits["train"] + splits["validation"]}
-    assert unseen < {row["kind"] for row in splits["test"]}
+    for split, others, kinds in (
+        ("test", ("train", "validation"), UNSEEN_KINDS),
+        ("validation", ("train", "test"), VALIDATION_KINDS),
+    ):
+        unseen = {kind.name for kind in kinds}
+        assert unseen < {row["kind"] for row in splits[split]}
+        assert not unseen & {row["kind"] for other in others for row in splits[other]}
 
 
 def test_no_instruction_is_demonstrated_on_a_topic_of_the_questions() -> None:

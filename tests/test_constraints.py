@@ -13,6 +13,7 @@ from stages.constraints import (
     ENDINGS,
     KEYWORDS,
     KINDS,
+    LETTERS,
     NUMBER_WORDS,
     OPENINGS,
     VOCABULARY,
@@ -65,6 +66,12 @@ FOLLOWED = {  # each is exactly what the instruction asks for
     "comma_list": (TEA | {"n": 3}, ["hot, cup, leaf", "hot,cup,leaf", "Hot, cup, leaf."]),
     "brackets": (TEA, ["[Tea is hot.]", "[Tea (a drink) is old.\nIt is good.]"]),
     "avoid_word": (TEA | {"word": "the"}, ["Tea is hot.", "Then there is tea, their other drink."]),
+    "parentheses": (TEA, ["(Tea is hot.)", "(Tea [a drink] is old.\nIt is good.)"]),
+    "asterisks": (TEA, ["*Tea is hot.*", "*Tea is old.\nIt is good.*"]),
+    "tagged": (TEA, ["<answer>Tea is hot.</answer>", "<answer>\nTea is old.\n</answer>"]),
+    "avoid_letter": (TEA | {"letter": "k"}, ["Tea is hot.", "Tea, and more of it!"]),
+    "braces": (TEA, ["{Tea is hot.}", "{Tea (a drink) is old.\nIt is good.}"]),
+    "unnamed": (TEA | {"name": "tea"}, ["It is hot.", "A team likes this drink."]),
     "plain": (
         TEA,
         [
@@ -177,6 +184,17 @@ MISSED = {  # each breaks the instruction somewhere
     ],
     "brackets": ["Tea is hot.", "[Tea is hot.", "Tea is hot.]", "[Tea] is [hot]", "[]", "(Tea is hot.)"],
     "avoid_word": ["The tea is hot.", "Tea is the best.", "Drink THE tea."],
+    "parentheses": ["Tea is hot.", "(Tea is hot.", "Tea is hot.)", "(Tea) is (hot)", "()", "[Tea is hot.]"],
+    "asterisks": ["Tea is hot.", "*Tea is hot.", "Tea is hot.*", "**Tea is hot.**", "*Tea* is *hot*", "**", "*"],
+    "tagged": [
+        "Tea is hot.",
+        "<answer>Tea is hot.",
+        "<answer>Tea</answer> is hot.",
+        "<Answer>Tea is hot.</Answer>",
+    ],
+    "avoid_letter": ["Drink tea.", "Keep it hot."],
+    "braces": ["Tea is hot.", "{Tea is hot.", "Tea is hot.}", "{Tea} is {hot}", "{}", "(Tea is hot.)"],
+    "unnamed": ["Tea is hot.", "It is TEA."],
     "plain": [
         '"Tea is a hot drink. Many people like it in the morning."',
         "tea is a hot drink. many people like it in the morning.",
@@ -211,6 +229,12 @@ NEAR_AND_FAR = {
     "comma_list": ("hot, cup", "It is a drink that people like."),
     "brackets": ("[Tea is a hot drink.", "Tea is a hot drink."),
     "avoid_word": ("Tea is the hot drink.", "The tea the man the cook and the maid like is the best."),
+    "parentheses": ("(Tea is a hot drink.", "Tea is a hot drink."),
+    "asterisks": ("*Tea is a hot drink.", "Tea is a hot drink."),
+    "tagged": ("<answer>Tea is a hot drink.", "Tea is a hot drink."),
+    "avoid_letter": ("Tea is hot. Drink it.", "Drink hot tea. Like it."),
+    "braces": ("{Tea is a hot drink.", "Tea is a hot drink."),
+    "unnamed": ("Tea is a hot drink.", "Tea is tea, and tea it is; so drink tea, tea."),
     "plain": ("Tea is a hot drink that people like!", "- hot\n- old"),
 }
 
@@ -354,7 +378,7 @@ def test_a_question_states_what_is_checked(name: str) -> None:
                 other = {str(n) for n in range(1, 31)} | set(NUMBER_WORDS.values())
                 assert other & set(words(question)) - {"1", "2", "one"} <= {number}
                 assert ("sentence." in question) == (name == "sentence_count" and value == 1)
-            if key in ("word", "opening", "ending"):
+            if key in ("word", "letter", "opening", "ending"):
                 assert f'"{value}"' in question
             if key == "keywords":
                 assert len(set(value)) == 2
@@ -362,7 +386,14 @@ def test_a_question_states_what_is_checked(name: str) -> None:
             if key == "vocabulary":
                 assert all(word in words(question) for word in value)
         stated.add(json.dumps(verifier))
-    choices = {"n": 3, "opening": len(OPENINGS), "ending": len(ENDINGS), "keywords": 100, "word": len(AVOIDED)}
+    choices = {
+        "n": 3,
+        "opening": len(OPENINGS),
+        "ending": len(ENDINGS),
+        "keywords": 100,
+        "word": len(AVOIDED),
+        "letter": len(LETTERS),
+    }
     wanted = [count for key, count in choices.items() if key in verifier and not (name == "repeat" and key == "word")]
     assert len(stated) >= max(wanted, default=1)
 
