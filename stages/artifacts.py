@@ -28,6 +28,12 @@ def sha256_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def scratch_folder(name: str) -> Path:
+    """The folder `.scratch/NAME` of the checkout, also inside the temporary copies that DVC makes of it for experiments."""
+    checkout = str(Path.cwd()).split("/.dvc/tmp/exps/")[0]
+    return Path(checkout) / ".scratch" / name
+
+
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
     """Yields a temporary neighbour of `path` to write to; it takes the name only when the block has ended well."""

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -290,32 +290,52 @@ def build_splits(
 
 
 def leakage(rows: list[Row]) -> dict[str, float]:
-    """How well shallow signs tell chosen from rejected: share of pairs guessed right (0.5 is chance).
+    """How well shallow signs tell chosen from rejected, learnt on every second pair: the share of the other pairs guessed right.
 
-    `length` guesses that the shorter (or, if better, the longer) answer is chosen. `repair_marks` trains a bag-of-words naive
-    Bayes classifier on half of the pairs, repaired against not, and reports its accuracy on the other half.
+    `length` guesses that the shorter, or the longer, answer is chosen, whichever is more often so in all pairs, and
+    `length_by_kind` in those of the same kind; `words` asks a bag-of-words naive Bayes classifier which answer looks more
+    like a chosen one, and `words_repaired` is that on the pairs whose chosen answer is a repair. 0.5 is chance.
     """
-    gaps = np.array([len(words(row["chosen"])) - len(words(row["rejected"])) for row in rows])
-    shorter = float(np.mean(np.where(gaps == 0, 0.5, gaps < 0)))
-    return {"length": round(max(shorter, 1 - shorter), 4), "repair_marks": round(repair_mark_accuracy(rows), 4)}
-
-
-def repair_mark_accuracy(rows: list[Row]) -> float:
-    """Balanced accuracy, on the odd rows, of telling repaired from sampled chosen answers by their words, learnt on the even."""
     rows = sorted(rows, key=lambda row: row["id"])
-    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for row in rows[::2]:
-        counts[row["repaired"]].update({word.lower() for word in words(row["chosen"])})
-    totals = {label: sum(row["repaired"] == label for row in rows[::2]) for label in (True, False)}
-    right = {True: [], False: []}  # type: dict[bool, list[bool]]
-    for row in rows[1::2]:
-        found = {word.lower() for word in words(row["chosen"])}
-        score = {
-            label: sum(np.log((counts[label][word] + 1) / (totals[label] + 2)) for word in found)
-            for label in (True, False)
-        }
-        right[row["repaired"]].append((score[True] > score[False]) == row["repaired"])
-    return float(np.mean([np.mean(values) if values else 0.5 for values in right.values()]))
+    learnt, asked = rows[::2], rows[1::2]
+    by_words = word_guesses(learnt, asked)
+    return {
+        "length": mean(length_guesses(learnt, asked, lambda row: "")),
+        "length_by_kind": mean(length_guesses(learnt, asked, lambda row: row["kind"])),
+        "words": mean(by_words),
+        "words_repaired": mean([guess for guess, row in zip(by_words, asked, strict=True) if row["repaired"]]),
+    }
+
+
+def mean(values: list[float]) -> float:
+    """The mean to four digits."""
+    return round(sum(values) / len(values), 4)
+
+
+def length_guesses(learnt: list[Row], asked: list[Row], group: Callable[[Row], str]) -> list[float]:
+    """For each asked pair 1 where the longer answer is chosen as often as in its group, else 0; 0.5 where both are as long."""
+
+    def sign(row: Row) -> float:
+        return float(np.sign(len(row["chosen"]) - len(row["rejected"])))
+
+    longer: Counter[str] = Counter()
+    for row in learnt:
+        longer[group(row)] += int(sign(row))
+    return [0.5 + 0.5 * sign(row) * float(np.sign(longer[group(row)])) for row in asked]
+
+
+def word_guesses(learnt: list[Row], asked: list[Row]) -> list[float]:
+    """For each asked pair 1 where the words of the chosen answer are the likelier ones of a chosen answer, else 0; 0.5 in a tie."""
+    parts = ("chosen", "rejected")
+    counts = {part: Counter(word for row in learnt for word in set(words(row[part].lower()))) for part in parts}
+
+    def score(text: str) -> float:
+        return sum(
+            float(np.log((counts["chosen"][word] + 1) / (counts["rejected"][word] + 1)))
+            for word in sorted(set(words(text.lower())))
+        )
+
+    return [0.5 + 0.5 * float(np.sign(score(row["chosen"]) - score(row["rejected"]))) for row in asked]
 
 
 def card(splits: dict[str, list[Row]], reasons: Counter[str], questions: list[Row], settings: CollectSettings) -> Row:
@@ -388,6 +408,12 @@ def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
     return found
 
 
+def chunk_key(chunk: list[Row], seed: int) -> str:
+    """A hash of all that a chunk asks, so that answers to another wording are never taken for its own."""
+    asked = [(question["id"], question["question"], demonstration(question, seed)) for question in chunk]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
 def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> list[Row]:
     """Samples all chunks that the scratch folder does not hold yet; returns all rows in order."""
     key = hashlib.sha256(
@@ -403,8 +429,8 @@ def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> li
     torch.set_num_threads(settings.threads)
     samples: list[Row] = []
     with GgufModel(gguf, settings.threads, settings.slots, context=512) as model:
-        for number, chunk in enumerate(progress(chunks(questions, settings), "sampling", unit="chunk")):
-            path = folder / f"{number:04}.parquet"
+        for chunk in progress(chunks(questions, settings), "sampling", unit="chunk"):
+            path = folder / f"{chunk_key(chunk, seed)}.parquet"
             if not path.exists():
                 write_parquet(path, pa.Table.from_pylist(sample_chunk(chunk, model, tokenizer, settings, seed)))
             samples.extend(pq.read_table(path).to_pylist())

@@ -33,6 +33,8 @@ def progress(items: Iterable[T], description: str, total: int | None = None, uni
 def run_stage(name: str, main: Callable[[], None]) -> None:
     """Runs a stage's `main`; turns its errors into one line and exit code 1, and records its time beside the outputs.
 
+    DVC removes a stage's outputs before it starts the stage, so a failure under DVC says how to get them back.
+
     `HERMES_TRACEBACK=1` shows the whole traceback. The record, `timings/NAME.json`, holds everything that may differ between
     two equal runs (clock, host, commit, duration) and is read by no stage.
     """
@@ -47,6 +49,8 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
             traceback.print_exc()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         hint = "" if isinstance(error, UserError) else " (HERMES_TRACEBACK=1 shows where)"
+        if "DVC_ROOT" in os.environ:
+            hint += " [earlier outputs: .venv/bin/dvc checkout && git checkout reports]"
         sys.exit(f"{name}: {kind}{' '.join(str(error).split())}{hint}")
     record_timing(name, started, time.monotonic() - clock)
 

@@ -11,14 +11,15 @@ import gc
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from datasets.utils.logging import disable_progress_bar
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from pydantic import Field, PositiveInt, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages import params
@@ -33,6 +34,7 @@ from stages.tokenize import answer_ids, prompt_ids
 
 BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
 SUBSET, OUTPUT, TASKS = Path("data/subset"), Path("data/evaluation"), Path(__file__).parent / "tasks"
+NEEDED = {"instructions": Path("data/raw/questions.parquet"), "plain": Path("data/raw/plain.jsonl")}
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
 
@@ -41,14 +43,22 @@ class EvaluateSettings(params.Settings):
     """What is asked, of which split, and how it is batched; batches stay fixed because scores move with them."""
 
     split: Literal["validation", "test"]
-    tasks: list[Literal["instructions", "preference", "plain"]]
+    tasks: Annotated[list[Literal["instructions", "preference", "plain"]], Field(min_length=1)]
     types: list[str]
-    max_new_tokens: int
-    batch_size: int
-    slots: int
-    context: int
-    divergence_pairs: int
-    threads: int
+    max_new_tokens: PositiveInt
+    batch_size: PositiveInt
+    slots: Annotated[int, Field(ge=2)]  # both answers of a pair are scored together
+    context: PositiveInt
+    divergence_pairs: PositiveInt
+    threads: PositiveInt
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> "EvaluateSettings":
+        if self.max_new_tokens >= self.context:
+            raise ValueError(
+                f"`max_new_tokens` ({self.max_new_tokens}) leaves no room for a prompt in `context` ({self.context})"
+            )
+        return self
 
 
 class Params(params.Params):
@@ -147,7 +157,7 @@ def perplexity(samples: Answers, tokenizer: PreTrainedTokenizerBase) -> dict[str
 def evaluate_model(
     name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], Answers]:
-    """All tasks on one model: (data/evaluation/NAME.json, rows of NAME.jsonl)."""
+    """All tasks on one model: (data/evaluation/NAME.json and, as `pairs`, what it is counted from; rows of NAME.jsonl)."""
     with opened(name, settings, tokenizer) as model:
         samples = run_tasks(model, settings)
         finished = model.finished
@@ -160,25 +170,34 @@ def evaluate_model(
     if "preference" in samples:
         right = [float(sample["acc"]) for sample in samples["preference"]]
         summary["preference"] = {"accuracy": mean(right), "n": len(right)}
-        summary["preference"]["log_likelihoods"] = [
-            [resp[0] for resp in sample["filtered_resps"]] for sample in samples["preference"]
+        summary["pairs"] = [
+            {
+                "topic": sample["doc"].get("topic", str(sample["doc_id"])),
+                "right": float(sample["acc"]),
+                "log_likelihoods": [resp[0] for resp in sample["filtered_resps"]],
+            }
+            for sample in samples["preference"]
         ]
     if "plain" in samples:
         summary["perplexity"] = perplexity(samples["plain"], tokenizer)
     return summary, rows
 
 
-def reward_accuracy(tuned: dict[str, Any], base: dict[str, Any]) -> float | None:
+def reward_accuracy(tuned: Answers, base: Answers) -> float | None:
     """Share of pairs whose chosen answer gained more log-likelihood over the base than the rejected one (DPO's implicit reward)."""
-    if "preference" not in tuned:
-        return None
-    pairs = zip(tuned["preference"]["log_likelihoods"], base["preference"]["log_likelihoods"], strict=True)
-    return mean(
-        [
-            float((chosen - chosen_base) > (rejected - rejected_base))
-            for (chosen, rejected), (chosen_base, rejected_base) in pairs
-        ]
-    )
+    right = []
+    for pair, pair_base in zip(tuned, base, strict=True):
+        chosen, rejected = (
+            new - old for new, old in zip(pair["log_likelihoods"], pair_base["log_likelihoods"], strict=True)
+        )
+        right.append(float(chosen > rejected))
+    return mean(right)
+
+
+def preference_gain(after: Answers, before: Answers) -> dict[str, float | int] | None:
+    """The paired gain in preference accuracy, clustered by topic, or by pair where the data has no topics."""
+    rows = [("pair", new["topic"], old["right"], new["right"]) for old, new in zip(before, after, strict=True)]
+    return paired_gain(rows) if rows else None
 
 
 def compare(after: Answers, before: Answers, against: str) -> dict[str, Any]:
@@ -205,12 +224,13 @@ def divergences(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) 
         (prompt_ids(tokenizer, row["question"]), answer_ids(tokenizer, row["question"], row["chosen"])) for row in pairs
     ]
 
-    def logits_of(model: ChatModel) -> list[torch.Tensor]:
+    def logits_of(model: ChatModel) -> Iterator[torch.Tensor]:
         bar = progress(ids, "comparing", unit="answer")
-        return [model.answer_logits([prompt], [[answer]])[0][0].float() for prompt, answer in bar]
+        for prompt, answer in bar:
+            yield model.answer_logits([prompt], [[answer]])[0][0].float().cpu()
 
-    expected = logits_of(
-        HuggingFaceChat(load(MERGED, torch.float32), tokenizer, settings.max_new_tokens, settings.batch_size)
+    expected = list(
+        logits_of(HuggingFaceChat(load(MERGED, torch.float32), tokenizer, settings.max_new_tokens, settings.batch_size))
     )
     result = {}
     for name in ("hf_bf16", *settings.types):
@@ -220,7 +240,7 @@ def divergences(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) 
     return result
 
 
-def divergence(expected: list[torch.Tensor], found: list[torch.Tensor]) -> dict[str, float | int]:
+def divergence(expected: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> dict[str, float | int]:
     """Mean KL(expected || found) over the rows of (tokens, vocabulary) logits, and how often the likeliest token agrees."""
     total, agreed, tokens = 0.0, 0, 0
     for left, right in zip(expected, found, strict=True):
@@ -238,6 +258,9 @@ def main() -> None:
     set_determinism(settings.threads)
     tokenizer = AutoTokenizer.from_pretrained(MERGED)
     names = ["base", "merged", *settings.types]
+    for task, file in NEEDED.items():
+        if task in settings.tasks and not file.is_file():
+            raise UserError(f"{file}: no such file, which the task {task} asks; take it out of `evaluate.tasks`")
     for name in settings.types:
         if not (GGUF / f"{name}.gguf").is_file():
             raise UserError(
@@ -247,19 +270,17 @@ def main() -> None:
     for name in names:
         print(f"evaluating {name}", flush=True)
         summaries[name], rows[name] = evaluate_model(name, settings, tokenizer)
-    comparison = {
-        name: compare(
-            rows[name], rows["base" if name == "merged" else "merged"], "base" if name == "merged" else "merged"
-        )
-        for name in names[1:]
-    }
-    for name in names:
-        if name != "base" and "preference" in summaries[name]:
-            summaries[name]["preference"]["reward_accuracy"] = reward_accuracy(summaries[name], summaries["base"])
+    pairs = {name: summaries[name].pop("pairs", []) for name in names}
+    comparison = {}
+    for name in names[1:]:
+        against = "base" if name == "merged" else "merged"
+        comparison[name] = compare(rows[name], rows[against], against)
+        comparison[name]["preference"] = preference_gain(pairs[name], pairs[against])
+        if pairs[name]:
+            summaries[name]["preference"]["reward_accuracy"] = reward_accuracy(pairs[name], pairs["base"])
     apart = divergences(settings, tokenizer)
     with complete_folder(OUTPUT) as target:
         for name in names:
-            summaries[name].get("preference", {}).pop("log_likelihoods", None)
             write_json(target / f"{name}.json", summaries[name])
             with complete_file(target / f"{name}.jsonl") as path:
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))

@@ -8,13 +8,15 @@ says which split of the source plays which part.
 import re
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import field_validator
 
 from stages import params
-from stages.artifacts import complete_folder, open_parquet, sha256_file, write_json, write_parquet
+from stages.artifacts import complete_folder, sha256_file, write_json, write_parquet
 from stages.console import UserError, run_stage
 
 RAW, EMBEDDED = Path("data/raw"), Path("data/embedded")
@@ -28,6 +30,13 @@ class DataSettings(params.Settings):
     source: str
     revision: str | None
     splits: dict[Split, str]
+
+    @field_validator("splits")
+    @classmethod
+    def _has_all(cls, splits: dict[Split, str]) -> dict[Split, str]:
+        if missing := sorted(set(get_args(Split)) - set(splits)):
+            raise ValueError(f"says nothing of {missing[0]}; name a split for each of {', '.join(get_args(Split))}")
+        return splits
 
 
 class Params(params.Params):
@@ -102,9 +111,13 @@ def main() -> None:
             fetch_hub(settings.source, settings.revision, settings.splits, target)
         rows = {}
         for split in settings.splits:
-            with open_parquet(target / f"{split}.parquet") as file:
-                check_columns(file.schema_arrow, f"{settings.source}, split {split}")
-                rows[split] = file.metadata.num_rows
+            where = f"{settings.source}, split {split}"
+            try:
+                file = pq.ParquetFile(target / f"{split}.parquet")
+            except pa.ArrowInvalid as error:
+                raise UserError(f"{where}: not a readable Parquet file ({error})") from None
+            check_columns(file.schema_arrow, where)
+            rows[split] = file.metadata.num_rows
         manifest = {
             "source": settings.source,
             "revision": settings.revision,

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from pydantic import PositiveInt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from stages import params
@@ -23,7 +24,7 @@ class BaseSettings(params.Settings):
     quantization: Literal["nf4", "none"]
     double_quantization: bool
     dtype: Literal["bfloat16", "float32"]
-    threads: int
+    threads: PositiveInt
 
 
 def set_determinism(threads: int) -> None:

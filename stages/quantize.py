@@ -126,7 +126,9 @@ def weight_change(path: Path, source: Path) -> dict[str, float]:
             rows = slice(row, row + ROWS_AT_ONCE)
             old = dequantize(original.data[rows], original.tensor_type).astype(np.float64)
             change = dequantize(tensor.data[rows], tensor.tensor_type) - old
-            norm, squared, shared = norm + (old**2).sum(), squared + (change**2).sum(), shared + (change * old).sum()
+            norm += float((old**2).sum())
+            squared += float((change**2).sum())
+            shared += float((change * old).sum())
     return {"weight_error": round((squared / norm) ** 0.5, 6), "weight_stretch": round(shared / norm, 6)}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from pydantic import PositiveInt
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -26,7 +27,7 @@ SCHEMA = pa.schema([("chosen_logps", pa.list_(pa.float32())), ("rejected_logps",
 class ReferenceSettings(params.Settings):
     """How many pairs a forward takes."""
 
-    batch_size: int
+    batch_size: PositiveInt
 
 
 class Params(params.Params):

@@ -164,6 +164,7 @@ def metrics(inputs: Inputs) -> Row:
         found["unseen_gain"] = {"points": gain["unseen"]["points"]}
     if compared["merged"]["preference"]:
         found["preference_accuracy"] = {name: result["preference"]["accuracy"] for name, result in compared.items()}
+        found["preference_gain"] = {key: gain["preference"][key] for key in ("points", "low", "high", "n")}
     if compared["merged"]["perplexity"]:
         found["perplexity"] = {name: result["perplexity"]["value"] for name, result in compared.items()}
     return found
@@ -334,10 +335,10 @@ def headlines(inputs: Inputs) -> list[str]:
         if found:
             before, after = (result["strict"][part]["accuracy"] for result in (base, merged))
             sentences.append(headline(found, before, after, what))
-    if not sentences and merged["preference"]:
-        before, after = (percent(result["preference"]["accuracy"]) for result in (base, merged))
-        pairs = f"{merged['preference']['n']:,} held-out pairs"
-        sentences.append(f"The chosen answer is the likelier one in {after} of {pairs}, before training in {before}.")
+    if merged["preference"]:
+        before, after = (result["preference"]["accuracy"] for result in (base, merged))
+        what = "the share of held-out pairs whose chosen answer is the likelier one"
+        sentences.append(headline(gain["preference"], before, after, what))
     return sentences
 
 

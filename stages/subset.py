@@ -1,7 +1,7 @@
 """Stage subset: data/raw -> data/subset, the top k pairs by `delta_score`, and reports/subset.json.
 
 Pairs are removed in this order, each removal counted under its rule: empty answer, identical answers, training question
-that is also asked in an evaluation split, exact duplicate of an earlier pair, near duplicate of an earlier training
+that is also asked in an evaluation split, exact duplicate of an earlier pair of its split, near duplicate of an earlier training
 pair (Jaccard similarity of the word 5-grams of question and chosen answer, estimated by MinHash); of the rest the k
 best by `delta_score` are kept. Ties at the cut go to the row that comes first in the raw file, which is stated in the
 report with the value of the cut. Rows keep their raw order, other columns than the four are carried along.
@@ -41,7 +41,7 @@ class SubsetSettings(params.Settings):
     drop_empty: bool
     drop_identical: bool
     drop_exact_duplicates: bool
-    near_duplicate_similarity: Annotated[float, Field(gt=0, le=1)] | None
+    near_duplicate_similarity: Annotated[float, Field(ge=0.7, le=1)] | None  # the bands miss less similar ones
     drop_evaluation_leaks: bool
 
 
@@ -53,7 +53,7 @@ class Params(params.Params):
 
 @dataclass
 class Seen:
-    """What has been read so far, to find repetitions: hashes of pairs and questions, and MinHash bands."""
+    """What has been read so far, to find repetitions: hashes of a split's pairs and of held-out questions, and MinHash bands."""
 
     pairs: set[bytes] = field(default_factory=set)
     held_out: set[bytes] = field(default_factory=set)
@@ -160,8 +160,9 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
     """The numbers of the rows to keep, ascending, and the counts for the report.
 
     Raises:
-        UserError: fewer usable rows than `k`.
+        UserError: fewer usable rows than `k`, or none.
     """
+    seen.pairs.clear()  # one split of the source may serve as validation and test
     removed: dict[str, int] = {}
     usable: list[tuple[float, int]] = []
     read = 0
@@ -172,6 +173,9 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
             removed[reason] = removed.get(reason, 0) + 1
         else:
             usable.append((-row["delta_score"], number))
+    if not usable:
+        rules = ", ".join(f"{count} {rule}" for rule, count in sorted(removed.items()))
+        raise UserError(f"{path}: none of its {read} pairs is left ({rules}); see `subset` in params.yaml")
     kept, cut = usable, None
     if is_train and settings.k is not None:
         if settings.k > len(usable):
@@ -193,9 +197,7 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
         "removed": removed,
         "kept": len(kept),
         "cut": cut,
-        "delta_score": {"min": min(scores), "mean": round(sum(scores) / len(scores), 6), "max": max(scores)}
-        if scores
-        else None,
+        "delta_score": {"min": min(scores), "mean": round(sum(scores) / len(scores), 6), "max": max(scores)},
     }
     return sorted(number for _, number in kept), summary
 

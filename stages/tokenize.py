@@ -1,6 +1,6 @@
 """Stage tokenize: data/subset + the tokenizer -> data/tokens (prompt_ids, chosen_ids, rejected_ids) and reports/data.json.
 
-The only place where preference text becomes ids. The chat template is applied once to the prompt with its opening of the
+The only place where training text becomes ids. The chat template is applied once to the prompt with its opening of the
 assistant's turn, and once to prompt and answer; what follows the prompt's ids, up to the end-of-sequence token, is the
 answer. A template that would render the prompt differently in front of an answer is an error, and so is an answer without exactly
 one end-of-sequence token or a prompt with more beginning-of-sequence tokens than its template writes.
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import PositiveInt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages import params
@@ -25,7 +26,7 @@ Ids = list[int]
 class TokenizeSettings(params.Settings):
     """How long a prompt with its answer may be, and what happens to a longer one."""
 
-    max_length: int
+    max_length: PositiveInt
     overlong: Literal["error", "drop"]
 
 

@@ -2,12 +2,10 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 from stages import params
-
-FOLDER = Path(".scratch/wandb")
+from stages.artifacts import scratch_folder
 
 
 class TrackingSettings(params.Settings):
@@ -38,9 +36,10 @@ class Tracking:
         try:
             import wandb  # slow to import, so only where it is on
 
-            FOLDER.mkdir(parents=True, exist_ok=True)
+            folder = scratch_folder("wandb")
+            folder.mkdir(parents=True, exist_ok=True)
             mode: Literal["online", "offline"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-            return cls(wandb.init(project=settings.project, config=config, mode=mode, dir=str(FOLDER)))
+            return cls(wandb.init(project=settings.project, config=config, mode=mode, dir=str(folder)))
         except Exception as error:
             print(f"W&B is off: {error}", file=sys.stderr)
             return cls()

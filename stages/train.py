@@ -4,8 +4,8 @@ TRL's DPOTrainer does the training: its losses, metrics, schedule and checkpoint
 and reference log-probabilities, and the forward below it (stages/shared_prefix.py). The adapter's weights are float32, since
 updates of a bfloat16 adapter round away at small learning rates; dropout is what `lora_dropout` says, nothing hidden.
 
-Checkpoints go to a scratch folder named by a hash of all inputs, so that a killed run resumes to the same bits and never from
-another run's state; the folder is removed when the adapter is written.
+Checkpoints go to a scratch folder named by a hash of all inputs, code and package versions included, so that a killed run resumes to
+the same bits and never from another run's state; the folder is removed when the adapter is written.
 """
 
 import csv
@@ -13,29 +13,40 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
+from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 from stages import params
-from stages.artifacts import complete_file, complete_folder, open_parquet, sha256_file, sha256_folder, write_json
+from stages.artifacts import (
+    complete_file,
+    complete_folder,
+    open_parquet,
+    scratch_folder,
+    sha256_file,
+    sha256_folder,
+    write_json,
+)
 from stages.console import UserError, progress, run_stage
 from stages.model import BaseSettings, load_base, set_determinism
 from stages.shared_prefix import share_prefix
 from stages.tracking import Tracking
 
 BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/reference")
-ADAPTER, REPORTS, SCRATCH = Path("models/adapter"), Path("reports/train"), Path(".scratch/train")
+ADAPTER, REPORTS = Path("models/adapter"), Path("reports/train")
+PACKAGES = Path(__file__).parent.parent / "packages.yaml"
 HISTORY = (
     "loss",
     "preference_loss",
@@ -47,6 +58,7 @@ HISTORY = (
     "grad_norm",
 )
 EVALUATION = ("loss", "preference_loss", "rewards/margins", "rewards/accuracies")
+PositiveFiniteFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -56,33 +68,33 @@ LossType = Literal[
 class TrainSettings(params.Settings):
     """The optimization: adapter, schedule, batches."""
 
-    lora_rank: int
-    lora_alpha: int
-    lora_dropout: float
-    lora_modules: list[str]
-    learning_rate: float
-    sft_weight: float
+    lora_rank: PositiveInt
+    lora_alpha: PositiveInt
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    lora_modules: Annotated[list[str], Field(min_length=1)]
+    learning_rate: PositiveFiniteFloat
+    sft_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
-    warmup_steps: int
-    warmup_ratio: float
-    weight_decay: float
-    max_grad_norm: float
+    warmup_steps: NonNegativeInt
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    max_grad_norm: PositiveFiniteFloat
     optimizer: Literal["adamw_torch", "paged_adamw_32bit"]
-    epochs: float
-    batch_size: int
-    accumulation: int
+    epochs: PositiveFiniteFloat
+    batch_size: PositiveInt
+    accumulation: PositiveInt
     gradient_checkpointing: bool
-    evaluations: int
-    checkpoint_steps: int
+    evaluations: NonNegativeInt
+    checkpoint_steps: PositiveInt
 
 
 class Params(params.Params):
     """Parameters of train."""
 
     seed: int
-    beta: float
+    beta: PositiveFiniteFloat
     loss_type: LossType
-    label_smoothing: float
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
     base: BaseSettings
     train: TrainSettings
 
@@ -141,13 +153,26 @@ def load_pairs(split: str) -> Dataset:
 
 def run_key(loaded: Params) -> str:
     """A hash of everything the trained adapter depends on, to name its scratch folder."""
-    inputs = [sha256_folder(folder) for folder in (TOKENS, REFERENCE, BASE)]
+    code = [module.__file__ for name, module in sys.modules.items() if name.startswith("stages.")]
+    files = {Path(file) for file in (*code, __file__, PACKAGES) if file}
+    inputs = [sha256_folder(folder) for folder in (TOKENS, REFERENCE, BASE)] + sorted(map(sha256_file, files))
     return hashlib.sha256(json.dumps([loaded.model_dump(mode="json"), inputs], sort_keys=True).encode()).hexdigest()[
         :16
     ]
 
 
-def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint in a folder; those that a kill left unfinished are removed."""
+    while found := get_last_checkpoint(str(folder)) if folder.exists() else None:
+        try:
+            json.loads((Path(found) / "trainer_state.json").read_text())  # the Trainer writes it last
+            return found
+        except (OSError, ValueError):
+            shutil.rmtree(found)
+    return None
+
+
+def trainer_config(loaded: Params, output: Path, pairs: int, resumed: bool) -> DPOConfig:
     """TRL's configuration from the parameters.
 
     Raises:
@@ -181,7 +206,7 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
             logging_first_step=True,
             eval_strategy="steps" if s.evaluations else "no",
             eval_steps=max(1, steps // s.evaluations) if s.evaluations else None,
-            eval_on_start=bool(s.evaluations),
+            eval_on_start=bool(s.evaluations) and not resumed,
             save_strategy="steps",
             save_steps=s.checkpoint_steps,
             save_total_limit=1,
@@ -234,7 +259,7 @@ def build_trainer(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config = trainer_config(loaded, scratch, len(train))
+    config = trainer_config(loaded, scratch, len(train), resumed=last_checkpoint(scratch) is not None)
     model = load_base(BASE, loaded.base)
     try:
         return TrackedDPOTrainer(
@@ -306,6 +331,7 @@ def summarize(trainer: TrackedDPOTrainer, pairs: int, difference: float) -> dict
         "epochs": trainer.args.num_train_epochs,
         "trained_parameters": sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad),
         "reference_difference": difference,
+        "validation_step": last.get("step"),
         "validation_loss": last.get("eval_preference_loss"),
         "validation_accuracy": last.get("eval_rewards/accuracies"),
     }
@@ -319,7 +345,7 @@ def run(loaded: Params, scratch: Path) -> None:
         state = torch.get_rng_state()
         difference = reference_difference(trainer)
         torch.set_rng_state(state)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)) if scratch.exists() else None)
+        trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
     if not all(loss == loss and abs(loss) != float("inf") for loss in losses):
         raise UserError("the loss is not a number any more; lower train.learning_rate or beta")
@@ -331,20 +357,28 @@ def run(loaded: Params, scratch: Path) -> None:
         save_adapter(trainer.model, folder, sha256_file(BASE / "manifest.json"))
 
 
+def run_alone(loaded: Params, scratch: Path) -> None:
+    """`run` where nobody else writes the same adapter or the same run's checkpoints, which are removed at its end.
+
+    Raises:
+        UserError: somebody else does.
+    """
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    ADAPTER.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(f"{ADAPTER}.lock", timeout=0), FileLock(f"{scratch}.lock", timeout=0):
+            run(loaded, scratch)
+            shutil.rmtree(scratch, ignore_errors=True)
+    except Timeout as error:
+        raise UserError(f"{error.lock_file}: another training is running; wait for it or stop it") from None
+
+
 def main() -> None:
     loaded = params.load(Params)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     set_determinism(loaded.base.threads)
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    scratch = SCRATCH / run_key(loaded)
-    try:
-        with FileLock(f"{scratch}.lock", timeout=0):
-            run(loaded, scratch)
-    except Timeout:
-        raise UserError(f"{scratch}.lock: the same training is already running; wait for it or stop it") from None
-    shutil.rmtree(scratch, ignore_errors=True)
-    Path(f"{scratch}.lock").unlink(missing_ok=True)
+    run_alone(loaded, scratch_folder("train") / run_key(loaded))
 
 
 if __name__ == "__main__":

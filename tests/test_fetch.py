@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
@@ -132,8 +133,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def choose(section: str, source: str, revision: str | None, splits: dict[str, str] | None = None) -> None:
-    """Writes a params.yaml (JSON is YAML) that selects this source."""
-    chosen = {"source": source, "revision": revision} | ({"splits": splits} if splits else {})
+    """Writes a params.yaml (JSON is YAML) that selects this source; splits that are not given are the first one given."""
+    chosen: dict[str, Any] = {"source": source, "revision": revision}
+    if splits:
+        chosen["splits"] = dict.fromkeys(SPLITS, next(iter(splits.values()))) | splits
     Path("params.yaml").write_text(json.dumps({"profile": "x", "profiles": {"x": {section: chosen}}}))
 
 
@@ -188,7 +191,7 @@ def test_a_split_may_play_another_part(workplace: Path) -> None:
     embed()
     choose("data", "embedded", None, {"train": "validation", "test": "train"})
     fetch_data.main()
-    assert sorted(path.stem for path in Path("data/raw").glob("*.parquet")) == ["questions", "test", "train"]
+    assert sorted(path.stem for path in Path("data/raw").glob("*.parquet")) == ["questions", *sorted(SPLITS)]
     assert pq.read_table("data/raw/train.parquet")["split"].unique().to_pylist() == ["validation"]
     assert pq.read_table("data/raw/test.parquet")["split"].unique().to_pylist() == ["train"]
 
@@ -257,9 +260,7 @@ def test_data_from_the_hub_are_the_rows_of_the_pinned_commit(workplace: Path, hu
         assert pq.read_table(f"data/raw/{split}.parquet").to_pylist() == ROWS
     manifest = json.loads(Path("data/raw/manifest.json").read_text())
     assert manifest["revision"] == COMMIT
-    assert manifest["files"] == {
-        f"{split}.parquet": sha256_file(Path(f"data/raw/{split}.parquet")) for split in ("train", "validation")
-    }
+    assert manifest["files"] == {f"{split}.parquet": sha256_file(Path(f"data/raw/{split}.parquet")) for split in SPLITS}
 
 
 def stand_in_download(*names: str) -> Callable[..., None]:
@@ -299,13 +300,13 @@ def test_a_folder_is_a_data_set_too_with_or_without_held_out_questions(workplace
     fetch_data.EMBEDDED.rename("mine")
     choose("data", "./mine", None, {"train": "test"})
     fetch_data.main()
-    names = ["manifest.json", "plain.jsonl", "questions.parquet", "train.parquet"]
+    names = ["manifest.json", "plain.jsonl", "questions.parquet", *(f"{split}.parquet" for split in sorted(SPLITS))]
     assert sorted(path.name for path in Path("data/raw").iterdir()) == names
     assert sha256_file(Path("data/raw/train.parquet")) == sha256_file(Path("mine/test.parquet"))
     for name in ("questions.parquet", "plain.jsonl"):
         (Path("mine") / name).unlink()
     fetch_data.main()
-    assert sorted(path.name for path in Path("data/raw").iterdir()) == ["manifest.json", "train.parquet"]
+    assert not {"questions.parquet", "plain.jsonl"} & {path.name for path in Path("data/raw").iterdir()}
     choose("data", "./mine", None, {"train": "dev"})
     with pytest.raises(UserError, match=r"^mine/dev\.parquet: no such file; see `data\.splits`"):
         fetch_data.main()

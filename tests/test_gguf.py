@@ -141,9 +141,7 @@ def test_tensors_whose_rows_do_not_fit_are_counted_as_fallback(gguf: Path, tmp_p
     assert quantize.describe(gguf, "f16")["fallback"] == 0
     assert quantize.weight_change(gguf, gguf) == {"weight_error": 0.0, "weight_stretch": 0.0}
     change = quantize.weight_change(path, gguf)
-    assert (
-        0.01 < change["weight_error"] < 0.1
-    )  # Q5_0 and Q8_0: half a step of 1/16 or 1/128 of a block's largest weight
+    assert 0.002 < change["weight_error"] < 0.1  # a Q8_0 matrix of normal weights has some 0.5 %, a Q5_0 one some 4 %
     assert abs(change["weight_stretch"]) < change["weight_error"] / 4
     assert abs(quantize.describe(gguf, "f16")["bits_per_weight"] - 16) < 0.2
 

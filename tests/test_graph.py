@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 
 from stages import params
 from stages.params import read_yaml
+from stages.repro import with_profile
 
 ROOT = Path(__file__).parent.parent
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
+PROFILES = sorted(read_yaml(ROOT / "params.yaml")["profiles"])
 DISTRIBUTIONS = {
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",
@@ -67,6 +70,8 @@ def expected_packages(stage: str) -> set[str]:
     top = {name.split(".")[0] for path in closure(stage) for name in imports(path)}
     outside = {name for name in top if name not in sys.stdlib_module_names and name != "stages"} - SHAPE_NOTHING
     brought = {extra for name in outside for extra in BROUGHT_ALONG.get(name, ())}
+    if any("apply_chat_template" in path.read_text() for path in closure(stage)):
+        brought.add("jinja2")  # Transformers renders the chat template with it
     return {DISTRIBUTIONS.get(name, name) for name in outside | brought} | NAMED.get(stage, set())
 
 
@@ -108,12 +113,21 @@ def test_report_module_is_a_dependency_of_report_alone() -> None:
     assert [name for name, stage in STAGES.items() if "stages/report.py" in stage["deps"]] == ["report"]
 
 
-def test_the_graph_resolves_for_every_profile(tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_graph_resolves_and_every_stage_can_read_its_params(profile: str, tmp_path: Path) -> None:
+    for name in ("dvc.yaml", "params.yaml", "packages.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "params.yaml").write_text(with_profile((ROOT / "params.yaml").read_text(), profile))
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
     graph = subprocess.run(
         [sys.executable, "-m", "dvc", "stage", "list", "--name-only"],
-        cwd=ROOT,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
     )
     assert graph.stdout.split() == list(STAGES)
+    for stage in STAGES:
+        module = importlib.import_module(f"stages.{stage}")
+        if hasattr(module, "Params"):
+            params.load(module.Params, tmp_path / "params.yaml")

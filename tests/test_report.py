@@ -106,6 +106,7 @@ def _compare(before: list[dict[str, Any]], after: list[dict[str, Any]], against:
         "against": against,
         "strict": gain(lambda row: row["seen"]),
         "unseen": gain(lambda row: not row["seen"]),
+        "preference": gain(lambda row: row["seen"]),
         "by_kind": by_kind,
     }
 
@@ -178,7 +179,10 @@ def _training(folder: Path, random: Random) -> None:
         "epochs": 1.0,
         "reference_difference": 1.5e-6,
     }
-    _json(folder / "summary.json", summary | {"validation_loss": 0.31, "validation_accuracy": 0.87})
+    _json(
+        folder / "summary.json",
+        summary | {"validation_step": 224, "validation_loss": 0.31, "validation_accuracy": 0.87},
+    )
 
 
 def _json(path: Path, value: Any) -> None:
@@ -380,7 +384,9 @@ def test_a_run_without_validation_is_reported_without_it(tmp_path: Path, monkeyp
     train = tmp_path / "reports" / "train"
     (train / "evaluation.csv").write_text("step,loss,rewards/margins,rewards/accuracies\n")
     summary = json.loads((train / "summary.json").read_text())
-    _json(train / "summary.json", summary | {"validation_loss": None, "validation_accuracy": None})
+    _json(
+        train / "summary.json", summary | dict.fromkeys(("validation_step", "validation_loss", "validation_accuracy"))
+    )
     monkeypatch.chdir(tmp_path)
     report.main()
     assert "On the validation split" not in Page(report.HTML.read_text()).text
@@ -401,8 +407,8 @@ def test_a_run_that_measured_preference_alone_is_reported_without_the_rest(
     monkeypatch.chdir(tmp_path)
     report.main()
     page = Page(report.HTML.read_text())
-    assert set(json.loads(report.METRICS.read_text())) == {"preference_accuracy", "gguf_kl", "train"}
-    assert "The chosen answer is the likelier one in" in page.text
+    assert set(json.loads(report.METRICS.read_text())) == {"preference_accuracy", "preference_gain", "gguf_kl", "train"}
+    assert "the share of held-out pairs whose chosen answer is the likelier one from" in page.text
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
     assert "kinds" not in page.ids
     assert "By kind" not in report.MARKDOWN.read_text()
@@ -416,7 +422,7 @@ def test_a_file_that_was_not_evaluated_is_listed_by_its_size(tmp_path: Path, mon
         _json(evaluation / f"{name}.json", {key: value for key, value in found.items() if key != "Q8_0"})
     monkeypatch.chdir(tmp_path)
     report.main()
-    assert "| Q8_0 | 145.0 | 8.62 | 0 of 272 | – | – | – | – | – |" in report.MARKDOWN.read_text()
+    assert "| Q8_0 | 145.0 | 8.62 | 0 of 272 | 5.12% | 1.89% | – | – | – | – | – |" in report.MARKDOWN.read_text()
     assert "Q8_0" not in json.loads(report.METRICS.read_text())["strict_accuracy"]
 
 

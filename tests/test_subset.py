@@ -294,6 +294,30 @@ def test_a_file_without_rows_and_one_that_is_not_parquet_are_told() -> None:
         run()
 
 
+def test_one_split_of_a_source_may_be_validation_and_test() -> None:
+    held_out = [row(0.1), row(0.2)]
+    for split in ("validation", "test"):
+        write([*held_out, held_out[0]], split)
+    write([row(0.5), held_out[1]])
+    report = run(drop_exact_duplicates=True, drop_evaluation_leaks=True)
+    assert kept("validation") == kept("test") == held_out
+    assert report["train"]["removed"] == {"leaks_from_evaluation": 1}
+
+
+def test_a_split_that_the_rules_empty_is_an_error_that_counts_them() -> None:
+    write([row(1)])
+    write([row(1, chosen=""), row(2, rejected="")], "test")
+    with pytest.raises(UserError, match=r"test\.parquet: none of its 2 pairs is left \(2 empty_answer\)"):
+        run(drop_empty=True)
+
+
+@pytest.mark.parametrize("similarity", [0.0, 0.5, 1.1])
+def test_a_similarity_that_the_bands_miss_is_refused(similarity: float) -> None:
+    write([row(1)])
+    with pytest.raises(UserError, match=r"near_duplicate_similarity` is"):
+        run(near_duplicate_similarity=similarity)
+
+
 def test_other_columns_come_along_with_their_types() -> None:
     rows = [row(i) | {"kind": "k", "repaired": bool(i % 2), "ids": [i, i]} for i in range(4)]
     write(rows)

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import get_args
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -115,6 +118,7 @@ def test_the_same_run_writes_the_same_bits(workspace: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_bits(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(PARAMS, "whole")
     adapter = sha256_file(train.ADAPTER / "adapter_model.safetensors")
+    reports = {path.name: path.read_bytes() for path in train.REPORTS.iterdir()}
 
     class Killed(Exception):
         pass
@@ -133,6 +137,32 @@ def test_a_killed_run_resumes_to_the_same_bits(workspace: Path, monkeypatch: pyt
     resumed = run(PARAMS, "killed")
     assert sha256_file(train.ADAPTER / "adapter_model.safetensors") == adapter
     assert resumed == expected
+    assert {path.name: path.read_bytes() for path in train.REPORTS.iterdir()} == reports
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((50, '{"global_step": 50}'), (100, '{"global_'), (150, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert train.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-50")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-50"]
+    assert train.last_checkpoint(tmp_path / "none") is None
+
+
+def test_other_code_never_resumes_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = train.run_key(PARAMS)
+    assert train.run_key(PARAMS) == key
+    changed = workspace / "packages.yaml"
+    changed.write_text("torch: 0.0\n")
+    monkeypatch.setattr(train, "PACKAGES", changed)
+    assert train.run_key(PARAMS) != key
+
+
+def test_one_folder_is_trained_in_by_one_process(workspace: Path) -> None:
+    with FileLock(f"{train.ADAPTER}.lock"), pytest.raises(UserError, match="another training is running"):
+        train.run_alone(PARAMS, Path("scratch"))
 
 
 @pytest.mark.parametrize("loss_type", get_args(train.LossType))
@@ -156,7 +186,9 @@ def test_the_trajectory_is_that_of_stock_trl(workspace: Path) -> None:
         def _prepare_dataset(self, dataset: Dataset, *args: object) -> Dataset:
             return dataset
 
-    config: DPOConfig = train.trainer_config(with_train(evaluations=0, epochs=3.0), Path("stock"), len(ids))
+    config: DPOConfig = train.trainer_config(
+        with_train(evaluations=0, epochs=3.0), Path("stock"), len(ids), resumed=False
+    )
     stock = Stock(
         load_base(train.BASE, FP32),
         args=config,
@@ -208,6 +240,18 @@ def test_the_adapter_is_canonical(workspace: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("change", [{"beta": -0.1}, {"beta": 0.0}, {"beta": math.nan}, {"label_smoothing": 0.5}])
+def test_a_value_that_makes_no_preference_loss_is_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        train.Params.model_validate(PARAMS.model_dump() | change)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 0}, {"learning_rate": 0.0}, {"epochs": -1.0}, {"evaluations": -1}])
+def test_a_setting_that_cannot_train_is_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        train.TrainSettings.model_validate(SETTINGS.model_dump() | change)
+
+
 def test_a_combination_that_trl_refuses_is_one_line(workspace: Path) -> None:
     with pytest.raises(UserError, match="exo_pair"):
         run(PARAMS.model_copy(update={"loss_type": "exo_pair"}))
@@ -221,10 +265,19 @@ def test_a_reference_of_other_pairs_is_refused(workspace: Path) -> None:
 
 
 def test_a_batch_split_by_accumulation_takes_the_same_steps(workspace: Path) -> None:
-    whole = run(with_train(batch_size=8, accumulation=1, evaluations=0, epochs=2.0, sft_weight=0.0), "whole")
-    split = run(with_train(batch_size=1, accumulation=8, evaluations=0, epochs=2.0, sft_weight=0.0), "split")
-    for one, many in zip(whole, split, strict=True):
+    for folder in (train.TOKENS, train.REFERENCE):  # 20 pairs: the last step of an epoch has 4 of 8
+        table = pq.read_table(folder / "train.parquet").slice(0, 20)
+        write_parquet(folder / "train.parquet", table)
+    runs, adapters = [], []
+    for batch_size, accumulation in ((8, 1), (1, 8)):
+        settings = {"batch_size": batch_size, "accumulation": accumulation, "evaluations": 0, "sft_weight": 0.0}
+        runs.append(run(with_train(epochs=2.0, **settings), f"{batch_size}"))
+        adapters.append(load_file(train.ADAPTER / "adapter_model.safetensors"))
+    assert len(runs[0]) == 6
+    for one, many in zip(*runs, strict=True):
         assert abs(one["loss"] - many["loss"]) < 1e-5
+        assert abs(one["grad_norm"] - many["grad_norm"]) < 1e-4 * one["grad_norm"]
+    assert all((adapters[0][name] - adapters[1][name]).abs().max() < 1e-4 for name in adapters[0])
 
 
 def test_tracking_that_breaks_does_not_break_training(
