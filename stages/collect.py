@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any, cast
 
 import llama_cpp
@@ -309,7 +310,7 @@ def leakage(rows: list[Row]) -> dict[str, float]:
 
 def mean(values: list[float]) -> float:
     """The mean to four digits."""
-    return round(sum(values) / len(values), 4)
+    return round(fmean(values), 4)
 
 
 def length_guesses(learnt: list[Row], asked: list[Row], group: Callable[[Row], str]) -> list[float]:

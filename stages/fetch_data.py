@@ -12,11 +12,10 @@ from typing import Literal, get_args
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import field_validator
 
 from stages import params
-from stages.artifacts import complete_folder, sha256_file, write_json, write_parquet
+from stages.artifacts import complete_folder, open_parquet, sha256_file, write_json, write_parquet
 from stages.console import UserError, run_stage
 
 RAW, EMBEDDED = Path("data/raw"), Path("data/embedded")
@@ -62,7 +61,7 @@ def fetch_folder(folder: Path, splits: dict[Split, str], target: Path) -> None:
     """Copies the splits of a folder, and its held-out questions and plain answers where it has them.
 
     Raises:
-        UserError: a split's file is missing.
+        UserError: a split's file is missing or damaged.
     """
     for split, name in splits.items():
         source = folder / f"{name}.parquet"
@@ -73,6 +72,7 @@ def fetch_folder(folder: Path, splits: dict[Split, str], target: Path) -> None:
                 else "see `data.splits` in params.yaml"
             )
             raise UserError(f"{source}: no such file; {mend}")
+        open_parquet(source).close()  # a damaged file is told by its own name
         shutil.copyfile(source, target / f"{split}.parquet")
     for name in ("questions.parquet", "plain.jsonl"):
         if (folder / name).is_file():
@@ -111,13 +111,9 @@ def main() -> None:
             fetch_hub(settings.source, settings.revision, settings.splits, target)
         rows = {}
         for split in settings.splits:
-            where = f"{settings.source}, split {split}"
-            try:
-                file = pq.ParquetFile(target / f"{split}.parquet")
-            except pa.ArrowInvalid as error:
-                raise UserError(f"{where}: not a readable Parquet file ({error})") from None
-            check_columns(file.schema_arrow, where)
-            rows[split] = file.metadata.num_rows
+            with open_parquet(target / f"{split}.parquet") as file:
+                check_columns(file.schema_arrow, f"{settings.source}, split {split}")
+                rows[split] = file.metadata.num_rows
         manifest = {
             "source": settings.source,
             "revision": settings.revision,

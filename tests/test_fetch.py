@@ -307,6 +307,10 @@ def test_a_folder_is_a_data_set_too_with_or_without_held_out_questions(workplace
         (Path("mine") / name).unlink()
     fetch_data.main()
     assert not {"questions.parquet", "plain.jsonl"} & {path.name for path in Path("data/raw").iterdir()}
+    Path("mine/cut.parquet").write_bytes(b"PAR1")
+    choose("data", "./mine", None, {"train": "cut"})
+    with pytest.raises(UserError, match=r"^mine/cut\.parquet: not a readable Parquet file"):
+        fetch_data.main()
     choose("data", "./mine", None, {"train": "dev"})
     with pytest.raises(UserError, match=r"^mine/dev\.parquet: no such file; see `data\.splits`"):
         fetch_data.main()
