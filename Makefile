@@ -13,7 +13,7 @@ quote = '$(subst ','\'',$(1))'
 need = $(if $($(1)),,$(error $(1) is missing; for example: make $(2)))
 comma := ,
 
-.PHONY: help setup repro train sweep review chat report collect test lint format doctor need-BETAS need-BASE
+.PHONY: help setup repro train sweep review chat report collect bench test lint format doctor need-BETAS need-BASE
 
 help:
 	@echo 'Every target sets .venv up first, and does so once.'
@@ -59,6 +59,11 @@ report: setup
 collect: setup
 	$(DVC) repro fetch_model
 	$(PY) -m stages.collect
+
+## make bench       measure it beside the alternatives                    make bench FULL=1
+bench: setup
+	$(DVC) repro tokenize
+	$(PY) -m benchmarks.bench $(if $(FULL),--full)
 
 ## make test        run the tests
 test: setup

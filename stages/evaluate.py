@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages import params
 from stages.artifacts import complete_file, complete_folder, open_parquet, write_json
-from stages.console import UserError, progress, run_stage
+from stages.console import UserError, run_stage
 from stages.constraints import SEEN_KINDS, is_looping
 from stages.gguf import GgufModel
 from stages.intervals import paired_gain
@@ -78,7 +78,8 @@ def opened(name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizer
             settings.batch_size,
         )
     else:
-        with GgufModel(GGUF / f"{name}.gguf", settings.threads, settings.slots, settings.context) as model:
+        path = GGUF / f"{name}.gguf"
+        with GgufModel(path, settings.threads, settings.slots, settings.context, share_beginning=True) as model:
             yield GgufChat(model, tokenizer, settings.max_new_tokens)
 
 
@@ -220,18 +221,16 @@ def divergences(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) 
     """Mean KL(merged in float32 || other) in nats a token, and top-1 agreement, over the chosen answers of held-out pairs."""
     with open_parquet(SUBSET / f"{settings.split}.parquet") as file:
         pairs = file.read(columns=["question", "chosen"]).slice(0, settings.divergence_pairs).to_pylist()
-    ids = [
-        (prompt_ids(tokenizer, row["question"]), answer_ids(tokenizer, row["question"], row["chosen"])) for row in pairs
-    ]
+    prompts = [prompt_ids(tokenizer, row["question"]) for row in pairs]
+    answers = [[answer_ids(tokenizer, row["question"], row["chosen"])] for row in pairs]
 
-    def logits_of(model: ChatModel) -> Iterator[torch.Tensor]:
-        bar = progress(ids, "comparing", unit="answer")
-        for prompt, answer in bar:
-            yield model.answer_logits([prompt], [[answer]])[0][0].float().cpu()
+    def logits_of(model: ChatModel) -> list[torch.Tensor]:
+        found = {i: rows.float().cpu() for i, (rows,) in model.logits_of(prompts, answers)}
+        return [found[i] for i in range(len(pairs))]
 
-    expected = list(
-        logits_of(HuggingFaceChat(load(MERGED, torch.float32), tokenizer, settings.max_new_tokens, settings.batch_size))
-    )
+    exact = load(MERGED, torch.float32)
+    expected = logits_of(HuggingFaceChat(exact, tokenizer, settings.max_new_tokens, settings.batch_size))
+    del exact
     result = {}
     for name in ("hf_bf16", *settings.types):
         with opened("merged" if name == "hf_bf16" else name, settings, tokenizer) as model:

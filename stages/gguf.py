@@ -44,12 +44,15 @@ class GgufModel:
         threads: CPU threads.
         slots: sequences decoded in parallel.
         context: tokens a slot can hold, prompt and answer together.
+        share_beginning: compute what all prompts begin with once, in one more slot; it moves logits by a rounding.
 
     Raises:
         UserError: the file is missing, damaged or not a GGUF.
     """
 
-    def __init__(self, path: Path, threads: int, slots: int = 1, context: int = 1024) -> None:
+    def __init__(
+        self, path: Path, threads: int, slots: int = 1, context: int = 1024, share_beginning: bool = False
+    ) -> None:
         quiet_llama_cpp()
         llama_cpp.llama_backend_init()
         if not path.is_file():
@@ -62,11 +65,12 @@ class GgufModel:
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.eos = llama_cpp.llama_vocab_eos(self.vocab)
-        self.slots, self.context = slots, context
+        self.slots, self.context, self.share_beginning = slots, context, share_beginning
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = slots * context
+        params.n_ctx = (slots + share_beginning) * context
+        params.n_batch = slots * context
         params.n_ubatch = UBATCH
-        params.n_seq_max = slots
+        params.n_seq_max = slots + share_beginning
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified = False
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
@@ -95,7 +99,7 @@ class GgufModel:
     ) -> list[list[torch.Tensor]]:
         """The logits that predict the tokens of every answer to every prompt: (answer tokens, vocabulary) float32 each.
 
-        All prompts are computed together, each once, and then all their answers.
+        All prompts are computed together, each once, what they begin with once for all, and then all their answers.
 
         Args:
             prompts: token ids of each prompt.
@@ -112,8 +116,8 @@ class GgufModel:
                 raise ValueError(
                     f"a prompt of {len(prompt)} tokens with its answers does not fit a context of {self.context}"
                 )
-        llama_cpp.llama_memory_clear(self.memory, False)
-        first = self._prefill(prompts, counts, slot=0).clone()
+        shared = self._begin(prompts)
+        first = self._prefill(prompts, counts, shared, slot=0).clone()
         self.batch.n_tokens = slot = 0
         for prompt, choices in zip(prompts, answers, strict=True):
             for answer in choices:
@@ -135,7 +139,7 @@ class GgufModel:
     ) -> list[list[int]]:
         """Continues every prompt, once or `samples` times, until the end-of-sequence token or `max_new_tokens`.
 
-        A prompt is computed once and its cache copied to the other samples' slots.
+        A prompt is computed once and its cache copied to the other samples' slots; what all prompts begin with is computed once.
 
         Args:
             prompts: token ids of each prompt.
@@ -158,7 +162,7 @@ class GgufModel:
             raise ValueError(
                 f"a prompt of {longest} and {max_new_tokens} new tokens do not fit a context of {self.context}"
             )
-        llama_cpp.llama_memory_clear(self.memory, False)
+        shared = self._begin(prompts)
         prompt_of = [prompt for prompt, count in enumerate(samples) for _ in range(count)]
         answers: list[list[int]] = [[] for _ in prompt_of]
         in_slot: list[int] = []  # in_slot[slot] is the sequence decoded there; slots stay contiguous (_release)
@@ -171,7 +175,7 @@ class GgufModel:
             if entering:
                 found = list(dict.fromkeys(prompt_of[sequence] for sequence in entering))
                 counts = [samples[prompt] for prompt in found]
-                logits = self._prefill([prompts[prompt] for prompt in found], counts, slot=len(in_slot))
+                logits = self._prefill([prompts[prompt] for prompt in found], counts, shared, slot=len(in_slot))
                 logits = logits.repeat_interleave(torch.tensor(counts), dim=0)
                 self._append(answers, entering, pick(logits, entering, [0] * len(entering)))
                 in_slot += entering
@@ -192,12 +196,30 @@ class GgufModel:
         for sequence, token in zip(sequences, tokens, strict=True):
             answers[sequence].append(token)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int], slot: int) -> torch.Tensor:
-        """Computes each prompt once, into `counts` slots of its own from `slot` on; the last logits, (prompts, vocabulary)."""
+    def _begin(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Empties all slots, and computes what several prompts begin with in the slot behind the last; how many tokens that is."""
+        llama_cpp.llama_memory_clear(self.memory, False)
+        if len(prompts) < 2 or not self.share_beginning:
+            return 0
+        columns = enumerate(zip(*prompts, strict=False))
+        parts = next((i for i, column in columns if len(set(column)) > 1), min(map(len, prompts)))
+        shared = min(parts, min(map(len, prompts)) - 1)  # the last token of each is computed for its logits
+        self.batch.n_tokens = 0
+        self._add(prompts[0][:shared], 0, self.slots, wants_logits=False)
+        self._decode(0)
+        return shared
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int], shared: int, slot: int) -> torch.Tensor:
+        """Computes each prompt once, into `counts` slots of its own from `slot` on; the last logits, (prompts, vocabulary).
+
+        Its first `shared` tokens are copied (`_begin`).
+        """
         starts = [slot + sum(counts[:i]) for i in range(len(counts))]
         self.batch.n_tokens = 0
         for prompt, start in zip(prompts, starts, strict=True):
-            self._add(prompt[:-1], 0, start, wants_logits=False)
+            if shared:
+                llama_cpp.llama_memory_seq_cp(self.memory, self.slots, start, -1, -1)
+            self._add(prompt[shared:-1], shared, start, wants_logits=False)
             self._add(prompt[-1:], len(prompt) - 1, start)
         logits = self._decode(len(prompts))
         for start, count in zip(starts, counts, strict=True):
@@ -248,5 +270,7 @@ class GgufModel:
         code = llama_cpp.llama_decode(self.ctx, self.batch)
         if code:
             raise RuntimeError(f"llama_decode failed with code {code} on a batch of {self.batch.n_tokens} tokens")
+        if not rows:
+            return torch.empty(0, self.vocabulary_size)
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), shape=(rows, self.vocabulary_size))
         return torch.from_numpy(logits)

@@ -23,6 +23,7 @@ class BaseSettings(params.Settings):
 
     quantization: Literal["nf4", "none"]
     double_quantization: bool
+    keep_dequantized: bool
     dtype: Literal["bfloat16", "float32"]
     threads: PositiveInt
 
@@ -60,6 +61,8 @@ def load_base(folder: Path, settings: BaseSettings) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+    if quantization and settings.keep_dequantized:
+        model = model.dequantize()  # to the compute type, so to the numbers that every product would make of them
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.train()

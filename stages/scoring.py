@@ -5,12 +5,13 @@ end-of-sequence token is scored with it; lm-eval's own pairing would move the te
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.console import progress
 from stages.gguf import GgufModel
@@ -87,15 +88,21 @@ class ChatModel(TemplateLM):
                 prompts.append(prompt)
                 answers.append([])
             answers[-1].append(answer)
-        results: dict[int, list[tuple[float, bool]]] = {}
+        results = {
+            i: [score(rows, answer) for rows, answer in zip(found, answers[i], strict=True)]
+            for i, found in self.logits_of(prompts, answers)
+        }
+        return [result for i in range(len(prompts)) for result in results[i]]
+
+    def logits_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """`answer_logits` of each prompt with its index, in the order in which they batch well."""
         bar = progress(range(len(prompts)), "scoring", unit="prompt")
         for batch in self.batches(prompts, answers):
-            logits = self.answer_logits([prompts[i] for i in batch], [answers[i] for i in batch])
-            for i, found in zip(batch, logits, strict=True):
-                results[i] = [score(rows, answer) for rows, answer in zip(found, answers[i], strict=True)]
+            yield from zip(
+                batch, self.answer_logits([prompts[i] for i in batch], [answers[i] for i in batch]), strict=True
+            )
             bar.update(len(batch))
         bar.close()
-        return [result for i in range(len(prompts)) for result in results[i]]
 
     def batches(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[int]]:
         """Which prompts are scored together: those of similar length, up to `TOKENS_TOGETHER` and `answers_together`."""
@@ -119,8 +126,53 @@ class ChatModel(TemplateLM):
         """For each answer to each prompt the logits that predict its tokens: (answer tokens, vocabulary)."""
 
 
+def greedy_answers(model: PreTrainedModel, prompts: list[Ids], end: int, limit: int) -> list[Ids]:
+    """The likeliest tokens after each prompt, one batch padded on the left; answers that have ended leave it, a tenth at a time.
+
+    Args:
+        model: any causal language model.
+        prompts: ids, none empty.
+        end: the token that ends an answer, which keeps it.
+        limit: longest answer.
+    """
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[end] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=model.device)
+    mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    answers: list[Ids] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    while True:
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        running = []
+        for place, (row, token) in enumerate(zip(rows, ids[:, 0].tolist(), strict=True)):
+            answer = answers[row]
+            if answer[-1:] != [end] and len(answer) < limit:
+                answer.append(token)
+                if token != end and len(answer) < limit:
+                    running.append(place)
+        if not running:
+            return answers
+        if len(running) <= 0.9 * len(rows):
+            kept = torch.tensor(running, device=model.device)
+            cache.batch_select_indices(kept)
+            ids, mask, positions = ids[kept], mask[kept], positions[kept]
+            rows = [rows[place] for place in running]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+
+
 class HuggingFaceChat(ChatModel):
-    """A Transformers model; greedy batches are padded on the left, `batch_size` prompts of similar length together."""
+    """A Transformers model; greedy answers come in batches of `batch_size` prompts of similar length."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_size: int
@@ -135,13 +187,8 @@ class HuggingFaceChat(ChatModel):
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         answers: dict[int, Ids] = {}
         for batch in progress(batches, "generating", unit="batch"):
-            texts = [{"input_ids": prompts[i]} for i in batch]
-            padded = self.tokenizer.pad(texts, padding_side="left", return_tensors="pt").to(self.model.device)
-            output = self.model.generate(
-                **padded, do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id
-            )
-            for i, ids in zip(batch, output[:, padded["input_ids"].size(1) :].tolist(), strict=True):
-                answers[i] = ids[: ids.index(self.eot_token_id) + 1] if self.eot_token_id in ids else ids
+            found = greedy_answers(self.model, [prompts[i] for i in batch], self.eot_token_id, self.max_new_tokens)
+            answers |= zip(batch, found, strict=True)
         return [answers[i] for i in range(len(prompts))]
 
     @torch.inference_mode()

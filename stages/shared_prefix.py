@@ -3,13 +3,15 @@
 TRL hands the model a padded batch, chosen rows over rejected rows, and wants per-token log-probabilities of the same shape. Here
 the pairs of the batch are laid end to end in one row,
 
-    prompt | chosen without its last token | rejected without its last token | next prompt | ...
+    common | rest of prompt | chosen without its last token | rejected without its last token | rest of next prompt | ...
 
-where both branches take the positions that follow the prompt, and the rejected branch attends to the prompt and itself but not
-to the chosen. The last token of an answer predicts nothing, so it is no input; the last of the prompt predicts the first
-token of both answers. Attention runs pair by pair, so that no pair can see another and no masked block is computed. Its forward
-is torch's scaled_dot_product_attention; on the CPU its backward is a few matrix products a pair, because torch's
-own takes six times as long as its forward there (measured once: 8 pairs of 111 tokens, bfloat16, 2 threads).
+where `common` is how all prompts of the batch begin (a chat template's system turn), and both branches of a pair take the
+positions that follow its prompt. A branch attends to its prompt and itself, the rejected never to the chosen. The last token of
+an answer predicts nothing, so it is no input; the last of the prompt predicts the first token of both answers. Attention runs
+in blocks of queries that name their keys, so that no pair can see another and few masked products are computed. Its forward is
+torch's scaled_dot_product_attention, on CUDA under the causal bias that keeps the flash kernel; on the CPU its backward is a few
+matrix products a block, because torch's own takes six times as long as its forward there (measured once: 8 pairs of 111 tokens,
+bfloat16, 2 threads).
 
 `share_prefix(model)` puts this behind the seam that TRL's `add_fused_lm_head` patches in (`model(..., fused_lm_head=True)`), so that
 all losses, metrics and the trainer stay TRL's. The idea is that of prefix sharing for DPO (arXiv 2410.20305).
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
@@ -27,24 +30,24 @@ from trl.trainer.utils import FusedCausalLMOutput
 ATTENTION = "shared_prefix"
 IGNORED = -100
 CHUNK = 128
-QUERIES = 512
+CACHED = 8  # rows of logits that stay in a CPU's cache from one operation to the next
+QUERIES = 256
 Sequences = list[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
-class Segment:
-    """One pair's place in the row: where it starts, and how many input tokens its parts have."""
+class Block:
+    """Queries that stand together in the row, and the keys they attend to.
 
-    start: int
-    prompt: int
-    chosen: int
-    rejected: int
-    mask: torch.Tensor  # (tokens, tokens) bool, over all parts: which keys each query attends to
+    Attributes:
+        queries: their place in the row.
+        keys: places in the row, in order; the last ends where the queries do.
+        mask: (queries, keys) bool, which keys each query attends to; None on CUDA, where all blocks are causal from the lower right.
+    """
 
-    @property
-    def tokens(self) -> int:
-        """How many input tokens the pair has."""
-        return self.prompt + self.chosen + self.rejected
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class PackedPairs:
     Attributes:
         input_ids: (1, tokens).
         position_ids: (1, tokens); both answers of a pair count on from its prompt.
-        segments: the pairs, in row order.
+        blocks: of attention, in row order; every token is a query of one of them.
         predictors: (answers,) index of the input token that predicts each scored token.
         labels: (answers,) the scored tokens, all chosen answers first, in batch order.
         scored: (2 * pairs, length - 1) bool: where the scored tokens stand in TRL's padded, shifted batch.
@@ -62,10 +65,48 @@ class PackedPairs:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    segments: tuple[Segment, ...]
+    blocks: tuple[Block, ...]
     predictors: torch.Tensor
     labels: torch.Tensor
     scored: torch.Tensor
+
+
+def common_length(prompts: list[torch.Tensor]) -> int:
+    """How many tokens all prompts begin with."""
+    shortest = min(map(len, prompts))
+    starts = torch.stack([prompt[:shortest] for prompt in prompts])
+    return int((starts == starts[0]).all(dim=0).cumprod(dim=0).sum())
+
+
+def causal_blocks(before: tuple[slice, ...], branch: slice, device: torch.device) -> list[Block]:
+    """The attention of a branch of the row to what comes `before` it and to itself, on the CPU in strips of `QUERIES`."""
+    blocks = []
+    step = QUERIES if device.type == "cpu" else max(1, branch.stop - branch.start)
+    for start in range(branch.start, branch.stop, step):
+        stop = min(start + step, branch.stop)
+        keys = (*before, slice(branch.start, stop))
+        count = sum(part.stop - part.start for part in keys)
+        mask = (
+            torch.ones(stop - start, count, dtype=torch.bool).tril(count - stop + start)
+            if device.type == "cpu"
+            else None
+        )
+        blocks.append(Block(slice(start, stop), keys, mask))
+    return blocks
+
+
+def pair_blocks(common: int, start: int, prompt: int, chosen: int, rejected: int, device: torch.device) -> list[Block]:
+    """The attention of a pair whose tokens (the rest of its prompt, two branches) stand from `start` on in the row."""
+    first, second, stop = start + prompt, start + prompt + chosen, start + prompt + chosen + rejected
+    beginning = slice(0, common)
+    if device.type == "cpu" and 0 < stop - start <= QUERIES:  # both branches at once: fewer and larger products
+        mask = torch.ones(stop - start, common + stop - start, dtype=torch.bool).tril(common)
+        mask[prompt + chosen :, common + prompt : common + prompt + chosen] = False
+        return [Block(slice(start, stop), (beginning, slice(start, stop)), mask)]
+    return [
+        *causal_blocks((beginning,), slice(start, second), device),
+        *causal_blocks((beginning, slice(start, first)), slice(second, stop), device),
+    ]
 
 
 def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> PackedPairs:
@@ -79,105 +120,109 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
     Raises:
         ValueError: an odd number of rows, labels that are not one run at the end of a row, or a pair with two prompts.
     """
-    rows, _ = input_ids.shape
+    rows, device = len(input_ids), input_ids.device
     if rows % 2:
         raise ValueError(f"a preference batch has chosen and rejected rows; got {rows} rows")
     pairs = rows // 2
     is_answer = labels != IGNORED
     lengths = attention_mask.sum(dim=1).tolist()
     answers = is_answer.sum(dim=1).tolist()
-    ids, positions, segments = [], [], []
-    predictors: list[list[int]] = [[] for _ in range(rows)]
-    start = 0
+    prompts = [input_ids[row, : lengths[row] - answers[row]] for row in range(rows)]
     for pair in range(pairs):
-        chosen, rejected = input_ids[pair, : lengths[pair]], input_ids[pair + pairs, : lengths[pair + pairs]]
-        prompt = lengths[pair] - answers[pair]
-        if not (
-            is_answer[pair, prompt : lengths[pair]].all()
-            and is_answer[pair + pairs, prompt : lengths[pair + pairs]].all()
-        ):
-            raise ValueError(f"pair {pair}: the answers are not the end of their rows")
-        if lengths[pair + pairs] - answers[pair + pairs] != prompt or not torch.equal(
-            chosen[:prompt], rejected[:prompt]
-        ):
+        for row in (pair, pair + pairs):
+            if not is_answer[row, len(prompts[row]) : lengths[row]].all():
+                raise ValueError(f"pair {pair}: the answers are not the end of their rows")
+        if not torch.equal(prompts[pair], prompts[pair + pairs]):
             raise ValueError(f"pair {pair}: chosen and rejected do not follow the same prompt")
+    start = common = common_length(prompts)
+    ids, positions = [prompts[0][:common]], [torch.arange(common, device=device)]
+    blocks = causal_blocks((), slice(0, common), device)
+    predictors: list[list[int]] = [[] for _ in range(rows)]
+    for pair in range(pairs):
+        chosen, rejected = input_ids[pair], input_ids[pair + pairs]
+        prompt, rest = len(prompts[pair]), len(prompts[pair]) - common
         predicted = max(answers[pair] - 1, 0)
         c, r = max(predicted, int(prompt == 0)), max(answers[pair + pairs] - 1, 0)  # a row is never empty
-        ids += [chosen[: prompt + c], rejected[prompt : prompt + r]]
-        branch = torch.arange(prompt, prompt + max(c, r), device=input_ids.device)
-        positions += [torch.arange(prompt, device=input_ids.device), branch[:c], branch[:r]]
-        mask = torch.ones(prompt + c + r, prompt + c + r, dtype=torch.bool, device=input_ids.device).tril()
-        mask[prompt + c :, prompt : prompt + c] = False
-        segments.append(Segment(start, prompt, c, r, mask))
-        last = [start + prompt - 1] if prompt else []
-        predictors[pair] = last * (answers[pair] > 0) + list(range(start + prompt, start + prompt + predicted))
-        first = start + prompt + c
-        predictors[pair + pairs] = last * (answers[pair + pairs] > 0) + list(range(first, first + r))
-        start += prompt + c + r
+        ids += [chosen[common : prompt + c], rejected[prompt : prompt + r]]
+        branch = torch.arange(common, prompt + max(c, r), device=device)
+        positions += [branch[: rest + c], branch[rest : rest + r]]
+        blocks += pair_blocks(common, start, rest, c, r, device)
+        last = [start + rest - 1 if rest else common - 1] if prompt else []
+        first, second = start + rest, start + rest + c
+        predictors[pair] = last * (answers[pair] > 0) + list(range(first, first + predicted))
+        predictors[pair + pairs] = last * (answers[pair + pairs] > 0) + list(range(second, second + r))
+        start = second + r
     scored = is_answer[:, 1:]
     flat = [index for row in predictors for index in row]
     return PackedPairs(
         input_ids=torch.cat(ids).unsqueeze(0),
         position_ids=torch.cat(positions).unsqueeze(0),
-        segments=tuple(segments),
-        predictors=torch.tensor(flat, dtype=torch.long, device=input_ids.device),
+        blocks=tuple(blocks),
+        predictors=torch.tensor(flat, dtype=torch.long, device=device),
         labels=labels[:, 1:][scored],
         scored=scored,
     )
 
 
+def join(states: torch.Tensor, parts: tuple[slice, ...]) -> torch.Tensor:
+    """Parts of (1, heads, tokens, head size), one after another."""
+    return torch.cat([states[:, :, part] for part in parts], dim=2)
+
+
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segment: Segment, scaling: float, dropout: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: Block, scaling: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Attention within one pair, (1, heads, tokens, head size): the first branch causal, the second blind to the first."""
-    shared, end = segment.prompt, segment.prompt + segment.chosen
-    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
-    first, second = query[:, :, :end], query[:, :, end:]
-    outputs = [scaled_dot_product_attention(first, key[:, :, :end], value[:, :, :end], is_causal=True, **options)]
-    if segment.rejected:
-        seen_key, seen_value = (torch.cat([x[:, :, :shared], x[:, :, end:]], dim=2) for x in (key, value))
-        mask = torch.cat([segment.mask[end:, :shared], segment.mask[end:, end:]], dim=1)
-        outputs.append(scaled_dot_product_attention(second, seen_key, seen_value, attn_mask=mask, **options))
-    return torch.cat(outputs, dim=2)
+    """The attention of a block's queries, (1, heads, queries, head size)."""
+    q, k, v = query[:, :, block.queries], join(key, block.keys), join(value, block.keys)
+    mask = causal_lower_right(q.size(2), k.size(2)) if block.mask is None else block.mask
+    gqa = q.size(1) != k.size(1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=gqa)
 
 
-class PairAttention(torch.autograd.Function):
-    """`attend` without dropout, with a backward of plain matrix products for the CPU; nothing of size tokens^2 is kept for it."""
+class RowAttention(torch.autograd.Function):
+    """The attention of all blocks without dropout, for the CPU, with a backward of plain matrix products.
+
+    The weights are computed again in the backward, a block at a time (Dao 2022, B.2); nothing of size tokens^2 is kept for it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segment: Segment, scaling: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: tuple[Block, ...], scaling: float
     ) -> torch.Tensor:
-        """See `attend`."""
-        output = attend(query, key, value, segment, scaling, dropout=0.0)
-        ctx.save_for_backward(query, key, value, output)
-        ctx.segment, ctx.scaling = segment, scaling
+        """The outputs of (1, heads, tokens, head size) queries, of the same shape."""
+        output = torch.empty_like(query)
+        for block in blocks:
+            output[:, :, block.queries] = attend(query, key, value, block, scaling)
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.scaling = blocks, scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        """The gradient by query, key and value; the weights are computed again, `QUERIES` rows at a time (Dao 2022, B.2)."""
-        query, key, value, output = ctx.saved_tensors
-        kv_heads, tokens, size = key.shape[1:]
+        """The gradient by query, key and value."""
+        query, key, value = ctx.saved_tensors
+        kv_heads, size = key.size(1), key.size(3)
         groups = query.size(1) // kv_heads
-        key, value = key[0], value[0]
-        by_query = torch.empty_like(query)
-        by_key, by_value = (x.new_zeros(x.shape, dtype=torch.float32) for x in (key, value))
-        for first in range(0, tokens, QUERIES):
-            last = min(first + QUERIES, tokens)  # causal: no later key is attended to
-            rows = (kv_heads, groups * (last - first), size)  # the heads that share a key head, one over another
-            q, wanted, reached = (x[0, :, first:last].reshape(rows) for x in (query, gradients[0], output))
-            scores = torch.bmm(q * ctx.scaling, key[:, :last].transpose(1, 2)).float()
-            hidden = ~ctx.segment.mask[first:last, :last]
-            scores.view(kv_heads, groups, last - first, last).masked_fill_(hidden, -torch.inf)
+        scaled, by_query = query * ctx.scaling, torch.empty_like(query)
+        by_key, by_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        for block in ctx.blocks:
+            k, v = join(key, block.keys)[0], join(value, block.keys)[0]
+            count = block.queries.stop - block.queries.start
+            rows = (kv_heads, groups * count, size)  # the heads that share a key head, one over another
+            q, wanted = (x[0, :, block.queries].reshape(rows) for x in (scaled, gradients[0]))
+            scores = torch.bmm(q, k.transpose(1, 2))
+            scores.view(kv_heads, groups, count, -1).masked_fill_(~block.mask, -torch.inf)
             weights = scores.softmax(dim=-1)
-            by_value[:, :last] += torch.bmm(weights.to(q.dtype).transpose(1, 2), wanted)
-            by_weight = torch.bmm(wanted, value[:, :last].transpose(1, 2)).float()
-            mean = torch.linalg.vecdot(wanted.float(), reached.float()).unsqueeze(-1)
-            by_score = by_weight.sub_(mean).mul_(weights).mul_(ctx.scaling).to(q.dtype)
-            by_query[0, :, first:last] = torch.bmm(by_score, key[:, :last]).view(-1, last - first, size)
-            by_key[:, :last] += torch.bmm(by_score.transpose(1, 2), q)
-        return by_query, by_key.to(key.dtype).unsqueeze(0), by_value.to(value.dtype).unsqueeze(0), None, None
+            by_v = torch.bmm(weights.transpose(1, 2), wanted)
+            by_weight = torch.bmm(wanted, v.transpose(1, 2))
+            by_score = torch.ops.aten._softmax_backward_data(by_weight, weights, -1, weights.dtype)
+            by_query[0, :, block.queries] = (torch.bmm(by_score, k) * ctx.scaling).view(-1, count, size)
+            by_k = torch.bmm(by_score.transpose(1, 2), q)
+            lengths = [part.stop - part.start for part in block.keys]
+            for total, found in ((by_key, by_k), (by_value, by_v)):
+                for part, share in zip(block.keys, found.split(lengths, dim=1), strict=True):
+                    total[0, :, part] += share
+        return by_query, by_key.to(key.dtype), by_value.to(value.dtype), None, None
 
 
 def shared_prefix_attention(
@@ -186,20 +231,20 @@ def shared_prefix_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    segments: tuple[Segment, ...],
+    blocks: tuple[Block, ...],
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each pair, its rejected answer blind to its chosen one; Transformers' attention interface.
+    """Attention block by block; Transformers' attention interface.
 
     Args:
         module: the attention layer (unused; part of the interface).
         query: (1, heads, tokens, head size).
         key: (1, key-value heads, tokens, head size).
         value: like `key`.
-        attention_mask: unused; the segments say who sees whom.
-        segments: the pairs of the row.
+        attention_mask: unused; the blocks say who sees whom.
+        blocks: of the row.
         scaling: factor of the scores; 1 / sqrt(head size) by default.
         dropout: of the attention weights.
         kwargs: other arguments of the interface.
@@ -208,14 +253,11 @@ def shared_prefix_attention(
         (1, tokens, heads, head size) and no weights.
     """
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    outputs = []
-    for s in segments:
-        q, k, v = (x[:, :, s.start : s.start + s.tokens] for x in (query, key, value))
-        if query.is_cuda or dropout:
-            outputs.append(attend(q, k, v, s, scaling, dropout))
-        else:
-            outputs.append(PairAttention.apply(q, k, v, s, scaling))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    if query.is_cuda or dropout:
+        output = torch.cat([attend(query, key, value, block, scaling, dropout) for block in blocks], dim=2)
+    else:
+        output = RowAttention.apply(query, key, value, blocks, scaling)
+    return output.transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, shared_prefix_attention)
@@ -225,7 +267,7 @@ class AnswerLogProbs(torch.autograd.Function):
     """Log-probabilities of labels from hidden states and a frozen output matrix, chunk by chunk.
 
     The gradient of `log p(label)` by the hidden state, `W[label] - sum_v p_v W_v`, is taken while a chunk's logits exist, so
-    that none of them outlives its chunk and nothing is computed twice.
+    that none of them outlives its chunk and nothing is computed twice. On the CPU the softmax goes through a chunk a few rows at a time.
     """
 
     @staticmethod
@@ -236,18 +278,25 @@ class AnswerLogProbs(torch.autograd.Function):
             log_probs, entropy, mean_logits (answers,) float32 and is_top1 (answers,) bool; only log_probs has a gradient.
         """
         needs_gradient = ctx.needs_input_grad[0]
+        block = CHUNK if hidden.is_cuda else CACHED
         directions, results = [], []
         for rows, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            logits = (rows @ weight.T).float()
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            label_logits = logits.gather(1, wanted.unsqueeze(1))
-            top1 = logits.argmax(dim=-1) == wanted
-            mean = logits.mean(dim=-1)
-            probabilities = (logits - normalizer).exp_()
-            entropy = normalizer.squeeze(1) - torch.linalg.vecdot(probabilities, logits)
-            results.append(((label_logits - normalizer).squeeze(1), entropy, mean, top1))
+            products = rows @ weight.T
+            for part, labelled in zip(products.split(block), wanted.split(block), strict=True):
+                logits = part.float()
+                largest, top = logits.max(dim=-1, keepdim=True)
+                logits -= largest
+                label_logits = logits.gather(1, labelled.unsqueeze(1)).squeeze(1)
+                mean = logits.mean(dim=-1) + largest.squeeze(1)
+                exponentials = logits.exp()
+                total = exponentials.sum(dim=-1)
+                normalizer = total.log()
+                entropy = normalizer - torch.linalg.vecdot(exponentials, logits) / total
+                results.append((label_logits - normalizer, entropy, mean, top.squeeze(1) == labelled))
+                if needs_gradient:
+                    part.copy_(exponentials.div_(total.unsqueeze(1)))
             if needs_gradient:
-                directions.append(weight[wanted] - probabilities.to(weight.dtype) @ weight)
+                directions.append(weight[wanted] - products @ weight)
         if needs_gradient:
             ctx.save_for_backward(torch.cat(directions) if directions else hidden)
         fields = [torch.cat(field) for field in zip(*results, strict=True)]
@@ -308,7 +357,7 @@ def score_pairs(
 def predicting_states(model: PreTrainedModel, packed: PackedPairs) -> torch.Tensor:
     """The last hidden states that predict the answers' tokens, (answers, size); the model's attention must be `ATTENTION`."""
     states = model.base_model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, segments=packed.segments
+        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, blocks=packed.blocks
     ).last_hidden_state
     return states[0, packed.predictors]
 

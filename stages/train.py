@@ -40,6 +40,7 @@ from stages.artifacts import (
     write_json,
 )
 from stages.console import UserError, progress, run_stage
+from stages.lora import fuse_updates
 from stages.model import BaseSettings, load_base, set_determinism
 from stages.shared_prefix import share_prefix
 from stages.tracking import Tracking
@@ -111,6 +112,7 @@ class TrackedDPOTrainer(DPOTrainer):
         super().__init__(model, **kwargs)
         self.remove_callback(PrinterCallback)  # the history goes to files, the latest loss to the progress bar
         share_prefix(self.model.get_base_model())
+        fuse_updates(self.model)
         # Set after construction: with the flag of the same name in DPOConfig, TRL would compute the reference itself.
         self.precompute_ref_logps = True
         for parameter in self.model.parameters():

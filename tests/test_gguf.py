@@ -63,7 +63,7 @@ def test_answers_scored_together_score_as_a_plain_forward_of_each(
     requests = [
         (("", ""), prompt, answer) for prompt, choices in zip(prompts, answers, strict=True) for answer in choices
     ]
-    with GgufModel(gguf, threads=2, slots=7, context=128) as model:
+    with GgufModel(gguf, threads=2, slots=7, context=128, share_beginning=True) as model:
         ours: ChatModel = GgufChat(model, tokenizer, 8)
         if backend == "transformers":
             ours = HuggingFaceChat(reference, tokenizer, 8, batch_size=4)
@@ -90,11 +90,12 @@ def test_prompts_scored_together_are_bounded_by_tokens_and_by_slots(gguf: Path, 
         assert GgufChat(model, tokenizer, 8).batches([[1]] * 3, [[[2]] * 2] * 3) == [[0, 1], [2]]
 
 
+@pytest.mark.parametrize("share_beginning", [False, True])
 def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(
-    gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
+    share_beginning: bool, gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
 ) -> None:
     many = prompts * 3
-    with GgufModel(gguf, threads=2, slots=5, context=128) as model:
+    with GgufModel(gguf, threads=2, slots=5, context=128, share_beginning=share_beginning) as model:
         parallel = model.generate(many, 12)
     with GgufModel(gguf, threads=2, slots=1, context=128) as model:
         single = model.generate(many, 12)

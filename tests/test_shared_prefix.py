@@ -12,7 +12,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from stages import shared_prefix
-from stages.shared_prefix import IGNORED, PairAttention, attend, pack_pairs, share_prefix
+from stages.shared_prefix import IGNORED, RowAttention, attend, causal_blocks, pack_pairs, pair_blocks, share_prefix
 
 VOCABULARY = 97
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -42,8 +42,10 @@ def both_models() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     return stock, ours
 
 
-def batch_of(sizes: list[tuple[int, int, int]], seed: int = 0) -> dict[str, torch.Tensor]:
+def batch_of(sizes: list[tuple[int, int, int]], seed: int = 0, common: int = 0) -> dict[str, torch.Tensor]:
+    """Random pairs of these (prompt, chosen, rejected) lengths, whose prompts begin with `common` further tokens."""
     rng = random.Random(seed)
+    beginning = [rng.randrange(VOCABULARY) for _ in range(common)]
     pairs = [
         {
             f"{name}_ids": [rng.randrange(VOCABULARY) for _ in range(n)]
@@ -51,6 +53,8 @@ def batch_of(sizes: list[tuple[int, int, int]], seed: int = 0) -> dict[str, torc
         }
         for size in sizes
     ]
+    for pair in pairs:
+        pair["prompt_ids"] = beginning + pair["prompt_ids"]
     batch = DataCollatorForPreference(pad_token_id=0)(pairs)
     batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED)
     return batch
@@ -60,10 +64,25 @@ lengths = st.tuples(st.integers(0, 12), st.integers(1, 10), st.integers(1, 10))
 
 
 @settings(max_examples=150, deadline=None)
-@given(sizes=st.lists(lengths, min_size=1, max_size=5), seed=st.integers(0, 10_000))
-def test_log_probs_and_gradients_equal_those_of_stock_trl(sizes: list[tuple[int, int, int]], seed: int) -> None:
+@given(
+    sizes=st.lists(lengths, min_size=1, max_size=5),
+    common=st.integers(0, 9),
+    queries=st.sampled_from([1, 5, 512]),
+    seed=st.integers(0, 10_000),
+)
+def test_log_probs_and_gradients_equal_those_of_stock_trl(
+    sizes: list[tuple[int, int, int]], common: int, queries: int, seed: int
+) -> None:
     stock, ours = both_models()
-    batch = batch_of(sizes, seed)
+    batch = batch_of(sizes, seed, common)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prefix, "QUERIES", queries)
+        check_against_stock(stock, ours, batch, seed)
+
+
+def check_against_stock(
+    stock: LlamaForCausalLM, ours: LlamaForCausalLM, batch: dict[str, torch.Tensor], seed: int
+) -> None:
     expected, found = stock(**batch, fused_lm_head=True), ours(**batch, fused_lm_head=True)
     for field in ("log_probs", "entropy", "mean_logits"):
         torch.testing.assert_close(getattr(found, field), getattr(expected, field), atol=1e-5, rtol=0)
@@ -76,26 +95,41 @@ def test_log_probs_and_gradients_equal_those_of_stock_trl(sizes: list[tuple[int,
             assert (left.grad - right.grad).norm() / scale < 1e-4, name
 
 
+SIZES = [
+    (7, 4, 6),
+    (0, 3, 5),
+    (9, 2, 1),
+    (3, 1, 4),
+    (5, 0, 3),
+    (4, 2, 0),
+]  # rest of the prompt, inputs of both branches
+
+
+@pytest.mark.parametrize("common", [0, 5])
 @pytest.mark.parametrize("queries", [1, 5, 512])
-@pytest.mark.parametrize("size", [(7, 4, 6), (0, 3, 5), (9, 2, 1), (3, 1, 4)])
 def test_the_backward_of_attention_equals_that_of_torch(
-    size: tuple[int, int, int], queries: int, monkeypatch: pytest.MonkeyPatch
+    common: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the CPU attention has a backward of its own, in blocks of queries; torch's differentiates the same forward."""
+    """On the CPU attention has a backward of its own, in strips of queries; torch's differentiates what runs on CUDA."""
     monkeypatch.setattr(shared_prefix, "QUERIES", queries)
-    batch = batch_of([size])
-    segment = pack_pairs(batch["input_ids"], batch["attention_mask"], batch["labels"]).segments[0]
+    blocks = {}
+    for name in ("cpu", "cuda"):
+        device, start = torch.device(name), common
+        blocks[name] = causal_blocks((), slice(0, common), device)
+        for size in SIZES:
+            blocks[name] += pair_blocks(common, start, *size, device)
+            start += sum(size)
+    assert all(block.mask is None for block in blocks["cuda"])
     torch.manual_seed(0)
-    shapes = [(1, heads, segment.tokens, 8) for heads in (6, 2, 2)]
-    ours, torchs = ([torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2))
-    torchs = [tensor.clone().requires_grad_() for tensor in ours]
-    ours = [tensor.requires_grad_() for tensor in ours]
+    shapes = [(1, heads, start, 8) for heads in (6, 2, 2)]
+    ours = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    torchs = [tensor.detach().clone().requires_grad_() for tensor in ours]
     outputs = (
-        PairAttention.apply(*ours, segment, 0.3),
-        attend(torchs[0], torchs[1], torchs[2], segment, 0.3, dropout=0.0),
+        RowAttention.apply(*ours, tuple(blocks["cpu"]), 0.3),
+        torch.cat([attend(torchs[0], torchs[1], torchs[2], block, 0.3) for block in blocks["cuda"]], dim=2),
     )
     wanted = torch.randn_like(outputs[0])
-    assert torch.equal(*outputs)
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
     for output in outputs:
         output.backward(wanted)
     for found, expected in zip(ours, torchs, strict=True):
@@ -140,6 +174,17 @@ def test_the_rejected_answer_is_blind_to_the_chosen() -> None:
 def test_every_prompt_is_computed_once_and_no_padding_is() -> None:
     packed = pack_pairs(**batch_of([(50, 4, 6), (3, 2, 9)]))
     assert packed.input_ids.shape == (1, 50 + 3 + 5 + 3 + 1 + 8)
+
+
+def test_what_all_prompts_begin_with_is_computed_once() -> None:
+    packed = pack_pairs(**batch_of([(50, 4, 6), (3, 2, 9)], common=24))
+    assert packed.input_ids.shape == (1, 24 + 50 + 3 + 5 + 3 + 1 + 8)
+    assert packed.position_ids.max() == 24 + 50 + 4
+
+
+def test_prompts_of_thousands_of_tokens() -> None:
+    stock, ours = both_models()
+    check_against_stock(stock, ours, batch_of([(40, 7, 5), (3000, 300, 20)], common=20), seed=0)
 
 
 def test_without_the_flag_the_forward_is_the_model_s_own() -> None:

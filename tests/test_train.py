@@ -2,8 +2,9 @@
 
 import json
 import math
+import random
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from stages import reference, train
 from stages.artifacts import sha256_file, write_parquet
@@ -22,8 +23,8 @@ from stages.console import UserError
 from stages.model import BaseSettings, load_base
 from stages.tokenize import schema
 
-FP32 = BaseSettings(quantization="none", double_quantization=False, dtype="float32", threads=2)
-NF4 = BaseSettings(quantization="nf4", double_quantization=True, dtype="bfloat16", threads=2)
+FP32 = BaseSettings(quantization="none", double_quantization=False, keep_dequantized=False, dtype="float32", threads=2)
+NF4 = BaseSettings(quantization="nf4", double_quantization=True, keep_dequantized=False, dtype="bfloat16", threads=2)
 SETTINGS = train.TrainSettings(
     lora_rank=4,
     lora_alpha=8,
@@ -107,6 +108,18 @@ def test_the_first_loss_is_near_ln_2_in_nf4_with_the_difference_reported(workspa
     assert json.loads((train.REPORTS / "summary.json").read_text())["reference_difference"] < 0.1
 
 
+def test_a_base_kept_dequantized_trains_to_the_same_bits(workspace: Path) -> None:
+    hashes = set()
+    for kept in (False, True):
+        base = NF4.model_copy(update={"keep_dequantized": kept})
+        write_reference(base)
+        run(PARAMS.model_copy(update={"base": base}), f"kept-{kept}")
+        hashes.add(
+            (sha256_file(train.ADAPTER / "adapter_model.safetensors"), sha256_file(train.REPORTS / "history.csv"))
+        )
+    assert len(hashes) == 1
+
+
 def test_the_same_run_writes_the_same_bits(workspace: Path) -> None:
     hashes = set()
     for scratch in ("a", "b"):
@@ -177,33 +190,84 @@ def test_every_trl_loss_trains_the_adapter(workspace: Path, loss_type: str) -> N
     assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_the_trajectory_is_that_of_stock_trl(workspace: Path) -> None:
-    """Stock DPOTrainer, padded and with its own reference pass, on the same ids in float32."""
-    history = run(with_train(evaluations=0, epochs=3.0))
-    ids, settings = train.load_pairs("train").remove_columns(["ref_chosen_logps", "ref_rejected_logps"]), SETTINGS
+def stock_trainer(loaded: train.Params) -> Any:
+    """TRL's own trainer, padded and with its own reference pass, on the same ids and the same first adapter."""
+    ids = train.load_pairs("train").remove_columns(["ref_chosen_logps", "ref_rejected_logps"])
 
     class Stock(DPOTrainer):
         def _prepare_dataset(self, dataset: Dataset, *args: object) -> Dataset:
             return dataset
 
-    config: DPOConfig = train.trainer_config(
-        with_train(evaluations=0, epochs=3.0), Path("stock"), len(ids), resumed=False
-    )
-    stock = Stock(
-        load_base(train.BASE, FP32),
-        args=config,
+    stock: Any = Stock(
+        load_base(train.BASE, loaded.base),
+        args=train.trainer_config(loaded, Path("stock"), len(ids), resumed=False),
         train_dataset=ids,
         processing_class=AutoTokenizer.from_pretrained(train.BASE),
         peft_config=train.LoraConfig(
-            r=4, lora_alpha=8, target_modules=sorted(settings.lora_modules), task_type="CAUSAL_LM"
+            r=4, lora_alpha=8, target_modules=sorted(loaded.train.lora_modules), task_type="CAUSAL_LM"
         ),
     )
+    for parameter in stock.model.parameters():  # TRL makes the adapter of a quantized base bfloat16
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return stock
+
+
+def losses_of_stock_trl(loaded: train.Params) -> torch.Tensor:
+    stock = stock_trainer(loaded)
     stock.train()
-    expected = [float(row["loss"]) for row in stock.state.log_history if "loss" in row]
-    residual = torch.tensor([row["loss"] for row in history]) - torch.tensor(expected)
-    assert len(expected) == 18
+    return torch.tensor([float(row["loss"]) for row in stock.state.log_history if "loss" in row])
+
+
+def losses(loaded: train.Params) -> torch.Tensor:
+    return torch.tensor([row["loss"] for row in run(loaded)])
+
+
+def test_the_trajectory_is_that_of_stock_trl(workspace: Path) -> None:
+    loaded = with_train(evaluations=0, epochs=9.0)
+    residual = losses(loaded) - losses_of_stock_trl(loaded)
+    assert len(residual) == 54
     assert residual.abs().max() < 1e-4
     assert residual.mean().abs() < 2e-5
+
+
+def test_in_nf4_the_trajectory_is_within_what_two_batch_sizes_of_stock_trl_differ_by(workspace: Path) -> None:
+    write_reference(NF4)
+    runs = {
+        batch_size: with_train(
+            evaluations=0, epochs=9.0, sft_weight=0.0, batch_size=batch_size, accumulation=4 // batch_size
+        )
+        for batch_size in (4, 1)
+    }
+    stock = {
+        batch_size: losses_of_stock_trl(loaded.model_copy(update={"base": NF4})) for batch_size, loaded in runs.items()
+    }
+    ours = losses(runs[4].model_copy(update={"base": NF4}))
+    noise = (stock[4] - stock[1]).abs().mean()
+    assert 0 < noise < 0.05
+    assert (ours - stock[4]).abs().mean() < 2 * noise
+
+
+@pytest.mark.parametrize("loss_type", get_args(train.LossType))
+def test_the_gradient_of_every_loss_is_that_of_stock_trl(workspace: Path, loss_type: str) -> None:
+    """On random adapters and ragged batches in float32; losses that sort or average see the same batch."""
+    smoothing = 1e-3 if loss_type == "exo_pair" else 0.0
+    loaded = with_train(evaluations=0).model_copy(update={"loss_type": loss_type, "label_smoothing": smoothing})
+    stock = stock_trainer(loaded)
+    ours: Any = train.build_trainer(loaded, Path("scratch"), AutoTokenizer.from_pretrained(train.BASE), [])
+    rows, generator, shuffled = train.load_pairs("train").to_list(), torch.Generator().manual_seed(3), random.Random(3)
+    for case in range(14):
+        picked = shuffled.sample(rows, 1 + case % 6)
+        gradients = []
+        for parameter in stock.model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+        ours.model.load_state_dict(stock.model.state_dict())
+        for trainer in (stock, ours):
+            trainer.model.zero_grad()
+            trainer.compute_loss(trainer.model, trainer.data_collator([dict(row) for row in picked])).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]))
+        assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm(), case
 
 
 def test_gradients_before_and_after_an_evaluation_are_bit_equal_in_nf4(workspace: Path) -> None:

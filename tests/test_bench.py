@@ -1,0 +1,138 @@
+"""The measurements against other libraries: both sides do the same work, and ratios, fits and tables say what was measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks import bench, sides
+from stages.artifacts import write_parquet
+from stages.tokenize import answer_ids, prompt_ids, schema
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = ("Tell me about kites.", "What is salt?", "Hi", "Name a river.", "Why is it dark?", "Who is that?")
+
+
+@pytest.fixture
+def tiny_sides(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The sides on the tiny model and six pairs of training tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    rows = [
+        {
+            "prompt_ids": prompt_ids(tokenizer, question),
+            "chosen_ids": answer_ids(tokenizer, question, "It is fine, " + question),
+            "rejected_ids": answer_ids(tokenizer, question, "No."),
+        }
+        for question in QUESTIONS
+    ]
+    write_parquet(tmp_path / "train.parquet", pa.Table.from_pylist(rows, schema=schema()))
+    monkeypatch.setattr(sides, "TOKENS", tmp_path)
+    monkeypatch.setattr(sides, "BASE", tiny_model_folder)
+    return rows
+
+
+def test_both_training_sides_see_the_same_pairs(tiny_sides: list[dict[str, Any]]) -> None:
+    threads = torch.get_num_threads()
+    ours = sides.train_ours(mix="embedded", pairs=4)
+    stock = sides.train_trl(mix="embedded", pairs=4, quantized=True, checkpointing=True, precompute=False)
+    precomputed = sides.train_trl(mix="embedded", pairs=4, quantized=False, checkpointing=False, precompute=True)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    for key in ("pairs", "unique_tokens", "answers"):
+        assert ours[key] == stock[key] == precomputed[key]
+    assert ours["pairs"] == 4
+    assert min(ours["train"], ours["reference"], stock["train"], precomputed["reference"]) > 0
+    assert stock["reference"] == 0
+
+
+def test_the_token_count_is_that_of_the_row_that_is_computed(tiny_sides: list[dict[str, Any]]) -> None:
+    from stages.shared_prefix import IGNORED, pack_pairs
+
+    batch = sides.DataCollatorForPreference(pad_token_id=0)([dict(row) for row in tiny_sides])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
+    packed = pack_pairs(batch["input_ids"], batch["attention_mask"], labels)
+    counted = sides.tokens(tiny_sides, batch=8)
+    assert counted["unique_tokens"] == packed.input_ids.size(1)
+    assert counted["answers"] == len(packed.labels)
+
+
+def test_hermes_lengths_are_those_of_the_published_data() -> None:
+    pairs = sides.hermes_pairs(400)
+    mean = {name: sum(len(pair[name]) for pair in pairs) / 400 for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    assert 90 < mean["prompt_ids"] < 130
+    assert 120 < mean["chosen_ids"] < 170
+    assert pairs == sides.hermes_pairs(400)
+
+
+@pytest.mark.parametrize("quadratic", [0.0, 1e-6])
+def test_the_scaling_fit_finds_a_cost_that_is_not_linear(monkeypatch: pytest.MonkeyPatch, quadratic: float) -> None:
+    def measure(side: str, prompt: int, answer: int, pairs: int, repetitions: int) -> dict[str, Any]:
+        unique = pairs * (prompt + 2 * answer)
+        attended = pairs * (prompt**2 / 2 + 2 * answer * prompt + answer**2)
+        seconds = 1e-3 * unique + 4e-4 * pairs * 2 * answer + 1e-6 * attended + quadratic * unique**2
+        return {"unique_tokens": unique, "answers": pairs * 2 * answer, "pairs": pairs, "seconds": seconds}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    residual, cells = bench.measure_scaling((16, 64, 256), (0.2, 0.5, 0.8), 1)
+    assert len(cells) == 9
+    assert (residual < 1e-6) == (quadratic == 0)
+
+
+def test_ratios_are_taken_within_a_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = iter([1.0, 2.0])  # the machine slows down between repetitions
+
+    def measure(side: str, **arguments: Any) -> dict[str, Any]:
+        if side == "train_ours":
+            measure.slowness = next(speed)  # type: ignore[attr-defined]
+        slowness = getattr(measure, "slowness", 1.0)
+        if side == "matrix_peak":
+            return {"peak": 1e6 / slowness, "layers": 1000.0, "head": 500.0}
+        seconds = {"train_ours": 2.0, "train_trl": 9.0 if arguments.get("checkpointing") else 6.0}[side] * slowness
+        return {
+            "reference": slowness,
+            "train": seconds,
+            "unique_tokens": 100,
+            "answers": 40,
+            "peak_rss": 10**9,
+            "pairs": 8,
+        }
+
+    monkeypatch.setattr(bench, "measure", measure)
+    ratios, _ = bench.compare_training("embedded", 8, 2)
+    assert ratios["train.vs_trl"] == [10 / 3, 10 / 3]
+    assert ratios["train.vs_trl_best"] == [7 / 3, 7 / 3]
+    assert ratios["sweep.vs_trl"] == [50 / 11, 50 / 11]
+    assert ratios["train.of_peak"] == [pytest.approx(2 * (100 * 1000 + 40 * 500) / 2.0 / 1e6)] * 2
+
+
+def test_a_side_that_fails_is_said_in_one_line() -> None:
+    with pytest.raises(bench.UserError, match=r"train_trl: .*nonsense"):
+        bench.measure("train_trl", nonsense=1)
+
+
+def test_the_table_has_every_number(tmp_path: Path) -> None:
+    numbers = {key: {"min": 1.0, "median": 2.0, "max": 3.25} for key in bench.TARGETS}
+    found = {
+        **numbers,
+        "hermes": {"train.vs_trl": {"min": 4.0, "median": 5.0, "max": 6.0}},
+        "full": True,
+        "repetitions": 3,
+        "cpu": "a processor",
+        "threads": 2,
+        "versions": {"torch": "1"},
+        "best": {"embedded": {"quantized": False}},
+        "scaling": [
+            {"answer": 16, "share": 0.5, "pairs": 4, "seconds": 2.0, "unique_tokens": 1000, "peak_rss": 3 * 10**9}
+        ],
+    }
+    bench.write_markdown(json.loads(json.dumps(found)), tmp_path / "bench.md")
+    text = (tmp_path / "bench.md").read_text()
+    for key in bench.TARGETS:
+        assert f"| {key} |" in text
+    assert text.count("| 2 | 1 | 3.25 |") == len(bench.TARGETS)
+    assert "| 5 | 4 | 6 |" in text
+    assert "| 16 | 50% | 2.00 | 2.00 | 3,000 |" in text
