@@ -35,11 +35,11 @@ OVERRIDES = $(if $(BETA),-S $(call quote,beta=$(BETA))) $(if $(LOSS),-S $(call q
 train: setup
 	$(DVC) $(if $(strip $(OVERRIDES)),exp run $(strip $(OVERRIDES)) train,repro train)
 
-## make sweep       one experiment for each beta                          make sweep BETAS=0.05,0.1,0.2
+## make sweep       one experiment for each beta, or for each seed        make sweep BETAS=0.05,0.1,0.2
 need-BETAS:
-	@:$(call need,BETAS,sweep BETAS=0.05$(comma)0.1$(comma)0.2)
+	@:$(if $(SEEDS),,$(call need,BETAS,sweep BETAS=0.05$(comma)0.1$(comma)0.2))
 sweep: need-BETAS setup
-	$(PY) -m stages.sweep --betas $(call quote,$(BETAS))
+	$(PY) -m stages.sweep $(if $(SEEDS),--seeds $(call quote,$(SEEDS)),--betas $(call quote,$(BETAS)))
 
 ## make review      what a change does to the results                     make review BASE=main HEAD=my-branch
 need-BASE:

@@ -23,9 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -119,13 +121,29 @@ def train_ours(mix: str, pairs: int) -> Result:
         for split in ("train", "validation"):
             write_parquet(reference.OUTPUT / f"{split}.parquet", pa.Table.from_pylist(scored, schema=reference.SCHEMA))
         trainer = train.build_trainer(loaded, Path("scratch"), AutoTokenizer.from_pretrained(train.BASE), [])
+        trainer.args.save_strategy = SaveStrategy.NO  # a checkpoint at the end is no part of a step
+        answers = count_answers(trainer)
         started = time.perf_counter()
         trainer.train()
         ended = time.perf_counter()
-    return tokens(rows, loaded.train.batch_size) | {"reference": middle - began, "train": ended - started}
+    counted = tokens(rows, loaded.train.batch_size) | {"answers": sum(answers)}
+    return counted | {"reference": middle - began, "train": ended - started}
 
 
-def train_trl(mix: str, pairs: int, quantized: bool, checkpointing: bool, precompute: bool) -> Result:
+def count_answers(trainer: DPOTrainer) -> list[int]:
+    """Makes a trainer append the number of answer tokens of every batch whose loss it computes to the list."""
+    counts: list[int] = []
+    compute_loss = trainer.compute_loss
+
+    def counting(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        counts.append(int(inputs["completion_mask"].sum()))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    vars(trainer)["compute_loss"] = counting
+    return counts
+
+
+def train_trl(mix: str, pairs: int, quantized: bool, checkpointing: bool, precompute: bool, batch_size: int) -> Result:
     """One epoch of stock TRL on the same ids, its own reference pass included; a model as its documentation loads one."""
     rows = MIXES[mix](pairs)
     _, loaded = settings()
@@ -139,6 +157,11 @@ def train_trl(mix: str, pairs: int, quantized: bool, checkpointing: bool, precom
     model = AutoModelForCausalLM.from_pretrained(
         BASE, dtype=torch.bfloat16, quantization_config=quantization if quantized else None
     )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = (
+                False  # as in stages/model.py: else its gradients are wrong after an evaluation
+            )
     s = loaded.train
 
     reference_seconds = 0.0
@@ -160,8 +183,8 @@ def train_trl(mix: str, pairs: int, quantized: bool, checkpointing: bool, precom
             beta=loaded.beta,
             learning_rate=s.learning_rate,
             max_length=None,
-            per_device_train_batch_size=s.batch_size,
-            gradient_accumulation_steps=s.accumulation,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=s.batch_size * s.accumulation // batch_size,
             gradient_checkpointing=checkpointing,
             precompute_ref_log_probs=precompute,
             num_train_epochs=1,
@@ -184,10 +207,12 @@ def train_trl(mix: str, pairs: int, quantized: bool, checkpointing: bool, precom
                 task_type="CAUSAL_LM",
             ),
         )
+        answers = count_answers(trainer)
         began = time.perf_counter()
         trainer.train()
         ended = time.perf_counter()
-    return tokens(rows, s.batch_size) | {"reference": reference_seconds, "train": ended - began}
+    counted = tokens(rows, s.batch_size) | {"answers": sum(answers)}
+    return counted | {"reference": reference_seconds, "train": ended - began}
 
 
 def matrix_peak(rows: int, seconds: float) -> Result:
@@ -203,12 +228,13 @@ def matrix_peak(rows: int, seconds: float) -> Result:
         (torch.randn(rows, size, dtype=torch.bfloat16), weight.detach())
         for weight, (_, size) in zip(linear, shapes, strict=True)
     ]
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
+    began, done = 0.0, -1  # the first pass warms up
+    while done < 1 or time.perf_counter() - began < seconds:
         for inputs, weight in products:
             outputs = inputs @ weight.T
             outputs @ weight
         done += 1
+        began = began or time.perf_counter()
     flops = 2 * 2 * rows * sum(a * b for a, b in shapes) * done / (time.perf_counter() - began)
     head = model.get_output_embeddings().weight
     return {"peak": flops, "layers": 2 * sum(a * b for a, b in shapes), "head": 2 * head.numel()}
@@ -258,7 +284,7 @@ def score_ours(file: str, answers: int) -> Result:
     torch.set_num_threads(loaded.base.threads)
     with GgufModel(Path(file), loaded.base.threads, slots=64, context=512, share_beginning=True) as model:
         chat = GgufChat(model, tokenizer, max_new_tokens=96)
-        requests = [((c, a), *chat._encode_pair(c, a)) for c, a in evaluation_pairs(answers)]
+        requests = [((c, a), chat.tok_encode(c), chat.tok_encode(a)) for c, a in evaluation_pairs(answers)]
         began = time.perf_counter()
         scored = chat._loglikelihood_tokens(requests)
         seconds = time.perf_counter() - began
@@ -305,7 +331,7 @@ def generate(file: str, prompts: int, slots: int) -> Result:
     """Greedy answers of a GGUF file to held-out questions, `slots` at a time."""
     loaded = settings()[1]
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    with GgufModel(Path(file), loaded.base.threads, slots, context=512, share_beginning=slots > 1) as model:
+    with GgufModel(Path(file), loaded.base.threads, slots, context=512, share_beginning=True) as model:
         chat = GgufChat(model, tokenizer, max_new_tokens=96)
         asked = [chat.tok_encode(prompt) for prompt, _ in evaluation_pairs(2 * prompts)[::2]]
         began = time.perf_counter()

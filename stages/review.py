@@ -1,7 +1,7 @@
 """What a change does to the results: two revisions side by side, or many experiments in one table.
 
     python -m stages.review --base main [--head my-branch]      -> reports/review/review.html and review.md
-    python -m stages.review --compare swift-fox calm-owl ...    -> reports/review/sweep.html and sweep.md
+    python -m stages.review --compare swift-fox calm-owl ...    -> reports/review/sweep.html, sweep.md and sweep.json
 
 A revision is a commit, branch, tag or the name of a DVC experiment (`dvc exp show` lists them); without --head it is
 the working tree. Reports are read where they lie, in git or in DVC's cache; nothing is checked out. The two trained
@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from dvc.api import DVCFileSystem
@@ -22,7 +23,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages import figures, params
-from stages.artifacts import complete_file
+from stages.artifacts import complete_file, write_json
 from stages.console import UserError, run_stage
 from stages.figures import Curves
 from stages.intervals import paired_gain
@@ -268,19 +269,36 @@ def _interval(gain: Mapping[str, Any]) -> str:
 
 
 def compare(names: Sequence[str]) -> list[str]:
-    """Sets experiments side by side in reports/review/sweep.html and sweep.md; returns them in lines, sorted by name.
+    """Sets experiments side by side in reports/review/sweep.html, sweep.md and sweep.json; returns them in lines, sorted by name.
 
     Raises:
         UserError: an experiment does not exist or lacks a report.
     """
     runs = [load_run(open_revision(name)) for name in sorted(set(names))]
     differing = differing_params(runs)
-    write_pages("sweep", runs, {"runs": runs, "differing": differing, "absent": ABSENT})
+    spreads = spread(runs)
+    write_pages("sweep", runs, {"runs": runs, "differing": differing, "absent": ABSENT, "spread": spreads})
+    write_json(OUTPUT / "sweep.json", spreads)
     lines = []
     for run in runs:
         values = " ".join(f"{key}={setting(run.params.get(key, ABSENT))}" for key in differing)
         lines.append(f"{run.name}  {values}  {_headline(run)}")
     return [*lines, f"read {OUTPUT / 'sweep.html'}"]
+
+
+def spread(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """The least, median and largest value of every metric that all runs have, and each run's own."""
+    keys = [key for key in runs[0].metrics if all(key in run.metrics for run in runs)]
+    found = {key: {run.name: run.metrics[key] for run in runs} for key in keys}
+    return {
+        key: {
+            "min": min(values.values()),
+            "median": median(values.values()),
+            "max": max(values.values()),
+            "runs": values,
+        }
+        for key, values in found.items()
+    }
 
 
 def differing_params(runs: Sequence[Run]) -> list[str]:

@@ -1,8 +1,9 @@
-"""One experiment for each beta, through DVC's queue, and their comparison.
+"""One experiment for each beta, or for each seed, through DVC's queue, and their comparison.
 
     python -m stages.sweep --betas 0.05,0.1,0.2         (or: make sweep BETAS=0.05,0.1,0.2)
+    python -m stages.sweep --seeds 42,1,2               (or: make sweep SEEDS=42,1,2)
 
-Each beta becomes an experiment, `beta-0.05` and so on, derived from the workspace as it is, and runs in a copy of the
+Each value becomes an experiment, `beta-0.05` or `seed-1` and so on, derived from the workspace as it is, and runs in a copy of the
 tracked files. One worker takes them one after the other, since they share this machine. The worker is a process of its
 own: this one queues, watches, and in the end compares those that succeeded. An experiment of that name on the same
 commit is replaced; what has not changed since then comes out of DVC's run cache.
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
@@ -26,9 +27,9 @@ from stages.console import UserError
 from stages.repro import SCRATCH, environment, only_one
 
 WORKER_LOG = SCRATCH / "sweep-worker.log"
-NUMBER = re.compile(
-    r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", re.ASCII
-)  # read alike by float, YAML 1.2, and git as part of a name
+# Read alike by Python, YAML 1.2, and git as part of a name.
+NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", re.ASCII)
+SEED = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 POLL_SECONDS, WORKER_CHECK_SECONDS, STOP_SECONDS = 2.0, 15.0, 60.0
 WORKER_STARTS = 3  # a worker that goes away with experiments waiting is started again so many times
 VANISHED_POLLS = 5  # a task that changes hands is in no list for a moment
@@ -52,9 +53,25 @@ def parse_betas(text: str) -> list[str]:
     return betas
 
 
-def experiment(beta: str) -> str:
-    """The name of a beta's experiment."""
-    return f"beta-{beta}"
+def parse_seeds(text: str) -> list[str]:
+    """The seeds of a comma-separated list, in order.
+
+    Raises:
+        UserError: an entry that is not a whole number below 10^9, or that comes twice; names it.
+    """
+    seeds: list[str] = []
+    for entry in (entry.strip() for entry in text.split(",")):
+        if not SEED.fullmatch(entry):
+            raise UserError(f"--seeds {text}: {entry!r} is not a whole number; write them like 42,1,2")
+        if entry in seeds:
+            raise UserError(f"--seeds {text}: {entry} comes twice")
+        seeds.append(entry)
+    return seeds
+
+
+def assignments(key: str, values: Sequence[str]) -> dict[str, str]:
+    """What each experiment sets, by its name: {"beta-0.05": "beta=0.05", ...}."""
+    return {f"{key}-{value}": f"{key}={value}" for value in values}
 
 
 def tasks() -> Tasks:
@@ -89,8 +106,8 @@ def existing(names: Collection[str]) -> list[str]:
     return sorted({name for experiments in found.values() for name, _ in experiments} & set(names))
 
 
-def queue(betas: Sequence[str]) -> list[str]:
-    """Queues one experiment per beta, in order; the revisions of their tasks.
+def queue(wanted: Mapping[str, str]) -> list[str]:
+    """Queues one experiment per name and assignment, in order; the revisions of their tasks.
 
     Raises:
         UserError: the queue holds other unfinished tasks, which the worker would run as well, or DVC refuses one.
@@ -101,14 +118,14 @@ def queue(betas: Sequence[str]) -> list[str]:
             f"DVC's queue is not empty ({', '.join(waiting)}); wait, or clear it with "
             f"`.venv/bin/dvc queue kill NAME` and `.venv/bin/dvc queue remove --queued`"
         )
-    for name in existing([experiment(beta) for beta in betas]):
+    for name in existing(wanted):
         print(f"{name}: an experiment of this commit already, it is replaced", flush=True)
         dvc("exp", "remove", name)
-    for beta in betas:
-        dvc("exp", "run", "--queue", "-S", f"beta={beta}", "--name", experiment(beta))
-        print(f"{experiment(beta)}: queued", flush=True)
+    for name, assignment in wanted.items():
+        dvc("exp", "run", "--queue", "-S", assignment, "--name", name)
+        print(f"{name}: queued", flush=True)
     added = {name: revision for revision, (name, _) in tasks().items() if revision not in before}
-    return [added[experiment(beta)] for beta in betas]
+    return [added[name] for name in wanted]
 
 
 def start_worker() -> None:
@@ -180,8 +197,8 @@ def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def sweep(betas: Sequence[str]) -> int:
-    """Queues, runs and compares the experiments; 1 where one failed or could not be compared.
+def sweep(wanted: Mapping[str, str]) -> int:
+    """Queues, runs and compares the experiments (name: assignment); 1 where one failed or could not be compared.
 
     Raises:
         UserError: the queue cannot be used, or another sweep runs.
@@ -189,33 +206,36 @@ def sweep(betas: Sequence[str]) -> int:
     """
     with only_one("sweep"):
         try:
-            revisions = queue(betas)
+            revisions = queue(wanted)
             start_worker()
             ended = watch(revisions)
         except KeyboardInterrupt:
             print("\nsweep: stopping", file=sys.stderr)
-            stop({experiment(beta) for beta in betas})
+            stop(set(wanted))
             raise
-        succeeded = [
-            experiment(b) for b, r in zip(betas, revisions, strict=True) if ended.get(r, ("", ""))[1] == "Success"
-        ]
-        for beta, revision in zip(betas, revisions, strict=True):
-            if experiment(beta) not in succeeded:
-                print(f"{experiment(beta)}: failed; see .venv/bin/dvc queue logs {revision[:7]}", file=sys.stderr)
+        succeeded = [name for name, r in zip(wanted, revisions, strict=True) if ended.get(r, ("", ""))[1] == "Success"]
+        for name, revision in zip(wanted, revisions, strict=True):
+            if name not in succeeded:
+                print(f"{name}: failed; see .venv/bin/dvc queue logs {revision[:7]}", file=sys.stderr)
         if not succeeded:
             return 1
         done = subprocess.run(
             [sys.executable, "-m", "stages.review", "--compare", *succeeded], env=environment(), check=False
         )
-        return 1 if done.returncode or len(succeeded) < len(betas) else 0
+        return 1 if done.returncode or len(succeeded) < len(wanted) else 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m stages.sweep", description="Run one experiment for each beta.")
-    parser.add_argument("--betas", required=True, metavar="LIST", help="for example 0.05,0.1,0.2")
+    parser = argparse.ArgumentParser(prog="python -m stages.sweep", description="Run one experiment for each value.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--betas", metavar="LIST", help="for example 0.05,0.1,0.2")
+    what.add_argument("--seeds", metavar="LIST", help="for example 42,1,2")
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        return sweep(parse_betas(parser.parse_args().betas))
+        given = parser.parse_args()
+        if given.seeds is not None:
+            return sweep(assignments("seed", parse_seeds(given.seeds)))
+        return sweep(assignments("beta", parse_betas(given.betas)))
     except UserError as error:
         sys.exit(f"sweep: {error}")
     except KeyboardInterrupt:

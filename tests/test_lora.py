@@ -1,4 +1,4 @@
-"""The fused LoRA update against PEFT's own forward: same numbers and gradients in float32, within rounding in bfloat16 and nf4."""
+"""The fused LoRA update against PEFT's own forward: same numbers and gradients in float32, within rounding in bfloat16."""
 
 import copy
 from typing import Any

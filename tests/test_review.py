@@ -158,6 +158,17 @@ def test_experiments_are_compared_in_the_order_of_their_names() -> None:
     assert "train.learning_rate" not in (review.OUTPUT / "sweep.md").read_text()
 
 
+def test_the_spread_of_a_metric_is_over_all_experiments() -> None:
+    review.compare(["swift-fox", "first"])
+    spread = json.loads((review.OUTPUT / "sweep.json").read_text())["strict_accuracy.merged"]
+    runs = {name: review.load_run(review.open_revision(name)) for name in ("first", "swift-fox")}
+    assert spread["runs"] == {name: run.metrics["strict_accuracy.merged"] for name, run in runs.items()}
+    low, high = sorted(spread["runs"].values())
+    assert (spread["min"], spread["median"], spread["max"]) == (low, (low + high) / 2, high)
+    assert low < high
+    assert "strict_accuracy.merged" in (review.OUTPUT / "sweep.md").read_text()
+
+
 def test_the_pages_need_no_network_and_show_markup_as_text() -> None:
     review.review("first", "swift-fox")
     review.compare(["swift-fox", "first"])

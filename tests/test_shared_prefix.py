@@ -90,6 +90,7 @@ def check_against_stock(
     (expected.log_probs * weights).sum().backward()
     (found.log_probs * weights).sum().backward()
     for (name, left), (_, right) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):
+        assert (left.grad is None) == (right.grad is None), name
         if left.grad is not None and right.grad is not None:
             scale = left.grad.norm().clamp(min=1e-4)  # a lone token's attention has no gradient but noise
             assert (left.grad - right.grad).norm() / scale < 1e-4, name

@@ -47,9 +47,23 @@ def test_a_beta_that_comes_twice_is_refused() -> None:
         sweep.parse_betas("0.1,0.10")
 
 
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "007", "1,", "x", "1e3", "9999999999"])
+def test_what_is_no_seed_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(UserError, match=r"is not a whole number; write them like 42,1,2$"):
+        sweep.parse_seeds(text)
+
+
+def test_seeds_keep_their_order_and_none_comes_twice() -> None:
+    assert sweep.parse_seeds("42, 0,7") == ["42", "0", "7"]
+    with pytest.raises(UserError, match="7 comes twice"):
+        sweep.parse_seeds("7,7")
+
+
 def test_experiment_names_are_valid_git_references() -> None:
-    for beta in sweep.parse_betas("0.05,1e-2,12"):
-        command = ["git", "check-ref-format", f"refs/exps/{sweep.experiment(beta)}"]
+    names = [*sweep.assignments("beta", sweep.parse_betas("0.05,1e-2,12")), *sweep.assignments("seed", ["42"])]
+    assert names[0] == "beta-0.05"
+    for name in names:
+        command = ["git", "check-ref-format", f"refs/exps/{name}"]
         assert subprocess.run(command, check=False).returncode == 0
 
 
@@ -107,12 +121,12 @@ def experiment_commit(name: str) -> str:
 def test_another_ones_waiting_experiment_is_not_started(repository: Path) -> None:
     dvc("exp", "run", "--queue", "-S", "beta=7", "--name", "mine")
     with pytest.raises(UserError, match=r"queue is not empty \(mine\); wait, or clear it"):
-        sweep.sweep(["0.2"])
+        sweep.sweep({"beta-0.2": "beta=0.2"})
     assert list(sweep.tasks().values()) == [("mine", "Queued")]
 
 
 def test_stop_empties_the_queue_of_its_own_experiments_only(repository: Path) -> None:
-    sweep.queue(["0.2"])
+    sweep.queue({"beta-0.2": "beta=0.2"})
     dvc("exp", "run", "--queue", "-S", "beta=7", "--name", "mine")
     handler = signal.getsignal(signal.SIGINT)
     try:
