@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,12 @@ def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(
 def test_batched_greedy_answers_are_those_of_generate() -> None:
     """Ragged prompts whose answers end at different steps, so that the batch shrinks more than once."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = LlamaConfig(vocab_size=53, num_hidden_layers=2, initializer_range=0.4, **sizes)  # of varied answers
     model, end, limit = LlamaForCausalLM(config).eval(), 7, 40
     prompts = [torch.randint(53, (1 + i % 12,)).tolist() for i in range(30)]
