@@ -62,7 +62,7 @@ def test_the_token_count_is_that_of_the_row_that_is_computed(tiny_sides: list[di
     assert counted["answers"] == len(packed.labels)
 
 
-def test_hermes_lengths_are_those_of_the_published_data() -> None:
+def test_hermes_lengths_are_those_of_the_published_data(tiny_sides: list[dict[str, Any]]) -> None:
     pairs = sides.hermes_pairs(400)
     mean = {name: sum(len(pair[name]) for pair in pairs) / 400 for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
     assert 90 < mean["prompt_ids"] < 130

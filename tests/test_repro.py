@@ -102,7 +102,11 @@ def test_a_signal_ends_the_whole_run_and_restores(checkout: Path, number: signal
         "import subprocess; p = subprocess.Popen(['sleep', '60']); pathlib.Path('grandchild').write_text(str(p.pid))\n"
         + WAIT
     )
-    process = start("--profile", "a40")
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup, which would be inherited
+    try:
+        process = start("--profile", "a40")
+    finally:
+        signal.signal(number, before)
     grandchild = int(Path("grandchild").read_text())
     process.send_signal(number)
     assert process.wait(timeout=20) != 0
