@@ -39,7 +39,7 @@ train: setup
 need-BETAS:
 	@:$(if $(SEEDS),,$(call need,BETAS,sweep BETAS=0.05$(comma)0.1$(comma)0.2))
 sweep: need-BETAS setup
-	$(PY) -m stages.sweep $(if $(SEEDS),--seeds $(call quote,$(SEEDS)),--betas $(call quote,$(BETAS)))
+	$(PY) -m stages.sweep $(if $(BETAS),--betas $(call quote,$(BETAS))) $(if $(SEEDS),--seeds $(call quote,$(SEEDS)))
 
 ## make review      what a change does to the results                     make review BASE=main HEAD=my-branch
 need-BASE:

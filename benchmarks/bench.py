@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench            (or: make bench)          a few pairs, once, in a few minutes; written to .scratch/bench
     python -m benchmarks.bench --full     (or: make bench FULL=1)   three repetitions, both mixes, the search for stock TRL's best
-                                                                    settings, scaling; this is the committed record in reports/
+                                                                    settings, scaling; written to reports/
 
 Every measurement is a process of its own (benchmarks/sides.py). Speeds of this kind drift, so ratios are taken within one
 repetition, and their minimum, median and maximum over the repetitions are reported.
@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench", description="Measure ours beside the alternatives."
     )
-    parser.add_argument("--full", action="store_true", help="the repetitions of the committed record, an hour or so")
+    parser.add_argument("--full", action="store_true", help="three repetitions of everything, for reports/")
     try:
         found = bench(parser.parse_args().full)
     except UserError as error:

@@ -159,9 +159,7 @@ def train_trl(mix: str, pairs: int, quantized: bool, checkpointing: bool, precom
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = (
-                False  # as in stages/model.py: else its gradients are wrong after an evaluation
-            )
+            module.support_avx512bf16_for_cpu = False  # else its gradients are wrong (stages/model.py)
     s = loaded.train
 
     reference_seconds = 0.0

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import bench, sides
 from stages.artifacts import write_parquet
+from stages.shared_prefix import IGNORED, pack_pairs
 from stages.tokenize import answer_ids, prompt_ids, schema
 
 ROOT = Path(__file__).parent.parent
@@ -52,8 +53,6 @@ def test_both_training_sides_see_the_same_pairs(tiny_sides: list[dict[str, Any]]
 
 
 def test_the_token_count_is_that_of_the_row_that_is_computed(tiny_sides: list[dict[str, Any]]) -> None:
-    from stages.shared_prefix import IGNORED, pack_pairs
-
     batch = sides.DataCollatorForPreference(pad_token_id=0)([dict(row) for row in tiny_sides])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
     packed = pack_pairs(batch["input_ids"], batch["attention_mask"], labels)
