@@ -46,11 +46,11 @@ from stages.constraints import (
     grade,
     is_strict,
     repair,
-    words,
 )
 from stages.gguf import GgufModel
 from stages.quantize import convert
 from stages.topics import split_topics
+from stages.verifiers import words
 
 EMBEDDED = Path("data/embedded")
 SCRATCH = Path(".scratch/collect")

@@ -8,24 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.collect import DEMONSTRATIONS, CollectSettings, build_pair
-from stages.constraints import (
+from stages.constraints import KINDS, grade, is_strict, quality, repair
+from stages.topics import TOPICS
+from stages.verifiers import (
     AVOIDED,
     ENDINGS,
     KEYWORDS,
-    KINDS,
     LETTERS,
     NUMBER_WORDS,
     OPENINGS,
     VOCABULARY,
     Params,
-    grade,
     is_looping,
-    is_strict,
-    quality,
-    repair,
     words,
 )
-from stages.topics import TOPICS
 
 TEA: Params = {"topic": "tea"}
 FOLLOWED = {  # each is exactly what the instruction asks for
