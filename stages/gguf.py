@@ -9,6 +9,7 @@ The order in which sequences enter the slots is fixed by the arguments, so equal
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import llama_cpp
@@ -19,6 +20,17 @@ from stages.console import UserError
 
 UBATCH = 512
 Pick = Callable[[torch.Tensor, list[int], list[int]], list[int]]
+
+
+def common_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with."""
+    columns = enumerate(zip(*prompts, strict=False))
+    return next((i for i, column in columns if len(set(column)) > 1), min(map(len, prompts), default=0))
+
+
+def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """How many of them are computed once for all: the last token of each prompt is computed for its logits."""
+    return min(common_length(prompts), min(map(len, prompts)) - 1)
 
 
 def greedy(logits: torch.Tensor, sequences: list[int], steps: list[int]) -> list[int]:
@@ -36,6 +48,83 @@ def quiet_llama_cpp() -> None:
     llama_cpp.llama_log_set(_discard, ctypes.c_void_p(0))
 
 
+class Context:
+    """A llama.cpp context with its key-value cache and the batch that is decoded next.
+
+    Args:
+        model: llama.cpp's handle of the loaded file.
+        tokens: tokens that the cache can hold, of all sequences together.
+        sequences: largest number of sequences.
+        threads: CPU threads.
+        unified: one cache for all sequences, whose tokens may belong to several of them and fill a decode whatever their lengths, each
+            meeting the keys of all others under a mask; else a part for each sequence, which meets its own keys alone.
+
+    Raises:
+        MemoryError: no memory for the cache.
+    """
+
+    def __init__(
+        self, model: llama_cpp.llama_model_p_ctypes, tokens: int, sequences: int, threads: int, unified: bool
+    ) -> None:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = tokens
+        params.n_ubatch = UBATCH
+        params.n_seq_max = sequences
+        params.n_threads = params.n_threads_batch = threads
+        params.kv_unified = unified
+        self.ctx = llama_cpp.llama_init_from_model(model, params)
+        if not self.ctx:
+            raise MemoryError(f"no memory for a context of {tokens} tokens")
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self.batch = llama_cpp.llama_batch_init(tokens, 0, sequences)
+        self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+    def close(self) -> None:
+        """Frees cache and batch."""
+        llama_cpp.llama_batch_free(self.batch)
+        llama_cpp.llama_free(self.ctx)
+
+    def clear(self) -> None:
+        """Empties the cache."""
+        llama_cpp.llama_memory_clear(self.memory, False)
+
+    def move(self, source: int, target: int) -> None:
+        """Gives the tokens of one sequence to another, which is empty."""
+        self.copy(source, target)
+        self.remove(source)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies the tokens of one sequence to another, which is empty."""
+        llama_cpp.llama_memory_seq_cp(self.memory, source, target, -1, -1)
+
+    def remove(self, sequence: int) -> None:
+        """Empties a sequence."""
+        llama_cpp.llama_memory_seq_rm(self.memory, sequence, -1, -1)
+
+    def add(self, tokens: Sequence[int], position: int, sequences: Sequence[int], wants_logits: bool = True) -> None:
+        """Appends tokens that stand from `position` on in each of `sequences` to the batch."""
+        batch = self.batch
+        for i, token in enumerate(tokens, start=batch.n_tokens):
+            batch.token[i] = token
+            batch.pos[i] = position + i - batch.n_tokens
+            batch.n_seq_id[i] = len(sequences)
+            for j, sequence in enumerate(sequences):
+                batch.seq_id[i][j] = sequence
+            batch.logits[i] = wants_logits
+        batch.n_tokens += len(tokens)
+
+    def decode(self, rows: int) -> torch.Tensor:
+        """Runs the batch, empties it, and views the logits asked for, in the order they were added: (rows, vocabulary)."""
+        count, shape = self.batch.n_tokens, (rows, self.vocabulary_size)
+        code = llama_cpp.llama_decode(self.ctx, self.batch) if count else 0
+        self.batch.n_tokens = 0
+        if code:
+            raise RuntimeError(f"llama_decode failed with code {code} on a batch of {count} tokens")
+        if not rows:
+            return torch.empty(shape)
+        return torch.from_numpy(np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), shape=shape))
+
+
 class GgufModel:
     """A GGUF file loaded for scoring and parallel generation.
 
@@ -44,7 +133,7 @@ class GgufModel:
         threads: CPU threads.
         slots: sequences decoded in parallel.
         context: tokens a slot can hold, prompt and answer together.
-        share_beginning: compute what all prompts begin with once, in one more slot; it moves logits by a rounding.
+        share_beginning: compute what all prompts begin with once, in one more slot, when generating; it moves logits by a rounding.
 
     Raises:
         UserError: the file is missing, damaged or not a GGUF.
@@ -62,30 +151,38 @@ class GgufModel:
             raise UserError(
                 f"{path}: llama.cpp cannot load it (damaged or not a GGUF); delete it and run `dvc repro quantize`"
             )
+        self.path, self.threads = path, threads
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
-        self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.eos = llama_cpp.llama_vocab_eos(self.vocab)
         self.slots, self.context, self.share_beginning = slots, context, share_beginning
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = (slots + share_beginning) * context
-        params.n_batch = slots * context
-        params.n_ubatch = UBATCH
-        params.n_seq_max = slots + share_beginning
-        params.n_threads = params.n_threads_batch = threads
-        params.kv_unified = False
-        self.ctx = llama_cpp.llama_init_from_model(self.model, params)
-        if not self.ctx:
-            raise UserError(f"{path}: no memory for a context of {slots} x {context} tokens; lower the number of slots")
-        self.memory = llama_cpp.llama_get_memory(self.ctx)
-        self.batch = llama_cpp.llama_batch_init(slots * context, 0, 1)
+        self.tokens_together = max(UBATCH, 2 * context)
+        self.contexts: list[Context] = []
 
     def __enter__(self) -> "GgufModel":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        llama_cpp.llama_batch_free(self.batch)
-        llama_cpp.llama_free(self.ctx)
+        for context in self.contexts:
+            context.close()
         llama_cpp.llama_model_free(self.model)
+
+    def _open(self, tokens: int, sequences: int, unified: bool) -> Context:
+        try:
+            self.contexts.append(Context(self.model, tokens, sequences, self.threads, unified))
+        except MemoryError as error:
+            raise UserError(f"{self.path}: {error}; lower the number of slots") from None
+        return self.contexts[-1]
+
+    @cached_property
+    def generator(self) -> Context:
+        """Where answers grow, a slot each, and the slot of the shared beginning behind the last."""
+        slots = self.slots + self.share_beginning
+        return self._open(slots * self.context, slots, unified=False)
+
+    @cached_property
+    def scorer(self) -> Context:
+        """Where answers that are known are scored."""
+        return self._open(self.tokens_together, self.slots, unified=True)
 
     def tokenize(self, text: str) -> list[int]:
         """The file's own tokenization of a text, special tokens parsed and none added."""
@@ -99,35 +196,45 @@ class GgufModel:
     ) -> list[list[torch.Tensor]]:
         """The logits that predict the tokens of every answer to every prompt: (answer tokens, vocabulary) float32 each.
 
-        All prompts are computed together, each once, what they begin with once for all, and then all their answers.
+        Every prompt is computed once, and what they begin with once for all.
 
         Args:
             prompts: token ids of each prompt.
             answers: the answers to each prompt, no more of them together than slots.
 
         Raises:
-            ValueError: an empty prompt or answer, too many answers, or a prompt that does not fit its slot with an answer.
+            ValueError: an empty prompt or answer, too many answers, or more tokens than `tokens_together`.
         """
         counts = [len(choices) for choices in answers]
         if sum(counts) > self.slots:
             raise ValueError(f"{sum(counts)} answers need as many slots; this model has {self.slots}")
+        if not all(prompts) or not all(counts) or not all(answer for choices in answers for answer in choices):
+            raise ValueError("a prompt or an answer is empty")
+        if not prompts:
+            return []
+        shared = common_beginning(prompts)
+        tokens = sum(map(len, prompts)) - shared * (len(prompts) - 1) + sum(len(a) - 1 for c in answers for a in c)
+        if tokens > self.tokens_together:
+            raise ValueError(
+                f"{len(prompts)} prompts with their answers have {tokens} tokens; {self.tokens_together} fit together"
+            )
+        context, rows, sequence = self.scorer, 0, 0
+        places: list[list[torch.Tensor]] = []
+        context.clear()
+        context.add(prompts[0][:shared], 0, range(sum(counts)), wants_logits=False)
         for prompt, choices in zip(prompts, answers, strict=True):
-            if not prompt or not choices or not all(choices) or len(prompt) + max(map(len, choices)) > self.context:
-                raise ValueError(
-                    f"a prompt of {len(prompt)} tokens with its answers does not fit a context of {self.context}"
-                )
-        shared = self._begin(prompts)
-        first = self._prefill(prompts, counts, shared, slot=0).clone()
-        self.batch.n_tokens = slot = 0
-        for prompt, choices in zip(prompts, answers, strict=True):
-            for answer in choices:
-                self._add(answer[:-1], len(prompt), slot)
-                slot += 1
-        rest = iter(self._decode(self.batch.n_tokens).split([len(a) - 1 for choices in answers for a in choices]))
-        return [
-            [torch.cat([row.unsqueeze(0), next(rest)]) for _ in choices]
-            for row, choices in zip(first, answers, strict=True)
-        ]
+            sequences = range(sequence, sequence + len(choices))
+            context.add(prompt[shared:-1], shared, sequences, wants_logits=False)
+            context.add(prompt[-1:], len(prompt) - 1, sequences)
+            first, rows = rows, rows + 1
+            places.append([])
+            for sequence, answer in zip(sequences, choices, strict=True):
+                context.add(answer[:-1], len(prompt), [sequence])
+                places[-1].append(torch.tensor([first, *range(rows, rows + len(answer) - 1)]))
+                rows += len(answer) - 1
+            sequence += 1
+        logits = context.decode(rows)
+        return [[logits[place] for place in row] for row in places]
 
     def generate(
         self,
@@ -162,7 +269,7 @@ class GgufModel:
             raise ValueError(
                 f"a prompt of {longest} and {max_new_tokens} new tokens do not fit a context of {self.context}"
             )
-        shared = self._begin(prompts)
+        context, shared = self.generator, self._begin(prompts)
         prompt_of = [prompt for prompt, count in enumerate(samples) for _ in range(count)]
         answers: list[list[int]] = [[] for _ in prompt_of]
         in_slot: list[int] = []  # in_slot[slot] is the sequence decoded there; slots stay contiguous (_release)
@@ -182,11 +289,10 @@ class GgufModel:
             self._release(in_slot, answers, max_new_tokens, on_finished)
             if not in_slot:
                 continue
-            self.batch.n_tokens = 0
             for slot, sequence in enumerate(in_slot):
                 position = len(prompts[prompt_of[sequence]]) + len(answers[sequence]) - 1
-                self._add(answers[sequence][-1:], position, slot)
-            logits = self._decode(len(in_slot))
+                context.add(answers[sequence][-1:], position, [slot])
+            logits = context.decode(len(in_slot))
             self._append(answers, in_slot, pick(logits, in_slot, [len(answers[sequence]) for sequence in in_slot]))
             self._release(in_slot, answers, max_new_tokens, on_finished)
         return answers
@@ -198,15 +304,12 @@ class GgufModel:
 
     def _begin(self, prompts: Sequence[Sequence[int]]) -> int:
         """Empties all slots, and computes what several prompts begin with in the slot behind the last; how many tokens that is."""
-        llama_cpp.llama_memory_clear(self.memory, False)
+        self.generator.clear()
         if len(prompts) < 2 or not self.share_beginning:
             return 0
-        columns = enumerate(zip(*prompts, strict=False))
-        parts = next((i for i, column in columns if len(set(column)) > 1), min(map(len, prompts)))
-        shared = min(parts, min(map(len, prompts)) - 1)  # the last token of each is computed for its logits
-        self.batch.n_tokens = 0
-        self._add(prompts[0][:shared], 0, self.slots, wants_logits=False)
-        self._decode(0)
+        shared = common_beginning(prompts)
+        self.generator.add(prompts[0][:shared], 0, [self.slots], wants_logits=False)
+        self.generator.decode(0)
         return shared
 
     def _prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int], shared: int, slot: int) -> torch.Tensor:
@@ -215,16 +318,15 @@ class GgufModel:
         Its first `shared` tokens are copied (`_begin`).
         """
         starts = [slot + sum(counts[:i]) for i in range(len(counts))]
-        self.batch.n_tokens = 0
         for prompt, start in zip(prompts, starts, strict=True):
             if shared:
-                llama_cpp.llama_memory_seq_cp(self.memory, self.slots, start, -1, -1)
-            self._add(prompt[shared:-1], shared, start, wants_logits=False)
-            self._add(prompt[-1:], len(prompt) - 1, start)
-        logits = self._decode(len(prompts))
+                self.generator.copy(self.slots, start)
+            self.generator.add(prompt[shared:-1], shared, [start], wants_logits=False)
+            self.generator.add(prompt[-1:], len(prompt) - 1, [start])
+        logits = self.generator.decode(len(prompts))
         for start, count in zip(starts, counts, strict=True):
             for copied in range(start + 1, start + count):
-                llama_cpp.llama_memory_seq_cp(self.memory, start, copied, -1, -1)
+                self.generator.copy(start, copied)
         return logits
 
     def _release(
@@ -243,34 +345,10 @@ class GgufModel:
             if answers[sequence][-1] != self.eos and len(answers[sequence]) < max_new_tokens:
                 continue
             last = len(in_slot) - 1
-            llama_cpp.llama_memory_seq_rm(self.memory, slot, -1, -1)
+            self.generator.remove(slot)
             if slot != last:
-                llama_cpp.llama_memory_seq_cp(self.memory, last, slot, -1, -1)
-                llama_cpp.llama_memory_seq_rm(self.memory, last, -1, -1)
+                self.generator.move(last, slot)
                 in_slot[slot] = in_slot[last]
             in_slot.pop()
             if on_finished:
                 on_finished(sequence)
-
-    def _add(self, tokens: Sequence[int], position: int, slot: int, wants_logits: bool = True) -> None:
-        """Appends tokens that stand from `position` on in a slot to the batch."""
-        batch = self.batch
-        for i, token in enumerate(tokens, start=batch.n_tokens):
-            batch.token[i] = token
-            batch.pos[i] = position + i - batch.n_tokens
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = slot
-            batch.logits[i] = wants_logits
-        batch.n_tokens += len(tokens)
-
-    def _decode(self, rows: int) -> torch.Tensor:
-        """Runs the batch and views the logits asked for, in the order they were added: (rows, vocabulary)."""
-        if not self.batch.n_tokens:
-            return torch.empty(0, self.vocabulary_size)
-        code = llama_cpp.llama_decode(self.ctx, self.batch)
-        if code:
-            raise RuntimeError(f"llama_decode failed with code {code} on a batch of {self.batch.n_tokens} tokens")
-        if not rows:
-            return torch.empty(0, self.vocabulary_size)
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.ctx), shape=(rows, self.vocabulary_size))
-        return torch.from_numpy(logits)

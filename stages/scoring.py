@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.console import progress
-from stages.gguf import GgufModel
+from stages.gguf import UBATCH, GgufModel, common_length
 from stages.shared_prefix import pair_logits
 
 Ids = list[int]
@@ -40,7 +40,7 @@ class ChatModel(TemplateLM):
         super().__init__()
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.finished: list[bool] = []
-        self.answers_together = TOKENS_TOGETHER
+        self.tokens_together, self.answers_together = TOKENS_TOGETHER, TOKENS_TOGETHER
 
     @property
     def eot_token_id(self) -> int:
@@ -105,15 +105,18 @@ class ChatModel(TemplateLM):
         bar.close()
 
     def batches(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[int]]:
-        """Which prompts are scored together: those of similar length, up to `TOKENS_TOGETHER` and `answers_together`."""
-        sizes = [len(prompt) + sum(map(len, choices)) for prompt, choices in zip(prompts, answers, strict=True)]
+        """Which prompts are scored together: those of similar length, up to `tokens_together` and `answers_together`."""
+        common = common_length(prompts)
+        sizes = [
+            len(prompt) - common + sum(map(len, choices)) for prompt, choices in zip(prompts, answers, strict=True)
+        ]
         batches: list[list[int]] = []
         tokens = count = 0
         for i in sorted(range(len(prompts)), key=lambda i: (sizes[i], i)):
             tokens, count = tokens + sizes[i], count + len(answers[i])
-            if not batches or tokens > TOKENS_TOGETHER or count > self.answers_together:
+            if not batches or tokens > self.tokens_together or count > self.answers_together:
                 batches.append([])
-                tokens, count = sizes[i], len(answers[i])
+                tokens, count = common + sizes[i], len(answers[i])
             batches[-1].append(i)
         return batches
 
@@ -209,7 +212,7 @@ class GgufChat(ChatModel):
 
     def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
         super().__init__(tokenizer, max_new_tokens)
-        self.model, self.answers_together = model, model.slots
+        self.model, self.tokens_together, self.answers_together = model, UBATCH, model.slots
 
     def generate(self, prompts: list[Ids]) -> list[Ids]:
         """Greedy answers as parallel sequences, longest prompts first."""
@@ -222,5 +225,5 @@ class GgufChat(ChatModel):
         return [answer for _, answer in sorted(zip(order, answers, strict=True))]
 
     def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
-        """Logits of each answer as a sequence of its own; every prompt is computed once."""
+        """Logits of all answers from one decode."""
         return self.model.answer_logits(prompts, answers)

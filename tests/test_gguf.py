@@ -50,8 +50,8 @@ def test_f16_distributions_are_those_of_the_float32_model(
         ours = GgufChat(model, tokenizer, 8)
         found = [row for (row,) in ours.answer_logits(prompts, [[a] for a in answers])]
     expected = [row for (row,) in reference.answer_logits(prompts, [[a] for a in answers])]
-    assert evaluate.divergence(expected, found)["mean_kl"] < 1e-3
-    assert evaluate.divergence(expected, [row.roll(1, dims=0) for row in found])["mean_kl"] > 1e-3
+    assert evaluate.divergence(zip(expected, found, strict=True))["mean_kl"] < 1e-3
+    assert evaluate.divergence((a, b.roll(1, dims=0)) for a, b in zip(expected, found, strict=True))["mean_kl"] > 1e-3
 
 
 @pytest.mark.parametrize("backend", ["gguf", "transformers"])
@@ -86,9 +86,13 @@ def test_answers_scored_together_score_as_a_plain_forward_of_each(
 def test_prompts_scored_together_are_bounded_by_tokens_and_by_slots(gguf: Path, tiny_model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     prompts, answers = [[1] * 300, [1] * 200, [1] * 2000, [1] * 250], [[[2] * 100] * 2] * 4
-    with GgufModel(gguf, threads=1, slots=5, context=16) as model:
-        assert GgufChat(model, tokenizer, 8).batches(prompts, answers) == [[1, 3], [0], [2]]
-        assert GgufChat(model, tokenizer, 8).batches([[1]] * 3, [[[2]] * 2] * 3) == [[0, 1], [2]]
+    different = [[3 + i, *prompt[1:]] for i, prompt in enumerate(prompts)]
+    with GgufModel(gguf, threads=1, slots=6, context=16) as model:
+        chat = GgufChat(model, tokenizer, 8)
+        chat.tokens_together = 1024
+        assert chat.batches(different, answers) == [[1, 3], [0], [2]]
+        assert chat.batches(prompts, answers) == [[1, 3, 0], [2]]  # 200 tokens are common, and count once a batch
+        assert chat.batches([[1]] * 4, [[[2]] * 2] * 4) == [[0, 1, 2], [3]]
 
 
 @pytest.mark.parametrize("share_beginning", [False, True])
