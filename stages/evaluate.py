@@ -25,12 +25,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stages import params
 from stages.artifacts import complete_file, complete_folder, open_parquet, write_json
 from stages.console import UserError, run_stage
-from stages.constraints import SEEN_KINDS, is_looping
+from stages.constraints import SEEN_KINDS
 from stages.gguf import GgufModel
 from stages.intervals import paired_gain
 from stages.model import load, set_determinism
 from stages.scoring import ChatModel, GgufChat, HuggingFaceChat
 from stages.tokenize import answer_ids, prompt_ids
+from stages.verifiers import is_looping
 
 BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
 SUBSET, OUTPUT, TASKS = Path("data/subset"), Path("data/evaluation"), Path(__file__).parent / "tasks"
@@ -224,25 +225,23 @@ def divergences(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) 
     prompts = [prompt_ids(tokenizer, row["question"]) for row in pairs]
     answers = [[answer_ids(tokenizer, row["question"], row["chosen"])] for row in pairs]
 
-    def logits_of(model: ChatModel) -> list[torch.Tensor]:
-        found = {i: rows.float().cpu() for i, (rows,) in model.logits_of(prompts, answers)}
-        return [found[i] for i in range(len(pairs))]
-
     exact = load(MERGED, torch.float32)
-    expected = logits_of(HuggingFaceChat(exact, tokenizer, settings.max_new_tokens, settings.batch_size))
-    del exact
+    reference = HuggingFaceChat(exact, tokenizer, settings.max_new_tokens, settings.batch_size)
+    expected = {i: rows.cpu() for i, (rows,) in reference.logits_of(prompts, answers)}
+    del exact, reference
     result = {}
     for name in ("hf_bf16", *settings.types):
         with opened("merged" if name == "hf_bf16" else name, settings, tokenizer) as model:
-            result[name] = divergence(expected, logits_of(model))
+            found = model.logits_of(prompts, answers)
+            result[name] = divergence((expected[i], rows.float().cpu()) for i, (rows,) in found)
         gc.collect()
     return result
 
 
-def divergence(expected: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> dict[str, float | int]:
-    """Mean KL(expected || found) over the rows of (tokens, vocabulary) logits, and how often the likeliest token agrees."""
+def divergence(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float | int]:
+    """Mean KL(left || right) over the rows of pairs of (tokens, vocabulary) logits, and how often the likeliest token agrees."""
     total, agreed, tokens = 0.0, 0, 0
-    for left, right in zip(expected, found, strict=True):
+    for left, right in pairs:
         p, q = left.log_softmax(dim=-1), right.log_softmax(dim=-1)
         total += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
         agreed += int((left.argmax(dim=-1) == right.argmax(dim=-1)).sum())

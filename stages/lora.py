@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 
 
 class AddUpdate(torch.autograd.Function):
-    """`output + scaling * (inputs @ a.T) @ b.T`, in place; the gradients of a and b are float32, as they are."""
+    """`output + scaling * (inputs @ a.T) @ b.T`, in place; the gradients of a and b are products in the base's type, cast to float32."""
 
     @staticmethod
     def forward(
@@ -44,7 +44,11 @@ class AddUpdate(torch.autograd.Function):
 
 def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     """The base's output and the active adapters' updates; replaces the forward of PEFT's linear LoRA layers."""
+    if self.merged:
+        raise RuntimeError("the adapter is merged into its base, and the fused update would add it again")
     output = self.base_layer(x)
+    if output._is_view():  # of a product with a bias, in bitsandbytes' function: autograd forbids to change it in place
+        output = output.clone()
     for name in () if self.disable_adapters else self.active_adapters:
         if name in self.lora_A:
             inputs = self.lora_dropout[name](x)

@@ -19,6 +19,7 @@ all losses, metrics and the trainer stay TRL's. The idea is that of prefix shari
 
 import types
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -170,19 +171,48 @@ def join(states: torch.Tensor, parts: tuple[slice, ...]) -> torch.Tensor:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: Block, scaling: float, dropout: float = 0.0
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """The attention of a block's queries, (1, heads, queries, head size)."""
-    q, k, v = query[:, :, block.queries], join(key, block.keys), join(value, block.keys)
-    mask = causal_lower_right(q.size(2), k.size(2)) if block.mask is None else block.mask
+    """The attention of a block's queries to its keys (`Block.mask`), (1, heads, queries, head size)."""
+    if mask is None:
+        mask = causal_lower_right(q.size(2), k.size(2))
     gqa = q.size(1) != k.size(1)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=gqa)
+
+
+def attend_in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: tuple[Block, ...],
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    """The attention of all blocks with torch's own backward, (1, heads, tokens, head size).
+
+    Each tensor is split once where any block begins or ends: the backward of a split is one concatenation, that of a slice a whole
+    row of zeros.
+    """
+    slices = [part for block in blocks for part in (block.queries, *block.keys)]
+    edges = sorted({edge for part in slices for edge in (part.start, part.stop)})
+    place = {edge: i for i, edge in enumerate(edges)}
+    q, k, v = (x.split([end - start for start, end in pairwise(edges)], dim=2) for x in (query, key, value))
+
+    def joined(parts: tuple[torch.Tensor, ...], places: tuple[slice, ...]) -> torch.Tensor:
+        return torch.cat([part for p in places for part in parts[place[p.start] : place[p.stop]]], dim=2)
+
+    outputs = [
+        attend(joined(q, (block.queries,)), joined(k, block.keys), joined(v, block.keys), block.mask, scaling, dropout)
+        for block in blocks
+    ]
+    return torch.cat(outputs, dim=2)
 
 
 class RowAttention(torch.autograd.Function):
     """The attention of all blocks without dropout, for the CPU, with a backward of plain matrix products.
 
-    The weights are computed again in the backward, a block at a time (Dao 2022, B.2); nothing of size tokens^2 is kept for it.
+    The weights are computed again in the backward, a block at a time (Dao 2022, B.2); what is kept for it grows with tokens^2 only
+    in the blocks' masks, a byte a pair of query and key for all layers together.
     """
 
     @staticmethod
@@ -192,7 +222,8 @@ class RowAttention(torch.autograd.Function):
         """The outputs of (1, heads, tokens, head size) queries, of the same shape."""
         output = torch.empty_like(query)
         for block in blocks:
-            output[:, :, block.queries] = attend(query, key, value, block, scaling)
+            q, k, v = query[:, :, block.queries], join(key, block.keys), join(value, block.keys)
+            output[:, :, block.queries] = attend(q, k, v, block.mask, scaling)
         ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.scaling = blocks, scaling
         return output
@@ -254,7 +285,7 @@ def shared_prefix_attention(
     """
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     if query.is_cuda or dropout:
-        output = torch.cat([attend(query, key, value, block, scaling, dropout) for block in blocks], dim=2)
+        output = attend_in_parts(query, key, value, blocks, scaling, dropout)
     else:
         output = RowAttention.apply(query, key, value, blocks, scaling)
     return output.transpose(1, 2), None

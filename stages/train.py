@@ -207,7 +207,7 @@ def trainer_config(loaded: Params, output: Path, pairs: int, resumed: bool) -> D
             logging_steps=1,
             logging_first_step=True,
             eval_strategy="steps" if s.evaluations else "no",
-            eval_steps=max(1, steps // s.evaluations) if s.evaluations else None,
+            eval_steps=-(-steps // s.evaluations) if s.evaluations else None,
             eval_on_start=bool(s.evaluations) and not resumed,
             save_strategy="steps",
             save_steps=s.checkpoint_steps,

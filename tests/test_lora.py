@@ -1,6 +1,7 @@
 """The fused LoRA update against PEFT's own forward: same numbers and gradients in float32, within rounding in bfloat16."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_shared_prefix import tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.lora import fuse_updates
+from stages.model import BaseSettings, load_base
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -71,6 +74,25 @@ def test_in_bfloat16_the_update_is_within_rounding_and_the_gradients_are_float32
         assert relative_error(got[name], gradient) < 0.1, name
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_nf4_base_whose_layers_have_biases_is_trained(kept: bool, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(vocab_size=97, num_hidden_layers=2, attention_bias=True, **sizes)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    settings = BaseSettings(
+        quantization="nf4", double_quantization=True, keep_dequantized=kept, dtype="bfloat16", threads=2
+    )
+    model = get_peft_model(load_base(tmp_path, settings), LoraConfig(r=4, target_modules=MODULES))
+    fuse_updates(model)
+    _, gradients = logits_and_gradients(model, torch.arange(12).reshape(2, 6))
+    assert all(bool(gradient.any()) for name, gradient in gradients.items() if "lora_B" in name)
+
+
 def test_gradient_checkpointing_changes_no_bit_of_the_gradient() -> None:
     ids = torch.arange(12).reshape(2, 6)
     gradients = []
@@ -95,6 +117,14 @@ def test_a_disabled_adapter_changes_no_bit_of_the_base() -> None:
 def test_what_is_no_plain_lora_is_refused(options: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match=r"q_proj: only plain LoRA"):
         fuse_updates(adapted(**options))
+
+
+def test_an_adapter_merged_later_is_refused_too() -> None:
+    model = adapted()
+    fuse_updates(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="would add it again"):
+        model(input_ids=torch.arange(4).reshape(1, 4))
 
 
 def test_a_merged_adapter_is_refused() -> None:
