@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.console import progress
-from stages.gguf import UBATCH, GgufModel, common_length
+from stages.gguf import UBATCH, GgufModel, common_beginning, common_length
 from stages.shared_prefix import pair_logits
 
 Ids = list[int]
@@ -130,7 +130,9 @@ class ChatModel(TemplateLM):
 
 
 def greedy_answers(model: PreTrainedModel, prompts: list[Ids], end: int, limit: int) -> list[Ids]:
-    """The likeliest tokens after each prompt, one batch padded on the left; answers that have ended leave it, a tenth at a time.
+    """The likeliest tokens after each prompt, in one batch; answers that have ended leave it, a tenth at a time.
+
+    What the prompts begin with is computed once for all, and the rest of each padded on the left.
 
     Args:
         model: any causal language model.
@@ -138,12 +140,19 @@ def greedy_answers(model: PreTrainedModel, prompts: list[Ids], end: int, limit: 
         end: the token that ends an answer, which keeps it.
         limit: longest answer.
     """
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[end] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=model.device)
-    mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    common = common_beginning(prompts)
+    width = max(map(len, prompts)) - common
+    padding = [common + width - len(prompt) for prompt in prompts]
+    ids = torch.tensor(
+        [[end] * n + prompt[common:] for n, prompt in zip(padding, prompts, strict=True)], device=model.device
+    )
+    mask = torch.tensor([[1] * common + [0] * n + [1] * (width - n) for n in padding], device=model.device)
+    positions = (mask.cumsum(dim=1) - 1)[:, common:].clamp(min=0)
     cache = DynamicCache(config=model.config)
+    if common:
+        beginning = torch.tensor([prompts[0][:common]], device=model.device)
+        model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
     answers: list[Ids] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     while True:

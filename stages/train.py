@@ -174,7 +174,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def trainer_config(loaded: Params, output: Path, pairs: int, resumed: bool) -> DPOConfig:
+def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
     """TRL's configuration from the parameters.
 
     Raises:
@@ -208,7 +208,6 @@ def trainer_config(loaded: Params, output: Path, pairs: int, resumed: bool) -> D
             logging_first_step=True,
             eval_strategy="steps" if s.evaluations else "no",
             eval_steps=-(-steps // s.evaluations) if s.evaluations else None,
-            eval_on_start=bool(s.evaluations) and not resumed,
             save_strategy="steps",
             save_steps=s.checkpoint_steps,
             save_total_limit=1,
@@ -261,7 +260,7 @@ def build_trainer(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config = trainer_config(loaded, scratch, len(train), resumed=last_checkpoint(scratch) is not None)
+    config = trainer_config(loaded, scratch, len(train))
     model = load_base(BASE, loaded.base)
     try:
         return TrackedDPOTrainer(

@@ -111,7 +111,8 @@ def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(
     assert same >= 0.75 * len(many)  # float16 against float32 may part at a near tie
 
 
-def test_batched_greedy_answers_are_those_of_generate() -> None:
+@pytest.mark.parametrize("beginning", [[], [5, 40, 7, 11]])
+def test_batched_greedy_answers_are_those_of_generate(beginning: list[int]) -> None:
     """Ragged prompts whose answers end at different steps, so that the batch shrinks more than once."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
@@ -122,7 +123,7 @@ def test_batched_greedy_answers_are_those_of_generate() -> None:
     }
     config = LlamaConfig(vocab_size=53, num_hidden_layers=2, initializer_range=0.4, **sizes)  # of varied answers
     model, end, limit = LlamaForCausalLM(config).eval(), 7, 40
-    prompts = [torch.randint(53, (1 + i % 12,)).tolist() for i in range(30)]
+    prompts = [beginning + torch.randint(53, (1 + i % 12,)).tolist() for i in range(30)]
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

@@ -200,7 +200,7 @@ def stock_trainer(loaded: train.Params) -> Any:
 
     stock: Any = Stock(
         load_base(train.BASE, loaded.base),
-        args=train.trainer_config(loaded, Path("stock"), len(ids), resumed=False),
+        args=train.trainer_config(loaded, Path("stock"), len(ids)),
         train_dataset=ids,
         processing_class=AutoTokenizer.from_pretrained(train.BASE),
         peft_config=train.LoraConfig(
