@@ -48,6 +48,7 @@ OTHERS = [
     for precompute in (True, False)
     for batch_size in (8, 2)  # with 4 accumulated: the same steps, less padding
 ]
+TRIED = {"embedded": 16, "hermes": 8}  # pairs that a candidate is tried on
 Result = dict[str, Any]
 
 
@@ -81,10 +82,10 @@ def training_flops(result: Result, peak: Result) -> float:
 def compare_training(
     mix: str, pairs: int, repetitions: int, candidates: list[Result]
 ) -> tuple[dict[str, list[float]], Result]:
-    """The ratios of every repetition by key, and the raw results; stock TRL's best settings are found among `candidates` on 16 pairs."""
+    """The ratios of every repetition by key, and the raw results; stock TRL's best settings are found among `candidates` on a few pairs."""
     best = candidates[0]
     if candidates[1:]:
-        best = min(candidates, key=lambda options: seconds(measure("train_trl", mix=mix, pairs=16, **options)))
+        best = min(candidates, key=lambda options: seconds(measure("train_trl", mix=mix, pairs=TRIED[mix], **options)))
     ratios: dict[str, list[float]] = {}
     raw = []
     for _ in range(repetitions):
@@ -227,7 +228,7 @@ def bench(full: bool) -> Result:
         numbers[mix] = {key: summary(values) for key, values in found.items()}
         best[mix], raw[mix] = details["best"], details["repetitions"]
     main = numbers["embedded"]
-    found, raw["evaluation"] = compare_evaluation(24 if full else 4, 128 if full else 32, repetitions)
+    found, raw["evaluation"] = compare_evaluation(16 if full else 4, 128 if full else 32, repetitions)
     main |= {key: summary(values) for key, values in found.items()}
     cells: list[Result] = []
     if full:
