@@ -238,6 +238,32 @@ def matrix_peak(rows: int, seconds: float) -> Result:
     return {"peak": flops, "layers": 2 * sum(a * b for a, b in shapes), "head": 2 * head.numel()}
 
 
+def zero_reference_trainer(loaded: train.Params, pairs: int) -> train.TrackedDPOTrainer:
+    """The trainer on the pairs of a workspace, their reference log-probabilities taken as 0, which costs a step the same."""
+    zeros = [{"chosen_logps": [0.0], "rejected_logps": [0.0]}] * pairs
+    for split in ("train", "validation"):
+        write_parquet(reference.OUTPUT / f"{split}.parquet", pa.Table.from_pylist(zeros, schema=reference.SCHEMA))
+    return train.build_trainer(loaded, Path("scratch"), AutoTokenizer.from_pretrained(train.BASE), [])
+
+
+def step_profile(mix: str, pairs: int, operations: int = 10) -> Result:
+    """Where the time of our training goes: the operations that take most, each as a share of the seconds of an epoch."""
+    _, loaded = settings()
+    set_determinism(loaded.base.threads)
+    with workspace(MIXES[mix](pairs)):
+        trainer = zero_reference_trainer(loaded, pairs)
+        trainer.args.save_strategy = SaveStrategy.NO
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            began = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - began
+    found = sorted(recorded.key_averages(), key=lambda entry: -entry.self_cpu_time_total)[:operations]
+    return {
+        "seconds": seconds,
+        "shares": {entry.key: round(entry.self_cpu_time_total / 1e6 / seconds, 3) for entry in found},
+    }
+
+
 def forward_backward(prompt: int, answer: int, pairs: int, repetitions: int) -> Result:
     """Seconds of a forward and backward of `pairs` pairs of one shape, the median of a few."""
     _, loaded = settings()
@@ -249,11 +275,7 @@ def forward_backward(prompt: int, answer: int, pairs: int, repetitions: int) -> 
 
     rows = [{"prompt_ids": ids(prompt), "chosen_ids": ids(answer), "rejected_ids": ids(answer)} for _ in range(pairs)]
     with workspace(rows):
-        Path("data/reference").mkdir()
-        zeros = [{"chosen_logps": [0.0], "rejected_logps": [0.0]}] * pairs
-        for split in ("train", "validation"):
-            write_parquet(reference.OUTPUT / f"{split}.parquet", pa.Table.from_pylist(zeros, schema=reference.SCHEMA))
-        trainer = train.build_trainer(loaded, Path("scratch"), AutoTokenizer.from_pretrained(train.BASE), [])
+        trainer = zero_reference_trainer(loaded, pairs)
         batch = trainer.data_collator(load_pairs("train").to_list())
         times = []
         for _ in range(repetitions + 1):
@@ -340,7 +362,7 @@ def generate(file: str, prompts: int, slots: int) -> Result:
 
 SIDES: dict[str, Callable[..., Result]] = {
     side.__name__: side
-    for side in (train_ours, train_trl, matrix_peak, forward_backward, score_ours, score_http, generate)
+    for side in (train_ours, train_trl, matrix_peak, step_profile, forward_backward, score_ours, score_http, generate)
 }
 
 
