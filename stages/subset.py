@@ -3,8 +3,12 @@
 Pairs are removed in this order, each removal counted under its rule: empty answer, identical answers, training question
 that is also asked in an evaluation split, exact duplicate of an earlier pair of its split, near duplicate of an earlier training
 pair (Jaccard similarity of the word 5-grams of question and chosen answer, estimated by MinHash); of the rest the k
-best by `delta_score` are kept. Ties at the cut go to the row that comes first in the raw file, which is stated in the
+best by `delta_score` are kept, all where k is null. Ties at the cut go to the row that comes first in the raw file, which is stated in the
 report with the value of the cut. Rows keep their raw order, other columns than the four are carried along.
+
+A malformed row (not of its source's layout, which fetch_data found and data/raw/misfits.json says; without a value; with a score
+that is no number) stops the stage. With `drop_malformed` such rows are removed before all others and counted by kind, and the report
+gives the numbers of the first few of each.
 
 The raw file is read in batches twice: first only to decide (a few numbers a row are held), then to copy the rows that
 stay.
@@ -24,13 +28,15 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from stages import params
-from stages.artifacts import complete_file, complete_folder, open_parquet, write_json
+from stages.artifacts import complete_file, complete_folder, open_parquet, read_json, write_json
 from stages.console import UserError, progress, run_stage
 
 RAW, OUTPUT, REPORT = Path("data/raw"), Path("data/subset"), Path("reports/subset.json")
 SPLITS = ("test", "validation", "train")  # held-out first: training rows are compared with them
 COLUMNS = ["question", "chosen", "rejected", "delta_score"]
+MISFITS = RAW / "misfits.json"
 BATCH = 1024
+SHOWN = 5  # malformed rows of a kind whose numbers the report gives
 HASHES, BANDS = 64, 16
 
 
@@ -38,6 +44,7 @@ class SubsetSettings(params.Settings):
     """Which pairs training may see."""
 
     k: Annotated[int, Field(ge=1)] | None
+    drop_malformed: bool
     drop_empty: bool
     drop_identical: bool
     drop_exact_duplicates: bool
@@ -49,6 +56,14 @@ class Params(params.Params):
     """Parameters of subset."""
 
     subset: SubsetSettings
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a malformed row, and the kind that it is counted under."""
+
+    kind: str
+    found: str
 
 
 @dataclass
@@ -119,15 +134,38 @@ def reason_to_remove(row: dict[str, Any], settings: SubsetSettings, seen: Seen, 
     return None
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The numbered rows of a raw split, checked; only a batch of them is in memory.
+def known_faults(split: str) -> dict[int, Fault]:
+    """The rows of a raw split that fetch_data could not read in its source's layout, by their numbers."""
+    found = read_json(MISFITS).get(split, {}) if MISFITS.is_file() else {}
+    return {int(number): Fault(**fault) for number, fault in found.items()}
+
+
+def fault_of(row: dict[str, Any]) -> Fault | None:
+    """What is wrong with a row."""
+    if empty := [name for name, value in row.items() if value is None]:
+        return Fault("missing_value", f"`{empty[0]}` is empty")
+    if not math.isfinite(row.get("delta_score", 0.0)):
+        return Fault("no_score", f"delta_score is {row['delta_score']}; expected a finite number")
+    return None
+
+
+def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], Fault | None]]:
+    """The numbered rows of a raw split and what is wrong with each; only a batch of them is in memory.
+
+    Only a split that is `ranked` needs a `delta_score`.
 
     Raises:
-        UserError: a column is missing or of another type, a value is missing, or `delta_score` is not a finite number.
+        UserError: a column is missing or of another type.
     """
+    known = known_faults(path.stem)
     with open_parquet(path) as file:
         schema = file.schema_arrow
-        for name in COLUMNS:
+        columns = [name for name in COLUMNS if name != "delta_score" or name in schema.names]
+        if ranked and "delta_score" not in columns:
+            raise UserError(
+                f"{path}: has no `delta_score` to rank by; set `subset.k: null`, or name its column in `data.columns.score`"
+            )
+        for name in columns:
             if name not in schema.names:
                 raise UserError(f"{path}: column `{name}` is missing; found {', '.join(schema.names)}")
             kind = schema.field(name).type
@@ -141,16 +179,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"{path}: column `{name}` holds {kind}; expected {'numbers' if name == 'delta_score' else 'text'}"
                 )
         number = 0
-        for batch in file.iter_batches(BATCH, columns=COLUMNS):
+        for batch in file.iter_batches(BATCH, columns=columns):
             for row in batch.to_pylist():
-                empty = [name for name in COLUMNS if row[name] is None]
-                if empty:
-                    raise UserError(f"{path}: row {number} has no `{empty[0]}`; mend or remove that row")
-                if not math.isfinite(row["delta_score"]):
-                    raise UserError(
-                        f"{path}: row {number} has delta_score {row['delta_score']}; expected a finite number"
-                    )
-                yield number, row
+                yield number, row, known.get(number) or fault_of(row)
                 number += 1
     if not number:
         raise UserError(f"{path}: has no rows")
@@ -160,19 +191,28 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
     """The numbers of the rows to keep, ascending, and the counts for the report.
 
     Raises:
-        UserError: fewer usable rows than `k`, or none.
+        UserError: a row is malformed while `drop_malformed` is off, or fewer rows are usable than `k`, or none.
     """
     seen.pairs.clear()  # one split of the source may serve as validation and test
     removed: dict[str, int] = {}
+    malformed: dict[str, list[int]] = {}
     usable: list[tuple[float, int]] = []
     read = 0
-    for number, row in progress(read_rows(path), path.stem, unit="row"):
+    ranked = is_train and settings.k is not None
+    for number, row, fault in progress(read_rows(path, ranked), path.stem, unit="row"):
         read = number + 1
-        reason = reason_to_remove(row, settings, seen, is_train)
+        if fault and not settings.drop_malformed:
+            raise UserError(
+                f"{path}, row {number}: {fault.found}; mend it or `data.format`, or leave such rows out with "
+                "`subset.drop_malformed: true`"
+            )
+        if fault:
+            malformed.setdefault(fault.kind, []).append(number)
+        reason = f"malformed_{fault.kind}" if fault else reason_to_remove(row, settings, seen, is_train)
         if reason:
             removed[reason] = removed.get(reason, 0) + 1
         else:
-            usable.append((-row["delta_score"], number))
+            usable.append((-row.get("delta_score", 0.0), number))
     if not usable:
         rules = ", ".join(f"{count} {rule}" for rule, count in sorted(removed.items()))
         raise UserError(f"{path}: none of its {read} pairs is left ({rules}); see `subset` in params.yaml")
@@ -192,13 +232,17 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
         if len(usable) > settings.k:
             removed["below_top_k"] = len(usable) - settings.k
     scores = [-score for score, _ in kept]
-    summary = {
+    summary: dict[str, Any] = {
         "read": read,
         "removed": removed,
         "kept": len(kept),
         "cut": cut,
-        "delta_score": {"min": min(scores), "mean": round(sum(scores) / len(scores), 6), "max": max(scores)},
+        "delta_score": {"min": min(scores), "mean": round(sum(scores) / len(scores), 6), "max": max(scores)}
+        if "delta_score" in row
+        else None,
     }
+    if malformed:
+        summary["malformed_rows"] = {kind: numbers[:SHOWN] for kind, numbers in sorted(malformed.items())}
     return sorted(number for _, number in kept), summary
 
 

@@ -19,6 +19,7 @@ Row = dict[str, Any]
 PIPELINE = "stages: {s: {params: ['profiles.${profile}.subset']}}\n"
 OFF: dict[str, Any] = {
     "k": None,
+    "drop_malformed": False,
     "drop_empty": False,
     "drop_identical": False,
     "drop_exact_duplicates": False,
@@ -244,7 +245,18 @@ def test_fewer_than_one_row_is_refused(k: int) -> None:
         run(k=k)
 
 
-@pytest.mark.parametrize("column", subset.COLUMNS)
+def test_without_a_score_all_pairs_are_kept_or_none_ranked() -> None:
+    rows = [{name: value for name, value in row(i).items() if name != "delta_score"} for i in range(3)]
+    write(rows)
+    report = run(k=None)["train"]
+    assert (report["kept"], report["cut"], report["delta_score"]) == (3, None, None)
+    with pytest.raises(
+        UserError, match=r"train\.parquet: has no `delta_score` to rank by; set `subset\.k: null`, or name"
+    ):
+        run(k=2)
+
+
+@pytest.mark.parametrize("column", ["question", "chosen", "rejected"])
 def test_a_missing_column_is_named_with_those_found(column: str) -> None:
     write([{name: value for name, value in row(1).items() if name != column}])
     with pytest.raises(UserError, match=rf"train\.parquet: column `{column}` is missing; found .*"):
@@ -254,15 +266,73 @@ def test_a_missing_column_is_named_with_those_found(column: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_no_number_is_told_with_its_row(value: float) -> None:
     write([row(1), row(2), row(value)])
-    with pytest.raises(UserError, match=rf"train\.parquet: row 2 has delta_score {value}; expected a finite number"):
+    message = (
+        rf"train\.parquet, row 2: delta_score is {value}; expected a finite number; .*`subset\.drop_malformed: true`$"
+    )
+    with pytest.raises(UserError, match=message):
         run()
 
 
 @pytest.mark.parametrize("column", subset.COLUMNS)
 def test_a_missing_value_is_told_with_its_row(column: str) -> None:
     write([row(1), row(2) | {column: None}, row(3)])
-    with pytest.raises(UserError, match=rf"train\.parquet: row 1 has no `{column}`"):
+    with pytest.raises(
+        UserError, match=rf"train\.parquet, row 1: `{column}` is empty; .*`subset\.drop_malformed: true`$"
+    ):
         run()
+
+
+def misfits(split: str, **found: dict[str, str]) -> None:
+    """What fetch_data writes beside the rows that were not of their layout; `row3` is row 3."""
+    rows = {name.removeprefix("row"): fault for name, fault in found.items()}
+    (subset.RAW / "misfits.json").write_text(json.dumps({split: rows}))
+
+
+def test_malformed_rows_are_removed_counted_and_named_where_they_may_be() -> None:
+    """Before every other rule, in every split, and without a trace in what later rows are compared with."""
+    nothing = dict.fromkeys(("question", "chosen", "rejected", "delta_score"))
+    good = [row(1, "q", "a", "b"), row(2), row(3)]
+    rows = [nothing, good[0], row(9) | {"delta_score": math.nan}, nothing, good[1], row(9) | {"chosen": None}, good[2]]
+    rows += [row(i, rejected="x") | {"question": None} for i in range(7)]
+    write(rows)
+    write([row(1), nothing], "test")
+    misfits(
+        "train",
+        row0={"kind": "not_chatml", "found": "'x' is not made of ChatML turns"},
+        row3={"kind": "different_turns", "found": "chosen and rejected follow different turns"},
+    )
+    report = run(**ALL, k=2, drop_malformed=True)
+    assert kept() == good[1:]
+    assert report["train"]["removed"] == {
+        "malformed_not_chatml": 1,
+        "malformed_different_turns": 1,
+        "malformed_no_score": 1,
+        "malformed_missing_value": 8,
+        "below_top_k": 1,
+    }
+    assert report["train"]["malformed_rows"] == {
+        "not_chatml": [0],
+        "different_turns": [3],
+        "no_score": [2],
+        "missing_value": [5, 7, 8, 9, 10],
+    }
+    assert report["train"]["read"] == len(rows) == report["train"]["kept"] + sum(report["train"]["removed"].values())
+    assert report["train"]["delta_score"] == {"min": 2.0, "mean": 2.5, "max": 3.0}
+    assert report["test"]["malformed_rows"] == {"missing_value": [1]}
+    assert len(kept("test")) == 1
+    with pytest.raises(UserError, match=r"test\.parquet, row 1: `question` is empty"):
+        run(**ALL, k=2)
+    write([row(1)], "test")
+    with pytest.raises(
+        UserError, match=r"train\.parquet, row 0: 'x' is not made of ChatML turns; mend it or `data\.format`"
+    ):
+        run(**ALL, k=2)
+
+
+def test_without_a_malformed_row_the_report_says_nothing_of_them() -> None:
+    write([row(1), row(2)])
+    assert run(drop_malformed=True) == run(drop_malformed=False)
+    assert "malformed_rows" not in run(drop_malformed=True)["train"]
 
 
 @pytest.mark.parametrize(
