@@ -1,18 +1,31 @@
 """Stage tokenize: data/subset + the tokenizer -> data/tokens (prompt_ids, chosen_ids, rejected_ids) and reports/data.json.
 
-The only place where training text becomes ids. The chat template is applied once to the prompt with its opening of the
-assistant's turn, and once to prompt and answer; what follows the prompt's ids, up to the end-of-sequence token, is the
-answer. A template that would render the prompt differently in front of an answer is an error, and so is an answer without exactly
-one end-of-sequence token or a prompt with more beginning-of-sequence tokens than its template writes.
+The only place where training text becomes ids. With the tokenizer's own chat template (`template: null`), it is applied once to the prompt
+with its opening of the assistant's turn, and once to prompt and answer; what follows the prompt's ids, up to the token that
+ends an answer there, is the answer. A template that would render the prompt differently in front of an answer is an error, and so
+is an answer without exactly one such token or a prompt with more beginning-of-sequence tokens than its template writes.
+
+A template of one's own is two texts around question and answer, the first with a place for a system prompt if it has one. Ids are then made
+as TRL 0.11 made them, which the published run used: the answer's ids are those of prompt and answer together behind those of the
+prompt, and the tokenizer's end-of-sequence token is appended where they do not end in it. `overlong: truncate` is that version's rule
+too: of a pair longer than `max_length` the prompt keeps its last `max_prompt_length` tokens, and if that is not enough, both answers
+their first `max_length - max_prompt_length`. A `max_length` below or at 1.0 is a share: the length that so many of the training
+pairs do not exceed. Two things are not TRL's. It put a beginning-of-sequence token before a prompt without
+one; here the template says all. And where the text of one answer changes the last token of the prompt, and that of the other does
+not, TRL scored the other behind the whole prompt. Here a pair has one prompt, the shorter, so that the other is scored with one token
+more, the prompt's last; reports/data.json counts these pairs as `uneven_prompt_ends`.
 """
 
+import math
+import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages import params
@@ -20,14 +33,68 @@ from stages.artifacts import complete_folder, open_parquet, write_json, write_pa
 from stages.console import UserError, progress, run_stage
 
 SUBSET, BASE, OUTPUT, REPORT = Path("data/subset"), Path("models/base"), Path("data/tokens"), Path("reports/data.json")
+COLUMNS = ("context", "question", "chosen", "rejected")
+PLACE = re.compile(r"\{(\w+)\}")
+SHOWN = 5  # rows of a kind whose numbers the report gives
 Ids = list[int]
+Messages = Sequence[dict[str, str]]
+
+
+class Forged(UserError):
+    """A text holds a special token, with which it could end its turn and begin another."""
+
+
+class TextTemplate(params.Settings):
+    """The texts around a question, with a system prompt or not, and around an answer."""
+
+    prompt: str
+    answer: str
+
+    @field_validator("prompt", "answer")
+    @classmethod
+    def _has_its_places(cls, text: str, info: Any) -> str:
+        needed, known = {"prompt": ("question", {"question", "system"}), "answer": ("answer", {"answer"})}[
+            info.field_name
+        ]
+        places = PLACE.findall(text)
+        if places.count(needed) != 1:
+            raise ValueError(f"has to hold {{{needed}}} once")
+        if unknown := sorted(set(places) - known):
+            raise ValueError(
+                f"holds {{{unknown[0]}}}; there is only {' and '.join(f'{{{name}}}' for name in sorted(known))}"
+            )
+        return text
+
+    @property
+    def has_system(self) -> bool:
+        """Whether it has a place for a system prompt."""
+        return "system" in PLACE.findall(self.prompt)
+
+    def fill(self, question: str, answer: str, system: str = "") -> tuple[str, str]:
+        """The text of a prompt and of its answer."""
+        texts = {"question": question, "system": system, "answer": answer}
+        prompt, text = (PLACE.sub(lambda place: texts[place[1]], part) for part in (self.prompt, self.answer))
+        return prompt, text
 
 
 class TokenizeSettings(params.Settings):
-    """How long a prompt with its answer may be, and what happens to a longer one."""
+    """How a conversation is written, how long it may be, and what happens to a longer one."""
 
-    max_length: PositiveInt
-    overlong: Literal["error", "drop"]
+    template: TextTemplate | None
+    forged: Literal["error", "drop"]
+    max_length: PositiveInt | Annotated[float, Field(gt=0, le=1)]
+    max_prompt_length: PositiveInt | None
+    overlong: Literal["error", "drop", "truncate"]
+
+    @model_validator(mode="after")
+    def _knows_how_to_truncate(self) -> "TokenizeSettings":
+        if (self.overlong == "truncate") != (self.max_prompt_length is not None):
+            raise ValueError("`overlong: truncate` needs `max_prompt_length`, and nothing else does")
+        if isinstance(self.max_length, float) and self.overlong != "drop":
+            raise ValueError(f"`max_length` is a share ({self.max_length}), which goes with `overlong: drop`")
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(f"`max_prompt_length` leaves no room for an answer in `max_length` ({self.max_length})")
+        return self
 
 
 class Params(params.Params):
@@ -36,13 +103,13 @@ class Params(params.Params):
     tokenize: TokenizeSettings
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> Ids:
-    """The ids of a question in the chat template, up to where the assistant's answer begins.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, context: Messages = ()) -> Ids:
+    """The ids of a question (behind earlier messages) in the chat template, up to where the assistant's answer begins.
 
     Raises:
         UserError: the tokenizer put a beginning-of-sequence token where the template writes none.
     """
-    text = prompt_text(tokenizer, question)
+    text = prompt_text(tokenizer, question, context)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token
     if bos and ids.count(tokenizer.bos_token_id) != text.count(bos):
@@ -52,109 +119,260 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> Ids:
     return ids
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, context: Messages = ()) -> str:
     """The chat template's text of a question, up to where the assistant's answer begins."""
-    messages = [{"role": "user", "content": question}]
+    messages = [*context, {"role": "user", "content": question}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> Ids:
-    """The ids of an answer as a model would write it after the prompt's ids, ending in the only end-of-sequence token.
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """All special tokens by id, also those without a name such as end-of-sequence."""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that the chat template writes behind an answer: the end-of-sequence token, or Llama-3's <|eot_id|>.
+
+    Raises:
+        UserError: it writes none.
+    """
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    rest = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("answer")[2]
+    first = next(iter(tokenizer(rest, add_special_tokens=False)["input_ids"]), None)
+    if first not in special_tokens(tokenizer):
+        raise UserError(
+            f"chat template: writes {rest[:40]!r} behind an answer, no token that ends it; use another template"
+        )
+    return int(first)
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, context: Messages = ()) -> Ids:
+    """The ids of an answer as a model would write it after the prompt's ids, ending in the only token that ends an answer.
 
     Raises:
         UserError: the prompt's text is not a prefix of that of prompt and answer, or the answer does not hold exactly one
-            end-of-sequence token.
+            token that ends it.
     """
-    prompt = prompt_text(tokenizer, question)
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt = prompt_text(tokenizer, question, context)
+    messages = [*context, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
     if not whole.startswith(prompt):
         raise UserError(
             f"chat template: the prompt is not a prefix of prompt and answer for {question[:60]!r}; use another template"
         )
-    rest, eos = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
-    if rest.count(eos) != 1:
+    rest, end = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"], end_of_answer(tokenizer)
+    if rest.count(end) != 1:
         raise UserError(
-            f"chat template: {rest.count(eos)} end-of-sequence tokens in the answer {answer[:60]!r}; expected exactly one"
+            f"chat template: {rest.count(end)} tokens that end an answer in {answer[:60]!r}; expected exactly one"
         )
-    return rest[: rest.index(eos) + 1]
+    return rest[: rest.index(end) + 1]
 
 
-def check_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Refuses text that holds one of the tokenizer's special tokens, which would forge a turn of the conversation.
+def templated_ids(
+    tokenizer: PreTrainedTokenizerBase, template: TextTemplate, question: str, answer: str, system: str = ""
+) -> tuple[Ids, Ids]:
+    """The ids of prompt and answer in a template of one's own, as TRL 0.11's `build_tokenized_answer` and its end of sequence.
+
+    Where the text of the answer changes the last token of the prompt, that token is the answer's.
+    """
+    prompt, text = template.fill(question, answer, system)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+    start = len(ids) - (ids != whole[: len(ids)])
+    end = [] if whole[start:][-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+    return whole[:start], whole[start:] + end
+
+
+def system_prompt(template: TextTemplate, context: Messages) -> str:
+    """The system prompt of a row, which a template of one's own has to have a place for; empty without one.
 
     Raises:
-        UserError: names the token.
+        UserError: what comes before the question does not fit into the template.
     """
-    for token in tokenizer.all_special_tokens:
-        if token in text:
-            raise UserError(f"the text {text[:60]!r} holds the special token {token}; remove that row or the token")
+    system = context[0]["content"] if context and context[0]["role"] == "system" else ""
+    if len(context) > bool(system):
+        raise UserError("a template of one's own has no place for turns before the question; use `template: null`")
+    if system and not template.has_system:
+        raise UserError(
+            "the row has a system prompt, for which the template has no place; put {system} into `tokenize.template.prompt`"
+        )
+    return system
+
+
+def templated_pair(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: TextTemplate
+) -> dict[str, tuple[Ids, Ids]]:
+    """The ids of prompt and answer in a template of one's own, for each answer of a pair.
+
+    Raises:
+        UserError: the row does not fit into the template.
+    """
+    system = system_prompt(template, row.get("context") or [])
+    return {
+        name: templated_ids(tokenizer, template, row["question"], row[name], system) for name in ("chosen", "rejected")
+    }
+
+
+def is_uneven(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: TextTemplate) -> bool:
+    """Whether one answer of a pair changes the last token of the prompt and the other does not (module docstring)."""
+    return len({len(prompt) for prompt, _ in templated_pair(tokenizer, row, template).values()}) > 1
+
+
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: TextTemplate | None
+) -> tuple[Ids, dict[str, Ids]]:
+    """The ids of a pair's prompt and of its two answers.
+
+    Raises:
+        Forged: a text holds a special token.
+        UserError: the template does not fit.
+    """
+    if template is None:
+        check_plain(tokenizer, row)
+        context = row.get("context") or []
+        prompt = prompt_ids(tokenizer, row["question"], context)
+        return prompt, {
+            name: answer_ids(tokenizer, row["question"], row[name], context) for name in ("chosen", "rejected")
+        }
+    both = templated_pair(tokenizer, row, template)
+    shorter = min((prompt for prompt, _ in both.values()), key=len)
+    if any(prompt[: len(shorter)] != shorter for prompt, _ in both.values()):
+        raise UserError(
+            "the answers change more of the prompt than its last token; end the template's prompt otherwise"
+        )
+    return shorter, {name: (prompt + answer)[len(shorter) :] for name, (prompt, answer) in both.items()}
+
+
+def truncate(prompt: Ids, answers: dict[str, Ids], limit: int, prompt_limit: int) -> tuple[Ids, dict[str, Ids]]:
+    """Cuts a pair that is longer than the limit as the module's docstring says."""
+    longest = max(map(len, answers.values()))
+    if len(prompt) + longest > limit:
+        prompt = prompt[-prompt_limit:]
+    if len(prompt) + longest > limit:
+        answers = {name: ids[: limit - prompt_limit] for name, ids in answers.items()}
+    return prompt, answers
+
+
+def check_plain(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> None:
+    """Refuses a pair of which a text holds one of the tokenizer's special tokens, which would forge a turn of the conversation.
+
+    Raises:
+        Forged: names the token.
+    """
+    before = [message["content"] for message in row.get("context") or []]
+    tokens = special_tokens(tokenizer).values()
+    for text in (row["question"], row["chosen"], row["rejected"], *before):
+        for token in tokens:
+            if token in text:
+                raise Forged(
+                    f"the text {text[:60]!r} holds the special token {token}; take it out, or set `tokenize.forged: drop`"
+                )
+
+
+def common_limit(pairs: Iterable[tuple[Ids, dict[str, Ids]]], share: float) -> int:
+    """The length, of the prompt with its longer answer, that this share of the pairs does not exceed."""
+    found = sorted(len(prompt) + max(map(len, answers.values())) for prompt, answers in pairs)
+    return found[max(1, math.ceil(share * len(found))) - 1] if found else 0
+
+
+def excess(prompt: Ids, answers: dict[str, Ids], limit: int) -> tuple[str, int] | None:
+    """What of a pair is longer than the limit, and how long it is; None where it fits."""
+    longest = len(prompt) + max(map(len, answers.values()))
+    if longest <= limit:
+        return None
+    return ("prompt", len(prompt)) if len(prompt) >= limit else ("pair", longest)
+
+
+def lengths(kept: list[dict[str, Ids]]) -> dict[str, dict[str, float]]:
+    """How long prompts and answers are, in tokens."""
+    counts = {name: np.array([len(row[f"{name}_ids"]) for row in kept]) for name in ("prompt", "chosen", "rejected")}
+    return {
+        name: {
+            "min": int(n.min()),
+            "mean": round(float(n.mean()), 2),
+            "p95": int(np.percentile(n, 95)),
+            "max": int(n.max()),
+        }
+        for name, n in counts.items()
+    }
 
 
 def tokenize_split(
-    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, split: str
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenizeSettings,
+    split: str,
+    limit: int | None = None,
 ) -> tuple[list[dict[str, Ids]], dict[str, Any]]:
-    """Tokenizes the pairs of a split; (rows of ids, counts for the report).
+    """Tokenizes the pairs of a split, up to a length where `max_length` is a share; (rows of ids, counts for the report).
 
     Raises:
-        UserError: a pair is longer than `max_length` while `overlong` is "error".
+        UserError: a pair is longer than `max_length` or forges a turn while the settings say "error", or the template does not fit.
     """
-    kept: list[dict[str, Ids]] = []
-    dropped: Counter[str] = Counter()
+    pairs: dict[int, tuple[Ids, dict[str, Ids]]] = {}
+    forged: list[int] = []
+    uneven = 0
     for number, row in enumerate(progress(rows, f"tokenizing {split}", unit="pair")):
         try:
-            for name in ("question", "chosen", "rejected"):
-                check_plain(tokenizer, row[name])
-            prompt = prompt_ids(tokenizer, row["question"])
-            answers = {name: answer_ids(tokenizer, row["question"], row[name]) for name in ("chosen", "rejected")}
+            pairs[number] = conversation_ids(tokenizer, row, settings.template)
         except UserError as error:
-            raise UserError(f"{SUBSET}/{split}.parquet, row {number}: {error}") from None
-        longest = len(prompt) + max(map(len, answers.values()))
-        if longest > settings.max_length:
-            what = "prompt" if len(prompt) >= settings.max_length else "pair"
+            if not isinstance(error, Forged) or settings.forged == "error":
+                raise UserError(f"{SUBSET}/{split}.parquet, row {number}: {error}") from None
+            forged.append(number)
+    if isinstance(settings.max_length, int):
+        limit = settings.max_length
+    elif limit is None:
+        limit = common_limit(pairs.values(), settings.max_length)
+    kept: list[dict[str, Ids]] = []
+    dropped: Counter[str] = Counter({"forged_special_token": len(forged)} if forged else {})
+    truncated: Counter[str] = Counter(prompt=0, chosen=0, rejected=0)
+    for number, (prompt, answers) in pairs.items():
+        whole = {"prompt": prompt, **answers}
+        if (found := excess(prompt, answers, limit)) and settings.max_prompt_length is not None:
+            prompt, answers = truncate(prompt, answers, limit, settings.max_prompt_length)
+            truncated.update(name for name, ids in {"prompt": prompt, **answers}.items() if ids != whole[name])
+        elif found:
             if settings.overlong == "error":
-                found = len(prompt) if what == "prompt" else longest
                 raise UserError(
-                    f"{SUBSET}/{split}.parquet: row {number} has a {what} of {found} tokens; `tokenize.max_length` is "
-                    f"{settings.max_length}: raise it, or set `overlong: drop`"
+                    f"{SUBSET}/{split}.parquet: row {number} has a {found[0]} of {found[1]} tokens; `tokenize.max_length` is "
+                    f"{limit}: raise it, or set `overlong: drop`"
                 )
-            dropped[f"{what}_longer_than_{settings.max_length}"] += 1
+            dropped[f"{found[0]}_longer_than_{limit}"] += 1
             continue
+        uneven += settings.template is not None and is_uneven(tokenizer, rows[number], settings.template)
         kept.append({"prompt_ids": prompt, "chosen_ids": answers["chosen"], "rejected_ids": answers["rejected"]})
     if not kept:
-        raise UserError(
-            f"{SUBSET}/{split}.parquet: no pair fits `tokenize.max_length` = {settings.max_length}; raise it"
-        )
-    lengths = {name: np.array([len(row[f"{name}_ids"]) for row in kept]) for name in ("prompt", "chosen", "rejected")}
-    summary = {
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        raise UserError(f"{SUBSET}/{split}.parquet: no pair is left ({why}); see `tokenize` in params.yaml")
+    summary: dict[str, Any] = {
         "read": len(rows),
         "pairs": len(kept),
         "dropped": dict(dropped),
-        "truncated": dict.fromkeys(lengths, 0),
-        "tokens": {
-            name: {
-                "min": int(n.min()),
-                "mean": round(float(n.mean()), 2),
-                "p95": int(np.percentile(n, 95)),
-                "max": int(n.max()),
-            }
-            for name, n in lengths.items()
-        },
+        "truncated": dict(truncated),
+        "tokens": lengths(kept),
     }
+    if forged:
+        summary["forged_rows"] = forged[:SHOWN]
+    if settings.template is not None:
+        summary["uneven_prompt_ends"] = uneven
+    if isinstance(settings.max_length, float):
+        summary["max_length"] = limit
     return kept, summary
 
 
 def main() -> None:
     settings = params.load(Params).tokenize
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    if not tokenizer.chat_template:
+    if settings.template is None and not tokenizer.chat_template:
         raise UserError(f"{BASE}: its tokenizer has no chat template; choose a revision of the model that has one")
-    report = {}
+    report: dict[str, dict[str, Any]] = {}
     with complete_folder(OUTPUT) as target:
-        for source in sorted(SUBSET.glob("*.parquet")):
+        for source in sorted(SUBSET.glob("*.parquet"), key=lambda path: (path.stem != "train", path.stem)):
             with open_parquet(source) as file:
-                rows = file.read(columns=["question", "chosen", "rejected"]).to_pylist()
-            pairs, report[source.stem] = tokenize_split(rows, tokenizer, settings, source.stem)
+                columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+                rows = file.read(columns=columns).to_pylist()
+            limit = report.get("train", {}).get("max_length")
+            pairs, report[source.stem] = tokenize_split(rows, tokenizer, settings, source.stem, limit)
             write_parquet(target / source.name, pa.Table.from_pylist(pairs, schema=schema()))
     write_json(REPORT, report)
 

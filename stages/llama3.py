@@ -1,0 +1,57 @@
+"""The tokenizer of the A40 profiles' base without the Hub: Llama-3's own, from the file that the Python package llama-models carries.
+
+For tests of the text that those profiles train on, and for the rehearsal at full size. The file is under Meta's Llama 3 licence.
+"""
+
+from importlib.metadata import distribution
+from pathlib import Path
+
+from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from stages.memory import Shape
+
+PACKAGE, FILE = "llama-models", "llama_models/llama3/tokenizer.model"
+NAMED = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
+SPECIAL_TOKENS = 256
+SHAPE = Shape(
+    layers=32, hidden=4096, intermediate=14_336, heads=32, kv_heads=8, head_size=128, vocabulary=128_256, tied=False
+)  # of the 8B model
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ bos_token + message['role'] + '\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token + 'assistant\n' }}{% endif %}"
+)  # of the published base, as its notebook shows it
+
+
+def special_tokens() -> list[str]:
+    """The special tokens in the order of their ids, 128,000 and on; those without a use are reserved."""
+    reserved = iter(range(SPECIAL_TOKENS))
+    return [NAMED.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(SPECIAL_TOKENS)]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer as the published base has it: a text begins with the beginning-of-sequence token, and nothing pads."""
+    file = Path(str(distribution(PACKAGE).locate_file(FILE)))
+    begin, end = NAMED[0], NAMED[1]
+    found = TikTokenConverter(str(file), extra_special_tokens=special_tokens()).converted()
+    add_begin = TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, 128_000)]
+    )
+    found.post_processor = Sequence([ByteLevel(trim_offsets=False), add_begin])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=found,
+        bos_token=begin,
+        eos_token=end,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
