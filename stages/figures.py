@@ -98,16 +98,19 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
 
 
-def training_curves(history: Curves, validation: Curves) -> Figure:
+def training_curves(history: Curves, validation: Curves, published: Sequence[float] = ()) -> Figure:
     """Six panels over the optimizer steps; the validation split is drawn as points.
 
     Args:
         history: one value per optimizer step for `step` and each measured name.
         validation: the same for the steps at which the validation split was measured.
+        published: the preference loss of each step of the published run, where this one can be compared with it.
     """
     with _style():
         figure = _figure(height=5.2)
         for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+            if published and names == ("preference_loss",):
+                axes.plot(range(1, len(published) + 1), published, color=MUTED, linewidth=1.0, label="published run")
             for name, colour in zip(names, (BLUE, ORANGE), strict=False):
                 label = name.removeprefix("rewards/") if len(names) > 1 else "train"
                 _draw_curve(axes, history, name, colour, label)
