@@ -25,6 +25,7 @@ from stages.artifacts import complete_file, sha256_folder
 from stages.console import UserError
 from stages.gguf import GgufModel
 from stages.quantize import convert
+from stages.tokenize import end_of_answer
 
 BASE, MERGED, GGUF, SCRATCH = Path("models/base"), Path("models/merged"), Path("models/gguf"), Path(".scratch/chat")
 CONTEXT, MAX_NEW_TOKENS = 2048, 256
@@ -33,7 +34,7 @@ CONTEXT, MAX_NEW_TOKENS = 2048, 256
 class Model(Protocol):
     """What a conversation needs of `stages.gguf.GgufModel`."""
 
-    eos: int
+    end: int
     context: int
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, /) -> list[list[int]]:
@@ -60,7 +61,7 @@ class Conversation:
                 raise UserError(f"a question of {len(ids)} tokens is too long; {room} fit")
             turns = turns[2:]
         (answer,) = self.model.generate([ids], max_new_tokens)
-        ended = answer[-1:] == [self.model.eos]
+        ended = answer[-1:] == [self.model.end]
         text = str(self.tokenizer.decode(answer[:-1] if ended else answer)).strip()
         self.history = [*turns, {"role": "assistant", "content": text}]
         return text if ended else f"{text} [...]"
@@ -100,6 +101,13 @@ def tuned_gguf(kind: str) -> Path:
     if not (MERGED / "tokenizer_config.json").is_file():
         raise UserError(f"{MERGED}: no tokenizer there; run: make repro")
     return path
+
+
+def open_gguf(path: Path, tokenizer: PreTrainedTokenizerBase) -> GgufModel:
+    """A GGUF file that answers up to where the chat template ends an answer, which need not be the end of the sequence."""
+    model = GgufModel(path, os.cpu_count() or 1, context=CONTEXT)
+    model.end = end_of_answer(tokenizer)
+    return model
 
 
 def questions(is_terminal: bool) -> Iterator[str]:
@@ -167,9 +175,7 @@ def main() -> int:
         tokenizer = AutoTokenizer.from_pretrained(MERGED)
         with ExitStack() as stack:
             conversations = {
-                heading: Conversation(
-                    stack.enter_context(GgufModel(path, os.cpu_count() or 1, context=CONTEXT)), tokenizer
-                )
+                heading: Conversation(stack.enter_context(open_gguf(path, tokenizer)), tokenizer)
                 for heading, path in files.items()
             }
             if is_terminal:

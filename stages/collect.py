@@ -167,7 +167,7 @@ def sample_chunk(
 
     answers = model.generate(prompts, settings.max_new_tokens, pick, samples)
     for row, ids in zip(rows, answers, strict=True):
-        row["finished"] = ids[-1] == model.eos
+        row["finished"] = ids[-1] == model.end
         row["answer"] = str(tokenizer.decode(ids[:-1] if row["finished"] else ids, skip_special_tokens=True)).strip()
     return rows
 

@@ -134,26 +134,36 @@ class GgufModel:
         slots: sequences decoded in parallel.
         context: tokens a slot can hold, prompt and answer together.
         share_beginning: compute what all prompts begin with once, in one more slot, when generating; it moves logits by a rounding.
+        weights: load them; without, text can be tokenized and no more.
 
     Raises:
-        UserError: the file is missing, damaged or not a GGUF.
+        UserError: the file is missing, damaged or not a GGUF, or there is no memory for it.
     """
 
     def __init__(
-        self, path: Path, threads: int, slots: int = 1, context: int = 1024, share_beginning: bool = False
+        self,
+        path: Path,
+        threads: int,
+        slots: int = 1,
+        context: int = 1024,
+        share_beginning: bool = False,
+        weights: bool = True,
     ) -> None:
         quiet_llama_cpp()
         llama_cpp.llama_backend_init()
         if not path.is_file():
             raise UserError(f"{path}: no such GGUF file; run `dvc repro quantize`")
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_model_default_params()
+        settings.vocab_only = not weights
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
         if not self.model:
             raise UserError(
-                f"{path}: llama.cpp cannot load it (damaged or not a GGUF); delete it and run `dvc repro quantize`"
+                f"{path}: llama.cpp cannot load it; it is no GGUF or damaged (then delete it and run `dvc repro quantize`), "
+                "or more than the free memory of the device"
             )
         self.path, self.threads = path, threads
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
-        self.eos = llama_cpp.llama_vocab_eos(self.vocab)
+        self.end = llama_cpp.llama_vocab_eos(self.vocab)  # the token that ends an answer
         self.slots, self.context, self.share_beginning = slots, context, share_beginning
         self.tokens_together = max(UBATCH, 2 * context)
         self.contexts: list[Context] = []
@@ -243,6 +253,7 @@ class GgufModel:
         pick: Pick = greedy,
         samples: Sequence[int] | None = None,
         on_finished: Callable[[int], None] | None = None,
+        stopped: Callable[[list[int]], bool] | None = None,
     ) -> list[list[int]]:
         """Continues every prompt, once or `samples` times, until the end-of-sequence token or `max_new_tokens`.
 
@@ -254,6 +265,7 @@ class GgufModel:
             pick: (logits (rows, vocabulary), sequence index of each row, answer tokens so far of each row) -> next tokens.
             samples: answers wanted of each prompt, none above the number of slots; one each where not given.
             on_finished: called with the index of a sequence when it is complete (progress).
+            stopped: says of an answer so far whether it has ended, without that token.
 
         Returns:
             Answer ids of `prompt 0 sample 0, prompt 0 sample 1, ...`, the end-of-sequence token kept where it was reached.
@@ -274,6 +286,11 @@ class GgufModel:
         answers: list[list[int]] = [[] for _ in prompt_of]
         in_slot: list[int] = []  # in_slot[slot] is the sequence decoded there; slots stay contiguous (_release)
         entered = 0
+
+        def ended(answer: list[int]) -> bool:
+            last = answer[-1] == self.end or len(answer) >= max_new_tokens
+            return last or (stopped is not None and stopped(answer))
+
         while entered < len(answers) or in_slot:
             entering: list[int] = []
             while entered < len(answers) and len(in_slot) + len(entering) + samples[prompt_of[entered]] <= self.slots:
@@ -286,7 +303,7 @@ class GgufModel:
                 logits = logits.repeat_interleave(torch.tensor(counts), dim=0)
                 self._append(answers, entering, pick(logits, entering, [0] * len(entering)))
                 in_slot += entering
-            self._release(in_slot, answers, max_new_tokens, on_finished)
+            self._release(in_slot, answers, ended, on_finished)
             if not in_slot:
                 continue
             for slot, sequence in enumerate(in_slot):
@@ -294,7 +311,7 @@ class GgufModel:
                 context.add(answers[sequence][-1:], position, [slot])
             logits = context.decode(len(in_slot))
             self._append(answers, in_slot, pick(logits, in_slot, [len(answers[sequence]) for sequence in in_slot]))
-            self._release(in_slot, answers, max_new_tokens, on_finished)
+            self._release(in_slot, answers, ended, on_finished)
         return answers
 
     @staticmethod
@@ -333,7 +350,7 @@ class GgufModel:
         self,
         in_slot: list[int],
         answers: list[list[int]],
-        max_new_tokens: int,
+        ended: Callable[[list[int]], bool],
         on_finished: Callable[[int], None] | None,
     ) -> None:
         """Frees the slots of finished sequences and moves the last slots into the gaps.
@@ -342,7 +359,7 @@ class GgufModel:
         """
         for slot in reversed(range(len(in_slot))):
             sequence = in_slot[slot]
-            if answers[sequence][-1] != self.eos and len(answers[sequence]) < max_new_tokens:
+            if not ended(answers[sequence]):
                 continue
             last = len(in_slot) - 1
             self.generator.remove(slot)

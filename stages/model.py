@@ -42,8 +42,10 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_base(folder: Path, settings: BaseSettings) -> PreTrainedModel:
+def load_base(folder: Path, settings: BaseSettings, sharded: bool = False) -> PreTrainedModel:
     """Loads the base, quantized as asked, in training mode with every weight frozen.
+
+    FSDP shards floats only, so `sharded` packs nf4 into the type that the base computes in: the same bits under another name.
 
     Raises:
         UserError: the folder holds no readable model.
@@ -56,6 +58,7 @@ def load_base(folder: Path, settings: BaseSettings) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=settings.double_quantization,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if sharded else None,
         )
     model = load(folder, dtype, quantization)
     for module in model.modules():

@@ -9,12 +9,13 @@ type fall back to another, which is counted and reported; and what happened to t
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import llama_cpp
 import numpy as np
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, ReaderTensor, dequantize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages import params
@@ -30,7 +31,7 @@ FILE_TYPES = {
     "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
 }
 INTENDED = {"Q5_K_M": {"Q5_K", "Q6_K"}, "Q4_K_M": {"Q4_K", "Q6_K"}, "Q6_K": {"Q6_K"}, "Q8_0": {"Q8_0"}, "f16": {"F16"}}
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 256
 PROBES = (
     "Hello, world!",
     "The year 2024 costs 1,234.56 dollars.",
@@ -117,18 +118,23 @@ def weight_change(path: Path, source: Path) -> dict[str, float]:
     share: the least-squares slope of the new weights over the old, less 1; rounding that favours no direction has next to none.
     """
     originals = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
+    blocks = [
+        (tensor, originals[tensor.name], slice(row, row + ROWS_AT_ONCE))
+        for tensor in GGUFReader(path).tensors
+        if len(tensor.shape) > 1
+        for row in range(0, len(tensor.data), ROWS_AT_ONCE)
+    ]
+
+    def sums(block: tuple[ReaderTensor, ReaderTensor, slice]) -> tuple[float, float, float]:
+        tensor, original, rows = block
+        old = dequantize(original.data[rows], original.tensor_type).astype(np.float64)
+        change = dequantize(tensor.data[rows], tensor.tensor_type) - old
+        return float((old**2).sum()), float((change**2).sum()), float((change * old).sum())
+
     norm = squared = shared = 0.0
-    for tensor in GGUFReader(path).tensors:
-        if len(tensor.shape) < 2:
-            continue
-        original = originals[tensor.name]
-        for row in range(0, len(tensor.data), ROWS_AT_ONCE):
-            rows = slice(row, row + ROWS_AT_ONCE)
-            old = dequantize(original.data[rows], original.tensor_type).astype(np.float64)
-            change = dequantize(tensor.data[rows], tensor.tensor_type) - old
-            norm += float((old**2).sum())
-            squared += float((change**2).sum())
-            shared += float((change * old).sum())
+    with ThreadPoolExecutor() as pool:
+        for a, b, c in pool.map(sums, blocks):
+            norm, squared, shared = norm + a, squared + b, shared + c
     return {"weight_error": round((squared / norm) ** 0.5, 6), "weight_stretch": round(shared / norm, 6)}
 
 
@@ -162,7 +168,7 @@ def check(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for name, value in expected.items():
         if value is not None and found[name] != value:
             raise UserError(f"{path}: {name} is {found[name]!r} in the GGUF and {value!r} in {MERGED}'s tokenizer")
-    with GgufModel(path, threads=1, context=64) as model:
+    with GgufModel(path, threads=1, weights=False) as model:
         for text in PROBES:
             ids, wanted = model.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
             if ids != wanted:

@@ -12,6 +12,7 @@ from rich.console import Console
 from stages import chat
 from stages.chat import Conversation
 from stages.console import UserError
+from stages.quantize import convert
 
 EOS = 0
 
@@ -31,7 +32,7 @@ class Letters:
 class Script:
     """A model that gives the answers it is told, and keeps the prompts it saw."""
 
-    eos = EOS
+    end = EOS
 
     def __init__(self, answers: Iterable[str], context: int = 1000) -> None:
         self.answers, self.context = iter(answers), context
@@ -98,6 +99,16 @@ def test_a_question_that_does_not_fit_leaves_the_history_alone(monkeypatch: pyte
 def test_an_unfinished_answer_says_so() -> None:
     assert conversation(Script(["12345"])).ask("?", max_new_tokens=3) == "123 [...]"
     assert conversation(Script(["12345"])).ask("?", max_new_tokens=6) == "12345"
+
+
+def test_an_answer_ends_where_the_chat_template_ends_one(
+    tiny_model_folder: Path, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "f16.gguf"
+    convert(tiny_model_folder, path, "f16")
+    byte_tokenizer.chat_template = byte_tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    with chat.open_gguf(path, byte_tokenizer) as model:
+        assert model.end == byte_tokenizer.convert_tokens_to_ids("<|endoftext|>") != byte_tokenizer.eos_token_id
 
 
 def test_missing_models_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,13 +58,13 @@ def test_f16_distributions_are_those_of_the_float32_model(
 def test_answers_scored_together_score_as_a_plain_forward_of_each(
     backend: str, gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
 ) -> None:
-    answers = [[[5, 6, 7, 8], [9], [10, 11]], [[12, 13]], [[14], [15, 16, 17]], [[18, 19, 20]]]
+    answers = [[[5, 6, 7, 8], [9], [10, 11]], [[12], [13], [21]], [[14], [15, 16, 17]], [[18, 19, 20]]]
     reference = load(tiny_model_folder, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     requests = [
         (("", ""), prompt, answer) for prompt, choices in zip(prompts, answers, strict=True) for answer in choices
     ]
-    with GgufModel(gguf, threads=2, slots=7, context=128, share_beginning=True) as model:
+    with GgufModel(gguf, threads=2, slots=9, context=128, share_beginning=True) as model:
         ours: ChatModel = GgufChat(model, tokenizer, 8)
         if backend == "transformers":
             ours = HuggingFaceChat(reference, tokenizer, 8, batch_size=4)
