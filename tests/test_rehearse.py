@@ -1,0 +1,90 @@
+"""The a40 profile from rows to a GGUF that writes, at Llama-3's own widths and vocabulary, with 2 of its 32 layers and 2 pairs."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import GenerationConfig
+
+from stages import rehearse
+from stages.artifacts import read_json
+from stages.params import read_yaml
+from stages.rehearse import STAGES, markdown
+from stages.weights import stored_tensors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished rehearsal."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    rehearse.write_json(folder / "found.json", rehearse.rehearse("a40", 2, 2, folder))
+    return folder
+
+
+def test_every_stage_ran_at_the_widths_of_llama_3(folder: Path) -> None:
+    found = read_json(folder / "found.json")
+    assert found["stages"].keys() == {*STAGES, "generate"}
+    assert found["weights"] == 1_486_901_248
+    shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored_tensors(folder / "models/merged")}
+    assert shapes["lm_head.weight"] == ("BF16", (128_256, 4096))
+    assert shapes["model.layers.1.mlp.down_proj.weight"] == ("BF16", (4096, 14_336))
+
+
+def test_the_step_moved_the_adapter_and_the_merge_the_weights(folder: Path) -> None:
+    found = read_json(folder / "found.json")
+    assert found["largest_b"] > 1e-6
+    assert 0 < found["merge"]["swallowed"] < 1
+    base, merged = (
+        {tensor.name: tensor for tensor in stored_tensors(folder / f"models/{name}")} for name in ("base", "merged")
+    )
+    changed = {name for name in base if not base[name].read().equal(merged[name].read())}
+    assert changed
+    assert all("proj" in name for name in changed)
+
+
+def test_the_gguf_ends_answers_and_splits_text_as_llama_3(folder: Path) -> None:
+    found = read_json(folder / "models/gguf/quantize.json")["metadata"]
+    assert (found["pre"], found["bos"], found["eos"]) == ("llama-bpe", 128_000, 128_001)
+    assert not (folder / "models/base/generation_config.json").exists()
+    assert GenerationConfig.from_pretrained(folder / "models/merged").eos_token_id == [128_001, 128_009]
+
+
+def test_the_profile_is_the_one_that_ran(folder: Path) -> None:
+    theirs, ours = read_yaml(folder / "params.yaml"), read_yaml(rehearse.ROOT / "params.yaml")
+    assert theirs["profile"] == "a40"
+    for section in ("base", "tokenize", "merge", "reference"):
+        wanted = ours["profiles"]["a40"][section] | (
+            {"threads": theirs["profiles"]["a40"]["base"]["threads"]} if section == "base" else {}
+        )
+        assert theirs["profiles"]["a40"][section] == wanted
+
+
+def test_started_again_it_does_nothing_twice(folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sorted((folder / "models").rglob("*")) if path.is_file()}
+    again = rehearse.rehearse("a40", 2, 2, folder)
+    found = read_json(folder / "found.json")
+    assert {stage: again["stages"][stage] for stage in STAGES} == {stage: found["stages"][stage] for stage in STAGES}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_page_names_every_stage(folder: Path) -> None:
+    page = markdown(read_json(folder / "found.json"))
+    assert "1.49 billion random weights (2 layers" in page
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
+    assert rows == ["stage", *STAGES, "generate"]
+
+
+def test_memory_of_a_process_counts_its_children() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(200_000_000); import time; time.sleep(20)'])"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        deadline = time.monotonic() + 15
+        found = 0
+        while found < 200_000_000 and time.monotonic() < deadline:
+            found = rehearse.memory_of(psutil.Process(process.pid)).anonymous
+            time.sleep(0.1)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+    assert found >= 200_000_000
