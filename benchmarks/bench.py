@@ -58,7 +58,7 @@ def measure(side: str, **arguments: Any) -> Result:
     Raises:
         UserError: it fails; gives its last line.
     """
-    malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # as ./run-stage, for all
+    malloc = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34)}  # as ./run-stage, for all
     command = [sys.executable, "-m", "benchmarks.sides", side, json.dumps(arguments)]
     print(f"{side} {arguments}", file=sys.stderr, flush=True)
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **malloc}, capture_output=True, text=True, check=False)

@@ -4,14 +4,17 @@ The tasks are lm-eval's (stages/tasks/*.yaml), run through models that work on t
 over greedy answers, preference accuracy on held-out pairs, log-likelihood of plain answers. Beside them, over full
 distributions, the divergence of each GGUF (and of bfloat16) from the merged weights run in float32. An answer that reaches the token
 limit is unfinished and fails. All questions meet all models, so every comparison is paired (stages/intervals.py).
+
+Benchmark suites (stages/suites.py) come first: they are long, need the network, and go on where a killed run stopped. Their results stay in
+.scratch/suites, so that another suite or GGUF type costs only itself.
 """
 
-import contextlib
-import gc
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,18 +22,19 @@ import torch
 from datasets.utils.logging import disable_progress_bar
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from pydantic import Field, PositiveInt, model_validator
+from peft import PeftModel
+from pydantic import Field, NonNegativeInt, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stages import params
-from stages.artifacts import complete_file, complete_folder, open_parquet, write_json
+from stages import harness, params, suites
+from stages.artifacts import complete_file, complete_folder, open_parquet, read_json, scratch_folder, write_json
 from stages.console import UserError, run_stage
 from stages.constraints import SEEN_KINDS
-from stages.gguf import GgufModel
 from stages.intervals import paired_gain
-from stages.model import load, set_determinism
-from stages.scoring import ChatModel, GgufChat, HuggingFaceChat
-from stages.tokenize import answer_ids, prompt_ids
+from stages.merge import ADAPTER, Merger
+from stages.model import BaseSettings, load, load_base, set_determinism
+from stages.scoring import Batching, ChatModel, HuggingFaceChat, Ids, opened, release, score
+from stages.tokenize import Forged, answer_ids, check_plain, prompt_ids
 from stages.verifiers import is_looping
 
 BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
@@ -40,53 +44,61 @@ SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
 
 
-class EvaluateSettings(params.Settings):
-    """What is asked, of which split, and how it is batched; batches stay fixed because scores move with them."""
+class EvaluateSettings(Batching):
+    """What is asked, of which split, and how it is batched."""
 
     split: Literal["validation", "test"]
     tasks: Annotated[list[Literal["instructions", "preference", "plain"]], Field(min_length=1)]
+    suites: list[suites.SuiteName]
     types: list[str]
-    max_new_tokens: PositiveInt
-    batch_size: PositiveInt
-    slots: Annotated[int, Field(ge=2)]  # both answers of a pair are scored together
-    context: PositiveInt
-    divergence_pairs: PositiveInt
-    threads: PositiveInt
+    divergence_pairs: NonNegativeInt
 
     @model_validator(mode="after")
     def _answers_fit(self) -> "EvaluateSettings":
-        if self.max_new_tokens >= self.context:
-            raise ValueError(
-                f"`max_new_tokens` ({self.max_new_tokens}) leaves no room for a prompt in `context` ({self.context})"
-            )
+        longest = {"`max_new_tokens`": self.max_new_tokens}
+        longest |= {f"the longest answer of `{name}`": suites.SUITES[name].longest_answer for name in self.suites}
+        for what, tokens in longest.items():
+            if tokens >= self.context:
+                raise ValueError(f"{what} ({tokens} tokens) leaves no room for a prompt in `context` ({self.context})")
         return self
 
 
 class Params(params.Params):
     """Parameters of evaluate."""
 
+    base: BaseSettings
     evaluate: EvaluateSettings
 
 
-@contextlib.contextmanager
-def opened(name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> Iterator[ChatModel]:
-    """The model of this name, ready for lm-eval: base and merged by Transformers in bfloat16, the others by llama.cpp."""
-    if name in ("base", "merged"):
-        yield HuggingFaceChat(
-            load(BASE if name == "base" else MERGED, torch.bfloat16),
-            tokenizer,
-            settings.max_new_tokens,
-            settings.batch_size,
-        )
-    else:
-        path = GGUF / f"{name}.gguf"
-        with GgufModel(path, settings.threads, settings.slots, settings.context, share_beginning=True) as model:
-            yield GgufChat(model, tokenizer, settings.max_new_tokens)
+def path_of(name: str) -> Path:
+    """The folder or the file of the model of this name."""
+    return {"base": BASE, "merged": MERGED}.get(name, GGUF / f"{name}.gguf")
+
+
+def read_pairs(settings: EvaluateSettings, parts: Iterable[str]) -> Answers:
+    """The held-out pairs, with the answers named by `parts`."""
+    with open_parquet(SUBSET / f"{settings.split}.parquet") as file:
+        columns = [name for name in ("context", "question", *parts) if name in file.schema_arrow.names]
+        return file.read(columns=columns).to_pylist()
+
+
+def forged_pairs(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Which held-out pairs hold a special token, and so could forge a turn of the conversation; none of them is asked."""
+    forged = []
+    for number, row in enumerate(read_pairs(settings, ("chosen", "rejected"))):
+        try:
+            check_plain(tokenizer, row)
+        except Forged:
+            forged.append(number)
+    return forged
 
 
 def run_tasks(model: ChatModel, settings: EvaluateSettings) -> dict[str, Answers]:
     """lm-eval's logged samples of every task, in the order of the documents."""
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"split": settings.split})
+    metadata: dict[str, Any] = {"split": settings.split}
+    if "preference" in settings.tasks:
+        metadata["left_out"] = forged_pairs(settings, model.tokenizer)
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
     results = simple_evaluate(
         model=model,
         tasks=list(settings.tasks),
@@ -117,6 +129,38 @@ def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
             }
         )
     return rows
+
+
+def run_suites(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> dict[str, Path]:
+    """The folder of each model with the results and logs of all tasks of the suites; nothing where there are no suites.
+
+    Raises:
+        UserError: something is missing (stages/harness.py), or a model was not asked the questions of those before it.
+    """
+    runs = suites.runs(settings.suites)
+    folders: dict[str, Path] = {}
+    for name in names if runs else ():
+        print(f"suites on {name}", flush=True)
+        folders[name] = scratch_folder("suites") / harness.folder_name(path_of(name), settings)
+        harness.run_all(runs, folders[name], partial(opened, path_of(name), settings, tokenizer), settings.context)
+        suites.check_questions(suite_results(runs, folders))
+    return folders
+
+
+def suite_results(runs: list[suites.Run], folders: dict[str, Path]) -> dict[str, dict[suites.Run, Any]]:
+    """For each model the result of each run."""
+    return {name: {run: read_json(folder / f"{run.label}.json") for run in runs} for name, folder in folders.items()}
+
+
+def write_suites(settings: EvaluateSettings, folders: dict[str, Path], target: Path) -> None:
+    """Writes suites.json, which the report shows, and suites/MODEL/, the results and logs of the tasks."""
+    runs = suites.runs(settings.suites)
+    results = suite_results(runs, folders)
+    write_json(target / "suites.json", {name: suites.summary(suites.SUITES[name], results) for name in settings.suites})
+    for name, folder in folders.items():
+        (target / "suites" / name).mkdir(parents=True)
+        for file in (f"{run.label}.{ending}" for run in runs for ending in ("json", "jsonl.gz")):
+            shutil.copyfile(folder / file, target / "suites" / name / file)
 
 
 def mean(values: list[float]) -> float | None:
@@ -160,10 +204,9 @@ def evaluate_model(
     name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], Answers]:
     """All tasks on one model: (data/evaluation/NAME.json and, as `pairs`, what it is counted from; rows of NAME.jsonl)."""
-    with opened(name, settings, tokenizer) as model:
+    with opened(path_of(name), settings, tokenizer) as model:
         samples = run_tasks(model, settings)
         finished = model.finished
-    gc.collect()
     summary: dict[str, Any] = {"model": name}
     rows: Answers = []
     if "instructions" in samples:
@@ -218,23 +261,78 @@ def compare(after: Answers, before: Answers, against: str) -> dict[str, Any]:
     }
 
 
+def held_out_pairs(
+    settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, parts: Iterable[str]
+) -> tuple[list[Ids], list[list[Ids]]]:
+    """The prompts of the first `divergence_pairs` held-out pairs, and of each the answers named by `parts`."""
+    forged = set(forged_pairs(settings, tokenizer))
+    pairs = [row for number, row in enumerate(read_pairs(settings, parts)) if number not in forged]
+    pairs = pairs[: settings.divergence_pairs]
+    prompts = [prompt_ids(tokenizer, row["question"], row.get("context") or ()) for row in pairs]
+    answers = [
+        [answer_ids(tokenizer, row["question"], row[part], row.get("context") or ()) for part in parts] for row in pairs
+    ]
+    return prompts, answers
+
+
 def divergences(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float | int]]:
     """Mean KL(merged in float32 || other) in nats a token, and top-1 agreement, over the chosen answers of held-out pairs."""
-    with open_parquet(SUBSET / f"{settings.split}.parquet") as file:
-        pairs = file.read(columns=["question", "chosen"]).slice(0, settings.divergence_pairs).to_pylist()
-    prompts = [prompt_ids(tokenizer, row["question"]) for row in pairs]
-    answers = [[answer_ids(tokenizer, row["question"], row["chosen"])] for row in pairs]
-
+    prompts, answers = held_out_pairs(settings, tokenizer, ["chosen"])
     exact = load(MERGED, torch.float32)
     reference = HuggingFaceChat(exact, tokenizer, settings.max_new_tokens, settings.batch_size)
     expected = {i: rows.cpu() for i, (rows,) in reference.logits_of(prompts, answers)}
     del exact, reference
+    release()
     result = {}
     for name in ("hf_bf16", *settings.types):
-        with opened("merged" if name == "hf_bf16" else name, settings, tokenizer) as model:
+        with opened(MERGED if name == "hf_bf16" else path_of(name), settings, tokenizer) as model:
             found = model.logits_of(prompts, answers)
             result[name] = divergence((expected[i], rows.float().cpu()) for i, (rows,) in found)
-        gc.collect()
+    return result
+
+
+def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+    """How the adapter's merge onto each base differs from the model as it was trained, the adapter on the base in its training type.
+
+    Over both answers of held-out pairs: the divergence as above; the mean difference of the preference margins, log p(chosen) -
+    log p(rejected) in nats; and the share of pairs that both prefer alike. `rounding` is what stages/merge.py says of the merge.
+    """
+    settings = loaded.evaluate
+    prompts, answers = held_out_pairs(settings, tokenizer, ["chosen", "rejected"])
+
+    def logits(model: Any) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        chat = HuggingFaceChat(model, tokenizer, settings.max_new_tokens, settings.batch_size)
+        return ((i, [rows.cpu() for rows in both]) for i, both in chat.logits_of(prompts, answers))
+
+    def margin(i: int, both: list[torch.Tensor]) -> float:
+        (chosen, _), (rejected, _) = (score(rows, ids) for rows, ids in zip(both, answers[i], strict=True))
+        return chosen - rejected
+
+    trained = PeftModel.from_pretrained(load_base(BASE, loaded.base), str(ADAPTER))
+    expected = dict(logits(trained.get_base_model()))
+    del trained
+    release()
+
+    def compared(model: Any, margins: list[tuple[float, float]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for i, both in logits(model):
+            margins.append((margin(i, both), margin(i, expected[i])))
+            yield from zip(expected[i], (rows.float() for rows in both), strict=True)
+
+    result: dict[str, dict[str, Any]] = {}
+    for onto in ("bf16", "nf4") if loaded.base.quantization == "nf4" else ("bf16",):
+        merger = Merger(BASE, ADAPTER, onto, loaded.base.double_quantization)
+        model = load(BASE, torch.bfloat16)
+        for stored in merger.tensors:
+            if (weight := merger.weight(stored)) is not None:
+                model.get_parameter(stored.name).data.copy_(weight)
+        margins: list[tuple[float, float]] = []
+        result[onto] = divergence(compared(model, margins)) | {
+            "margin_difference": sum(abs(ours - theirs) for ours, theirs in margins) / len(margins),
+            "preferred_alike": sum((ours > 0) == (theirs > 0) for ours, theirs in margins) / len(margins),
+            "rounding": merger.rounding.summary(),
+        }
+        del model
+        release()
     return result
 
 
@@ -242,7 +340,7 @@ def divergence(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, 
     """Mean KL(left || right) over the rows of pairs of (tokens, vocabulary) logits, and how often the likeliest token agrees."""
     total, agreed, tokens = 0.0, 0, 0
     for left, right in pairs:
-        p, q = left.log_softmax(dim=-1), right.log_softmax(dim=-1)
+        p, q = left.float().log_softmax(dim=-1), right.log_softmax(dim=-1)
         total += float((p.exp() * (p - q)).sum(dim=-1).double().sum())
         agreed += int((left.argmax(dim=-1) == right.argmax(dim=-1)).sum())
         tokens += len(left)
@@ -250,7 +348,8 @@ def divergence(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, 
 
 
 def main() -> None:
-    settings = params.load(Params).evaluate
+    loaded = params.load(Params)
+    settings = loaded.evaluate
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
     set_determinism(settings.threads)
@@ -264,6 +363,9 @@ def main() -> None:
             raise UserError(
                 f"params.yaml: `evaluate.types` names {name}, which is not in {GGUF}; add it to `quantize.types`"
             )
+    if "preference" in settings.tasks and (forged := forged_pairs(settings, tokenizer)):
+        print(f"evaluate: {len(forged)} pairs of {settings.split} hold special tokens and are left out", flush=True)
+    folders = run_suites(settings, tokenizer, names)
     summaries, rows = {}, {}
     for name in names:
         print(f"evaluating {name}", flush=True)
@@ -276,7 +378,9 @@ def main() -> None:
         comparison[name]["preference"] = preference_gain(pairs[name], pairs[against])
         if pairs[name]:
             summaries[name]["preference"]["reward_accuracy"] = reward_accuracy(pairs[name], pairs["base"])
-    apart = divergences(settings, tokenizer)
+    compared = settings.divergence_pairs > 0
+    apart = divergences(settings, tokenizer) if compared else {}
+    faithful = faithfulness(loaded, tokenizer) if compared else {}
     with complete_folder(OUTPUT) as target:
         for name in names:
             write_json(target / f"{name}.json", summaries[name])
@@ -284,6 +388,9 @@ def main() -> None:
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))
         write_json(target / "comparison.json", comparison)
         write_json(target / "divergence.json", apart)
+        if folders:
+            write_suites(settings, folders, target)
+        write_json(target / "merge.json", faithful | {"rounding": read_json(MERGED / "merge.json")})
 
 
 if __name__ == "__main__":

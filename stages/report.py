@@ -4,7 +4,7 @@ Nothing is measured here: each number is one that a stage wrote, or a count of i
 on any machine. What is shown is computed once, in `page`, and rendered twice; a task that the profile does not evaluate is
 left out. The HTML is one file without scripts that needs no network. Answers of models are data: they are escaped wherever
 they are shown. What lies in DVC's cache (the table of GGUF files, scores and answers) is copied to reports/, so that git
-carries it and a review needs no cache.
+carries it and a review needs no cache; logs of benchmark suites stay behind, being large and the questions of others.
 """
 
 import base64
@@ -20,7 +20,7 @@ from typing import Any
 
 import jinja2
 
-from stages import figures, params
+from stages import figures, params, published
 from stages.artifacts import complete_file, complete_folder, read_json, write_json
 from stages.console import UserError, run_stage
 from stages.figures import Curves, KindGain, QuantizedFile
@@ -29,6 +29,7 @@ REPORTS, TEMPLATES = Path("reports"), Path(__file__).parent / "templates"
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 EVALUATION, QUANTIZE = Path("data/evaluation"), Path("models/gguf/quantize.json")
+SUITES = EVALUATION / "suites.json"
 TASKS = ("strict", "preference", "perplexity", "failures")
 SPLITS = ("train", "validation", "test")
 
@@ -49,6 +50,8 @@ class Inputs:
     quantize: Row
     comparison: Row
     divergence: Row
+    merge: Row
+    suites: Row
     results: Mapping[str, Row]
     answers: Mapping[str, Mapping[str, Row]]
 
@@ -101,6 +104,8 @@ def read_inputs() -> Inputs:
         quantize=quantize,
         comparison=comparison,
         divergence=read_json(EVALUATION / "divergence.json"),
+        merge=read_json(EVALUATION / "merge.json"),
+        suites=read_json(SUITES) if SUITES.is_file() else {},
         results={name: dict.fromkeys(TASKS) | read_json(EVALUATION / f"{name}.json") for name in models},
         answers={
             name: parse_answers(read_text(EVALUATION / f"{name}.jsonl"))
@@ -167,6 +172,11 @@ def metrics(inputs: Inputs) -> Row:
         found["preference_gain"] = {key: gain["preference"][key] for key in ("points", "low", "high", "n")}
     if compared["merged"]["perplexity"]:
         found["perplexity"] = {name: result["perplexity"]["value"] for name, result in compared.items()}
+    if inputs.suites:
+        found["suites"] = {
+            name: {model: row["average"]["score"] for model, row in suite["models"].items()}
+            for name, suite in inputs.suites.items()
+        }
     return found
 
 
@@ -357,17 +367,31 @@ def page(inputs: Inputs) -> Row:
         "summary": inputs.summary,
         "kinds": kinds,
         "files": quantized_files(inputs),
+        "suites": [
+            {**suite, "models": {name: suite["models"][name] for name in results}} for suite in inputs.suites.values()
+        ],
         "hf_bf16": inputs.divergence.get("hf_bf16"),
+        "rounding": inputs.merge["rounding"],
+        "merges": {onto: inputs.merge[onto] for onto in ("bf16", "nf4") if onto in inputs.merge},
         "metadata": inputs.quantize["metadata"],
         "fixed": fixed,
         "broken": broken,
         "flow": data_flow(inputs),
+        "published": published.curve_difference(inputs.history["preference_loss"])
+        if is_published_base(inputs)
+        else None,
     }
+
+
+def is_published_base(inputs: Inputs) -> bool:
+    """Whether the run tuned the base that the published run tuned, so that its loss curve says something here."""
+    return bool(inputs.params.get("model.source") == published.BASE)
 
 
 def draw_figures(inputs: Inputs, folder: Path) -> None:
     """Writes the figures of the page into a folder."""
-    figures.save(figures.training_curves(inputs.history, inputs.validation), folder / "training.png")
+    losses = published.LOSSES if is_published_base(inputs) else ()
+    figures.save(figures.training_curves(inputs.history, inputs.validation, losses), folder / "training.png")
     figures.save(figures.gains_by_kind(kind_gains(inputs)), folder / "kinds.png")
     figures.save(figures.quantization_tradeoff(quantized_files(inputs)), folder / "quantization.png")
 
@@ -382,7 +406,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (percent, points, interval, number, difference, setting, count, words, clean, data_uri)
+    filters = (percent, points, interval, margin, number, difference, setting, count, words, clean, data_uri)
     made.globals |= {"scores": scores, "sizes": sizes}
     made.filters |= {filter.__name__: filter for filter in filters} | {"md": markdown}
     return made
@@ -401,6 +425,11 @@ def points(value: float) -> str:
 def interval(gain: Mapping[str, float]) -> str:
     """The interval of a paired gain, in points."""
     return f"{points(gain['low'])} to {points(gain['high'])}"
+
+
+def margin(score: Mapping[str, float]) -> str:
+    """A score of a suite in percent, with half of its 95 % interval."""
+    return f"{percent(score['score'])} ± {196 * score['stderr']:.1f}"
 
 
 def number(value: float | None) -> str:
@@ -463,7 +492,7 @@ def main() -> None:
     write_json(METRICS, metrics(inputs))
     shutil.copyfile(QUANTIZE, REPORTS / QUANTIZE.name)
     with complete_folder(REPORTS / "eval") as folder:
-        shutil.copytree(EVALUATION, folder, dirs_exist_ok=True)
+        shutil.copytree(EVALUATION, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("suites"))
     pictures = {path.stem: path for path in sorted(FIGURES.glob("*.png"))}
     render("report.md.j2", MARKDOWN, content)
     render("report.html.j2", HTML, {**content, "pictures": pictures})

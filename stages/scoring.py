@@ -4,21 +4,39 @@ The context is the chat template's text, tokenized without further special token
 end-of-sequence token is scored with it; lm-eval's own pairing would move the template's last line break into the answer.
 """
 
+import contextlib
+import gc
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from pydantic import Field, PositiveInt
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from stages import params
 from stages.console import progress
 from stages.gguf import UBATCH, GgufModel, common_beginning, common_length
+from stages.model import load
 from stages.shared_prefix import pair_logits
+from stages.tokenize import end_of_answer
 
 Ids = list[int]
+Stopped = Callable[[Ids], bool]
 TOKENS_TOGETHER = 1024
+
+
+class Batching(params.Settings):
+    """How much is computed together, which stays fixed because scores move with it, and the longest answer of the stage's own tasks."""
+
+    max_new_tokens: PositiveInt
+    batch_size: PositiveInt
+    slots: Annotated[int, Field(ge=2)]  # both answers of a pair are scored together
+    context: PositiveInt
+    threads: PositiveInt
 
 
 def score(logits: torch.Tensor, answer: Ids) -> tuple[float, bool]:
@@ -34,18 +52,21 @@ class ChatModel(TemplateLM):
     Args:
         tokenizer: with the chat template.
         max_new_tokens: longest answer; `finished` says of each generated answer whether it ended before that.
+
+    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
         super().__init__()
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.finished: list[bool] = []
+        self.stopped: Stopped | None = None
         self.tokens_together, self.answers_together = TOKENS_TOGETHER, TOKENS_TOGETHER
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends an answer."""
-        return self.tokenizer.eos_token_id
+        return end_of_answer(self.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
@@ -84,7 +105,7 @@ class ChatModel(TemplateLM):
         prompts: list[Ids] = []
         answers: list[list[Ids]] = []
         for _, prompt, answer in requests:
-            if not prompts or prompts[-1] != prompt:
+            if not prompts or prompts[-1] != prompt or len(answers[-1]) == self.answers_together:
                 prompts.append(prompt)
                 answers.append([])
             answers[-1].append(answer)
@@ -129,7 +150,9 @@ class ChatModel(TemplateLM):
         """For each answer to each prompt the logits that predict its tokens: (answer tokens, vocabulary)."""
 
 
-def greedy_answers(model: PreTrainedModel, prompts: list[Ids], end: int, limit: int) -> list[Ids]:
+def greedy_answers(
+    model: PreTrainedModel, prompts: list[Ids], end: int, limit: int, stopped: Stopped | None = None
+) -> list[Ids]:
     """The likeliest tokens after each prompt, in one batch; answers that have ended leave it, a tenth at a time.
 
     What the prompts begin with is computed once for all, and the rest of each padded on the left.
@@ -139,6 +162,7 @@ def greedy_answers(model: PreTrainedModel, prompts: list[Ids], end: int, limit: 
         prompts: ids, none empty.
         end: the token that ends an answer, which keeps it.
         limit: longest answer.
+        stopped: says of an answer so far whether it has ended, without `end`.
     """
     common = common_beginning(prompts)
     width = max(map(len, prompts)) - common
@@ -154,6 +178,7 @@ def greedy_answers(model: PreTrainedModel, prompts: list[Ids], end: int, limit: 
         model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(prompts))
     answers: list[Ids] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
     rows = list(range(len(prompts)))
     while True:
         output = model(
@@ -168,9 +193,10 @@ def greedy_answers(model: PreTrainedModel, prompts: list[Ids], end: int, limit: 
         running = []
         for place, (row, token) in enumerate(zip(rows, ids[:, 0].tolist(), strict=True)):
             answer = answers[row]
-            if answer[-1:] != [end] and len(answer) < limit:
+            if not ended[row]:
                 answer.append(token)
-                if token != end and len(answer) < limit:
+                ended[row] = token == end or len(answer) >= limit or (stopped is not None and stopped(answer))
+                if not ended[row]:
                     running.append(place)
         if not running:
             return answers
@@ -199,21 +225,27 @@ class HuggingFaceChat(ChatModel):
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         answers: dict[int, Ids] = {}
         for batch in progress(batches, "generating", unit="batch"):
-            found = greedy_answers(self.model, [prompts[i] for i in batch], self.eot_token_id, self.max_new_tokens)
+            found = greedy_answers(
+                self.model, [prompts[i] for i in batch], self.eot_token_id, self.max_new_tokens, self.stopped
+            )
             answers |= zip(batch, found, strict=True)
         return [answers[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
     def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
-        """Logits of all answers by one forward of one row, every prompt computed once (stages/shared_prefix.py)."""
-        pairs = [(i, choices[j : j + 2]) for i, choices in enumerate(answers) for j in range(0, len(choices), 2)]
+        """Logits of all answers by one forward of one row, a prompt computed once for two answers (stages/shared_prefix.py).
+
+        Answers of one token are all predicted by the prompt's last, so that one of them stands for all.
+        """
+        computed = [choices[:1] if all(len(answer) == 1 for answer in choices) else choices for choices in answers]
+        pairs = [(i, choices[j : j + 2]) for i, choices in enumerate(computed) for j in range(0, len(choices), 2)]
         first = [(prompts[i], choices[0]) for i, choices in pairs]
         second = [(prompts[i], choices[1] if choices[1:] else []) for i, choices in pairs]
         logits = pair_logits(self.model, first, second)
         found: list[list[torch.Tensor]] = [[] for _ in prompts]
         for (i, choices), *both in zip(pairs, logits[: len(pairs)], logits[len(pairs) :], strict=True):
             found[i] += both[: len(choices)]
-        return found
+        return [rows * (len(answers[i]) // len(rows)) for i, rows in enumerate(found)]
 
 
 class GgufChat(ChatModel):
@@ -222,13 +254,17 @@ class GgufChat(ChatModel):
     def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
         super().__init__(tokenizer, max_new_tokens)
         self.model, self.tokens_together, self.answers_together = model, UBATCH, model.slots
+        model.end = self.eot_token_id
 
     def generate(self, prompts: list[Ids]) -> list[Ids]:
         """Greedy answers as parallel sequences, longest prompts first."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         bar = progress(range(len(prompts)), "generating", unit="answer")
         answers = self.model.generate(
-            [prompts[i] for i in order], self.max_new_tokens, on_finished=lambda _: bar.update(1)
+            [prompts[i] for i in order],
+            self.max_new_tokens,
+            on_finished=lambda _: bar.update(1),
+            stopped=self.stopped,
         )
         bar.close()
         return [answer for _, answer in sorted(zip(order, answers, strict=True))]
@@ -236,3 +272,24 @@ class GgufChat(ChatModel):
     def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
         """Logits of all answers from one decode."""
         return self.model.answer_logits(prompts, answers)
+
+
+def release() -> None:
+    """Frees models that nobody names any more; torch would keep their memory of a GPU, and llama.cpp allocates its own beside it."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+
+
+@contextlib.contextmanager
+def opened(path: Path, batching: Batching, tokenizer: PreTrainedTokenizerBase) -> Iterator[ChatModel]:
+    """A model for lm-eval, a folder in Transformers and bfloat16, a file in llama.cpp; its weights are gone afterwards."""
+    if path.is_file():
+        with GgufModel(path, batching.threads, batching.slots, batching.context, share_beginning=True) as model:
+            yield GgufChat(model, tokenizer, batching.max_new_tokens)
+        return
+    chat = HuggingFaceChat(load(path, torch.bfloat16), tokenizer, batching.max_new_tokens, batching.batch_size)
+    try:
+        yield chat
+    finally:
+        del chat.model  # whoever still names the chat
+        release()

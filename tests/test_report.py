@@ -14,6 +14,8 @@ from markdown_it import MarkdownIt
 from stages import report
 from stages.console import UserError
 from stages.figures import _moving_mean
+from stages.published import BASE
+from stages.suites import SUITES, summary
 
 KINDS = {"lowercase": True, "bullets": True, "json": True, "end_with": True, "brackets": False, "avoid_word": False}
 TOPICS = ("tea", "rivers", "chess", "bread", "clouds")
@@ -46,6 +48,21 @@ def write_reports(root: Path, beta: float = 0.1, seed: int = 0, rate: float | No
         evaluation / "divergence.json",
         {name: {"mean_kl": value, "top1_agreement": 1 - value, "tokens": 5000} for name, value in kl.items()},
     )
+    apart = {
+        "mean_kl": 0.0031,
+        "top1_agreement": 0.99,
+        "tokens": 9,
+        "margin_difference": 0.25,
+        "preferred_alike": 0.975,
+    }
+    rounding = {"weights": 9, "changed": 8, "swallowed": 0.4321, "relative_error": 0.0123}
+    coarse = rounding | {"swallowed": 0.0567, "relative_error": 0.0089}
+    merges = {
+        "bf16": apart | {"rounding": rounding},
+        "nf4": apart | {"mean_kl": 0.0017, "rounding": coarse},
+        "rounding": {"base": "bf16"} | rounding,
+    }
+    _json(evaluation / "merge.json", merges)
     _json(
         root / "models/gguf/quantize.json",
         {"files": {name: _file(name) for name in FILES}, "metadata": {"architecture": "llama", "eos": 2}},
@@ -452,3 +469,92 @@ def test_numbers_are_written_with_their_sign_and_without_false_ones() -> None:
 
 def test_the_moving_mean_keeps_a_straight_line_and_its_length() -> None:
     assert _moving_mean([1.0, 2.0, 3.0, 4.0, 5.0], 1) == [1.5, 2.0, 3.0, 4.0, 4.5]
+
+
+def test_the_merge_is_compared_with_the_model_as_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_reports(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    text = report.MARKDOWN.read_text()
+    assert (
+        "trained on the base in nf4 and merged onto the base in bf16. Rounding to 16 bits left 43.21% of the weights"
+        in text
+    )
+    assert "| bf16 (this run) | 0.0031 | 99.00% | 0.25 | 97.5% | 43.21% | 1.23% |" in text
+    assert "| nf4 | 0.0017 | 99.00% | 0.25 | 97.5% | 5.67% | 0.89% |" in text
+    page = Page(report.HTML.read_text())
+    assert all(number in page.text for number in ("43.21%", "1.23%", "5.67%", "0.89%"))
+
+
+def test_the_published_curve_is_drawn_beside_that_of_a_run_on_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_reports(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    figure = Path("reports/figures/training.png").read_bytes()
+    assert "published run" not in report.MARKDOWN.read_text()
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(
+        text.replace("    quantize:\n", f"    model: {{source: {BASE}}}\n    quantize:\n", 1)
+    )
+    report.main()
+    assert Path("reports/figures/training.png").read_bytes() != figure
+    first = [float(line.split(",")[2]) for line in Path("reports/train/history.csv").read_text().splitlines()[1:63]]
+    sentence = (
+        f"Over the 62 steps that both have, the mean loss is {sum(first) / 62:.4} here and 0.5374 in the published run"
+    )
+    assert sentence in report.MARKDOWN.read_text()
+    assert sentence[:40] in " ".join(Page(report.HTML.read_text()).text.split())
+
+
+def test_suites_are_shown_with_their_differences_and_only_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_reports(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    assert "suite" not in report.MARKDOWN.read_text() + report.HTML.read_text()
+    assert "suites" not in json.loads(report.METRICS.read_text())
+    names = [run for suite in SUITES.values() for run in suite.runs()]
+    apart = 0.99**0.5 / 10  # half of the values so far above and half below the mean: a standard error of 0.01
+    results = {
+        model: {
+            run: {
+                "n": 100,
+                "metrics": {metric: [0.4 + i / 20 + sign * apart for sign in (1, -1)] * 50 for metric in task.metrics},
+                "truncated": 3,
+                "revision": "ab" * 20,
+                "questions": "0" * 64,
+            }
+            for _, task, run in names
+        }
+        for i, model in enumerate(MODELS)
+    }
+    found = {name: summary(suite, results) for name, suite in SUITES.items()}
+    _json(tmp_path / "data/evaluation/suites.json", found)
+    _write(tmp_path / "data/evaluation/suites/base/gsm8k-5-shot.jsonl.gz", "questions of others")
+    report.main()
+    text, page = report.MARKDOWN.read_text(), Page(report.HTML.read_text())
+    # Four benchmarks of 8, 7, 1 and 18 tasks whose errors are 1 %: 0.25 x sqrt(1/8 + 1/7 + 1 + 1/18) x 1.96 = 0.6.
+    assert "| base | 40.0% ± 0.6 | – | 40.0%" in text
+    assert (
+        "| merged | 45.0% ± 0.6 | +5.0 (+5.0 to +5.0) | 45.0% ± 0.7 | 45.0% ± 0.7 | 45.0% ± 2.0 | 45.0% ± 0.5 |" in text
+    )
+    assert "| n | 3,400 |  | 800 | 700 | 100 | 1,800 | " in text
+    assert "| n | cut requests |" in text
+    assert "<th>cut requests</th>" in report.HTML.read_text()
+    clipped = "A gain counts what the averages clip below chance."
+    assert clipped in text
+    assert clipped in page.text
+    row = f"| gsm8k | exact_match,strict-match | 5 | 100 | 3 | {' | '.join(f'{40 + 5 * i}.0% ± 2.0' for i in range(5))} | {'ab' * 20} |"
+    assert row in text
+    for suite in SUITES.values():
+        assert all(line in text for line in suite.differs)
+        assert all(line in " ".join(page.text.split()) for line in suite.differs)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
+    assert "suites" in page.ids
+    averages = json.loads(report.METRICS.read_text())["suites"]["nous"]
+    assert averages == {name: found["nous"]["models"][name]["average"]["score"] for name in MODELS}
+    assert Path("reports/eval/suites.json").is_file()
+    assert not Path("reports/eval/suites").exists()

@@ -1,15 +1,30 @@
 """What the task files name: documents, and the grading of a result. `split` comes from the metadata that evaluate passes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
 
 from stages.constraints import grade, is_strict
 
 RAW, SUBSET = Path("data/raw"), Path("data/subset")
+
+
+class ConversationTask(ConfigurableTask):
+    """A task whose documents may bring messages that come before the question (`context`, stages/pairs.py)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The prompt's text, in the chat template that lm-eval passes along."""
+        if doc.get("context"):
+            return kwargs["chat_template"]([*doc["context"], {"role": "user", "content": doc["question"]}])
+        return super().fewshot_context(doc, *args, **kwargs)
 
 
 def load_instructions(split: str, **_: Any) -> dict[str, Dataset]:
@@ -18,9 +33,10 @@ def load_instructions(split: str, **_: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(rows)}
 
 
-def load_pairs(split: str, **_: Any) -> dict[str, Dataset]:
-    """The held-out preference pairs of a split."""
-    return {"test": Dataset(pq.read_table(SUBSET / f"{split}.parquet"))}
+def load_pairs(split: str, left_out: Sequence[int] = (), **_: Any) -> dict[str, Dataset]:
+    """The held-out preference pairs of a split, but those of these numbers."""
+    table = pq.read_table(SUBSET / f"{split}.parquet")
+    return {"test": Dataset(table.take(sorted(set(range(table.num_rows)) - set(left_out))))}
 
 
 def load_plain(split: str, **_: Any) -> dict[str, Dataset]:
