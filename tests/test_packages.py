@@ -1,4 +1,4 @@
-"""packages.yaml, the two lock files and the installed packages name the same versions."""
+"""packages.yaml, the lock files and the installed packages name the same versions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages.doctor import pins
+from stages.doctor import DRIVERS, pins
 
 ROOT = Path(__file__).parent.parent
 TRACKED: dict[str, object] = YAML(typ="safe").load(ROOT / "packages.yaml")
@@ -43,3 +43,21 @@ def test_no_package_is_pinned_twice() -> None:
 
 def _pin_lines(lock: Path) -> list[str]:
     return [line for line in lock.read_text().splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_cuda_lock_is_the_other_one_and_what_cuda_adds() -> None:
+    lines = _pin_lines(ROOT / "requirements-cuda.lock")
+    assert lines[0] == "-r requirements.lock"
+    both = pins(ROOT / "requirements.lock")
+    added = dict(line.split("==", 1) for line in lines[1:])
+    assert added.pop("torch") == f"={both['torch']}"  # === refuses the CPU build, 2.13.0+cpu
+    assert not added.keys() & both.keys()
+    assert pins(ROOT / "requirements-cuda.lock") == both | added
+
+
+def test_the_cuda_lock_pins_one_cuda_for_torch_and_its_libraries() -> None:
+    added = pins(ROOT / "requirements-cuda.lock").items() - pins(ROOT / "requirements.lock").items()
+    majors = {name[-2:] for name, _ in added if "-cu" in name and name[-2:].isdigit()}
+    toolkit = dict(added)["cuda-toolkit"].split(".")[0]
+    assert majors == {toolkit}
+    assert toolkit in DRIVERS
