@@ -4,6 +4,8 @@ TRL's DPOTrainer does the training: its losses, metrics, schedule and checkpoint
 and reference log-probabilities, and the forward below it (stages/shared_prefix.py). The adapter's weights are float32, since
 updates of a bfloat16 adapter round away at small learning rates; dropout is what `lora_dropout` says, nothing hidden.
 
+With `processes` above 1 the stage launches itself that many times (stages/processes.py): the same steps, faster.
+
 Checkpoints go to a scratch folder named by a hash of all inputs, code and package versions included, so that a killed run resumes to
 the same bits and never from another run's state; the folder is removed when the adapter is written.
 """
@@ -12,24 +14,35 @@ import csv
 import hashlib
 import json
 import logging
+import math
 import shutil
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
-from stages import params
+from stages import params, processes
 from stages.artifacts import (
     complete_file,
     complete_folder,
@@ -39,8 +52,10 @@ from stages.artifacts import (
     sha256_folder,
     write_json,
 )
+from stages.capacity import Lengths, Training, check_capacity, present_gpu
 from stages.console import UserError, progress, run_stage
 from stages.lora import fuse_updates
+from stages.memory import Shape
 from stages.model import BaseSettings, load_base, set_determinism
 from stages.shared_prefix import share_prefix
 from stages.tracking import Tracking
@@ -82,11 +97,32 @@ class TrainSettings(params.Settings):
     max_grad_norm: PositiveFiniteFloat
     optimizer: Literal["adamw_torch", "paged_adamw_32bit"]
     epochs: PositiveFiniteFloat
+    max_steps: PositiveInt | None
     batch_size: PositiveInt
     accumulation: PositiveInt
     gradient_checkpointing: bool
     evaluations: NonNegativeInt
     checkpoint_steps: PositiveInt
+    processes: PositiveInt
+    distribution: Literal["ddp", "fsdp"]
+
+    @field_validator("processes")
+    @classmethod
+    def _share_steps_equally(cls, processes: int, info: ValidationInfo) -> int:
+        accumulation = info.data.get("accumulation", processes)
+        if accumulation % processes:
+            raise ValueError(
+                f"it must divide accumulation ({accumulation}), since each process takes its part of a step's forwards; "
+                "a smaller batch_size with a larger accumulation is the same step"
+            )
+        return processes
+
+    @field_validator("distribution")
+    @classmethod
+    def _shard_over_several(cls, distribution: str, info: ValidationInfo) -> str:
+        if distribution == "fsdp" and info.data.get("processes") == 1:
+            raise ValueError("there is nothing to shard with one process; set processes to 2 or more, or ddp")
+        return distribution
 
 
 class Params(params.Params):
@@ -112,7 +148,8 @@ class TrackedDPOTrainer(DPOTrainer):
         super().__init__(model, **kwargs)
         self.remove_callback(PrinterCallback)  # the history goes to files, the latest loss to the progress bar
         share_prefix(self.model.get_base_model())
-        fuse_updates(self.model)
+        if not self.is_fsdp_enabled:  # which has a matrix whole in its own module's forward only
+            fuse_updates(self.model)
         # Set after construction: with the flag of the same name in DPOConfig, TRL would compute the reference itself.
         self.precompute_ref_logps = True
         for parameter in self.model.parameters():
@@ -132,6 +169,10 @@ class TrackedDPOTrainer(DPOTrainer):
         weight = sum(w for name, w in zip(self.loss_types, self.loss_weights, strict=True) if name == "sft")
         metrics["preference_loss"].append(float(loss.detach()) - weight * sft_loss)
         return result
+
+
+class DealtDPOTrainer(processes.DealtBatches, TrackedDPOTrainer):
+    """The same in several processes."""
 
 
 def load_pairs(split: str) -> Dataset:
@@ -181,9 +222,9 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
         UserError: a combination that TRL refuses, in its words.
     """
     s = loaded.train
-    steps = max(1, round(s.epochs * pairs / (s.batch_size * s.accumulation)))
+    steps = s.max_steps or math.ceil(s.epochs * math.ceil(math.ceil(pairs / s.batch_size) / s.accumulation))
     try:
-        return DPOConfig(
+        config = DPOConfig(
             output_dir=str(output),
             seed=loaded.seed,
             beta=loaded.beta,
@@ -194,14 +235,15 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
             disable_dropout=False,
             learning_rate=s.learning_rate,
             lr_scheduler_type=s.schedule,
-            warmup_steps=s.warmup_steps or round(s.warmup_ratio * steps),
+            warmup_steps=s.warmup_steps or int(s.warmup_ratio * steps),
             weight_decay=s.weight_decay,
             max_grad_norm=s.max_grad_norm,
             optim=s.optimizer,
             num_train_epochs=s.epochs,
+            max_steps=s.max_steps or -1,
             per_device_train_batch_size=s.batch_size,
             per_device_eval_batch_size=s.batch_size,
-            gradient_accumulation_steps=s.accumulation,
+            gradient_accumulation_steps=s.accumulation // s.processes,
             gradient_checkpointing=s.gradient_checkpointing,
             bf16=False,  # the base computes in its own type and the adapter in float32; autocast would blur both
             logging_steps=1,
@@ -212,11 +254,17 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
             save_steps=s.checkpoint_steps,
             save_total_limit=1,
             dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,  # every adapter takes part in every forward
+            ddp_broadcast_buffers=False,  # no buffer ever changes
             disable_tqdm=True,
             report_to="none",
         )
     except ValueError as error:
         raise UserError(f"params.yaml: {error}") from None
+    config._n_gpu = min(
+        config.n_gpu, 1
+    )  # a process has one, or none; Trainer would spread the model over all that it sees
+    return config
 
 
 class ProgressAndTracking(TrainerCallback):
@@ -242,15 +290,30 @@ class ProgressAndTracking(TrainerCallback):
         self.bar.close()
 
 
+def check_memory(loaded: Params, train: Dataset) -> None:
+    """Refuses, before any weight is loaded, a run that the GPU here cannot hold.
+
+    Raises:
+        UserError: with the smallest change after which it fits.
+    """
+    if gpu := present_gpu():
+        lengths = Lengths(
+            *(np.array([len(ids) for ids in train[f"{name}_ids"]]) for name in ("prompt", "chosen", "rejected"))
+        )
+        shape = Shape.of(AutoConfig.from_pretrained(BASE))
+        check_capacity(Training(shape, lengths, loaded.base, loaded.train), gpu[1], gpu[0])
+
+
 def build_trainer(
     loaded: Params, scratch: Path, tokenizer: PreTrainedTokenizerBase, callbacks: list[TrainerCallback]
 ) -> TrackedDPOTrainer:
     """The trainer on the tracked data, ready to run.
 
     Raises:
-        UserError: damaged inputs, or a combination of parameters that TRL refuses.
+        UserError: damaged inputs, a combination of parameters that TRL refuses, or other processes than asked for.
     """
     train, validation = load_pairs("train"), load_pairs("validation")
+    check_memory(loaded, train)
     s = loaded.train
     lora = LoraConfig(
         r=s.lora_rank,
@@ -261,9 +324,9 @@ def build_trainer(
         task_type="CAUSAL_LM",
     )
     config = trainer_config(loaded, scratch, len(train))
-    model = load_base(BASE, loaded.base)
+    model = load_base(BASE, loaded.base, sharded=s.distribution == "fsdp")
     try:
-        return TrackedDPOTrainer(
+        trainer = (DealtDPOTrainer if s.processes > 1 else TrackedDPOTrainer)(
             model,
             args=config,
             train_dataset=train,
@@ -274,13 +337,19 @@ def build_trainer(
         )
     except ValueError as error:
         raise UserError(f"params.yaml: {error}") from None
+    processes.check_distribution(trainer.accelerator, s.processes, s.distribution)
+    return trainer
 
 
-def save_adapter(model: PeftModel, folder: Path, base_hash: str) -> None:
-    """Writes an adapter canonically: sorted safetensors, and a config without paths, sets or class names that vary."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in sorted(get_peft_model_state_dict(model).items())
-    }
+def save_adapter(
+    model: PeftModel, folder: Path, base_hash: str, gathered: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Writes an adapter canonically: sorted safetensors, and a config without paths, sets or class names that vary.
+
+    `gathered` are its tensors where the model is sharded.
+    """
+    state = get_peft_model_state_dict(model) if gathered is None else gathered
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
@@ -318,7 +387,7 @@ def reference_difference(trainer: TrackedDPOTrainer, batches: int = 4) -> float:
     return sum(differences) / len(differences)
 
 
-def summarize(trainer: TrackedDPOTrainer, pairs: int, difference: float) -> dict[str, Any]:
+def summarize(trainer: TrackedDPOTrainer, pairs: int, trained: int, difference: float) -> dict[str, Any]:
     """The numbers of a finished run for reports/train/summary.json."""
     history = trainer.state.log_history
     losses = [float(row["preference_loss"]) for row in history if "loss" in row]
@@ -330,7 +399,7 @@ def summarize(trainer: TrackedDPOTrainer, pairs: int, difference: float) -> dict
         "steps": trainer.state.global_step,
         "pairs": pairs,
         "epochs": trainer.args.num_train_epochs,
-        "trained_parameters": sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad),
+        "trained_parameters": trained,
         "reference_difference": difference,
         "validation_step": last.get("step"),
         "validation_loss": last.get("eval_preference_loss"),
@@ -340,30 +409,44 @@ def summarize(trainer: TrackedDPOTrainer, pairs: int, difference: float) -> dict
 
 def run(loaded: Params, scratch: Path) -> None:
     """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    with Tracking.start(loaded.model_dump(mode="json")) as tracking:
-        trainer = build_trainer(loaded, scratch, tokenizer, [ProgressAndTracking(tracking)])
+    tokenizer, main = AutoTokenizer.from_pretrained(BASE), processes.is_main(loaded.train.processes)
+    with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
+        trainer = build_trainer(loaded, scratch, tokenizer, [ProgressAndTracking(tracking)] if main else [])
+        trained = sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad)
         state = torch.get_rng_state()
         difference = reference_difference(trainer)
         torch.set_rng_state(state)
-        trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+        checkpoint = broadcast_object_list([last_checkpoint(scratch) if main else None])[0]
+        trainer.train(resume_from_checkpoint=checkpoint)
+    gathered = None
+    if trainer.is_fsdp_enabled:  # all processes take part
+        gathered = processes.adapter_of(trainer.accelerator.get_state_dict(trainer.model))
+    trainer.accelerator.wait_for_everyone()  # no process writes to `scratch` any more
     losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
     if not all(loss == loss and abs(loss) != float("inf") for loss in losses):
         raise UserError("the loss is not a number any more; lower train.learning_rate or beta")
+    if not main:
+        return
     REPORTS.mkdir(parents=True, exist_ok=True)
     write_history(trainer.state.log_history, HISTORY, REPORTS / "history.csv")
     write_history(trainer.state.log_history, EVALUATION, REPORTS / "evaluation.csv", prefix="eval_")
-    write_json(REPORTS / "summary.json", summarize(trainer, len(load_pairs("train")), difference))
+    write_json(REPORTS / "summary.json", summarize(trainer, len(load_pairs("train")), trained, difference))
     with complete_folder(ADAPTER) as folder:
-        save_adapter(trainer.model, folder, sha256_file(BASE / "manifest.json"))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_adapter(model, folder, sha256_file(BASE / "manifest.json"), gathered)
 
 
 def run_alone(loaded: Params, scratch: Path) -> None:
     """`run` where nobody else writes the same adapter or the same run's checkpoints, which are removed at its end.
 
+    Of several processes the first one sees to that.
+
     Raises:
         UserError: somebody else does.
     """
+    if not processes.is_main(loaded.train.processes):
+        run(loaded, scratch)
+        return
     scratch.parent.mkdir(parents=True, exist_ok=True)
     ADAPTER.parent.mkdir(exist_ok=True)
     try:
@@ -376,10 +459,15 @@ def run_alone(loaded: Params, scratch: Path) -> None:
 
 def main() -> None:
     loaded = params.load(Params)
+    s, threads = loaded.train, max(1, loaded.base.threads // loaded.train.processes)
+    if s.processes > 1 and not processes.is_launched():
+        processes.launch(s.processes, s.distribution, threads, "stages.train")
+        return
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
-    set_determinism(loaded.base.threads)
+    set_determinism(threads)
     run_alone(loaded, scratch_folder("train") / run_key(loaded))
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The shared-prefix forward against stock TRL: same numbers, same gradients, and no pair sees another."""
 
-import contextlib
 import copy
 import random
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
@@ -22,7 +20,6 @@ from stages.shared_prefix import (
     pack_pairs,
     pair_blocks,
     share_prefix,
-    shared_prefix_attention,
 )
 
 VOCABULARY = 97
@@ -146,28 +143,6 @@ def test_the_backward_of_attention_equals_that_of_torch(
         output.backward(wanted)
     for found, expected in zip(ours, torchs, strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_cuda_the_flash_kernel_takes_every_block_and_gives_the_numbers_of_the_cpu() -> None:
-    """bfloat16 under grouped heads; only the flash kernel is allowed."""
-    batch = batch_of([(7, 40, 60), (90, 1, 1), (30, 200, 20)], common=24)
-    torch.manual_seed(0)
-    results = []
-    for name in ("cuda", "cpu"):
-        packed = pack_pairs(**{key: value.to(name) for key, value in batch.items()})
-        tokens = packed.input_ids.size(1)
-        generator = torch.Generator().manual_seed(0)
-        q, k, v = (
-            torch.randn(1, heads, tokens, 64, generator=generator).bfloat16().to(name).requires_grad_()
-            for heads in (6, 2, 2)
-        )
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if name == "cuda" else contextlib.nullcontext():
-            output, _ = shared_prefix_attention(torch.nn.Module(), q, k, v, None, packed.blocks)
-        gradients = torch.autograd.grad(output.sum(), [q, k, v])
-        results.append([tensor.detach().cpu().float() for tensor in (output, *gradients)])
-    for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_gradient_checkpointing_changes_no_bit_of_the_gradient() -> None:

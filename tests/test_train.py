@@ -39,11 +39,14 @@ SETTINGS = train.TrainSettings(
     max_grad_norm=1.0,
     optimizer="adamw_torch",
     epochs=1.0,
+    max_steps=None,
     batch_size=4,
     accumulation=1,
     gradient_checkpointing=False,
     evaluations=2,
     checkpoint_steps=2,
+    processes=1,
+    distribution="ddp",
 )
 PARAMS = train.Params(seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0, base=FP32, train=SETTINGS)
 
@@ -342,6 +345,19 @@ def test_a_batch_split_by_accumulation_takes_the_same_steps(workspace: Path) -> 
         assert abs(one["loss"] - many["loss"]) < 1e-5
         assert abs(one["grad_norm"] - many["grad_norm"]) < 1e-4 * one["grad_norm"]
     assert all((adapters[0][name] - adapters[1][name]).abs().max() < 1e-4 for name in adapters[0])
+
+
+def test_a_number_of_steps_ends_the_run_there_and_shapes_the_schedule(workspace: Path) -> None:
+    """24 pairs in steps of 16: the published run's shape, whose last half step never came."""
+    settings = {"batch_size": 4, "accumulation": 4, "warmup_steps": 100, "warmup_ratio": 0.0, "evaluations": 1}
+    rows = run(with_train(**settings, max_steps=1))
+    assert len(rows) == 1
+    assert len(run(with_train(**settings), "other")) == 2
+    longer = run(with_train(**settings, max_steps=5), "longer")
+    rates = [row["learning_rate"] for row in longer]
+    assert rates == pytest.approx([step / 100 * SETTINGS.learning_rate for step in range(5)])  # it only rises
+    evaluated = (train.REPORTS / "evaluation.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in evaluated[1:]] == ["5"]
 
 
 def test_tracking_that_breaks_does_not_break_training(
