@@ -13,14 +13,15 @@ quote = '$(subst ','\'',$(1))'
 need = $(if $($(1)),,$(error $(1) is missing; for example: make $(2)))
 comma := ,
 
-.PHONY: help setup repro train sweep review chat report collect bench test lint format doctor need-BETAS need-BASE
+.PHONY: help setup repro train sweep review chat report collect plan rehearse compare-published base publish bench test lint format \
+	doctor gpu-check need-BETAS need-BASE need-REPO
 
 help:
 	@echo 'Every target sets .venv up first, and does so once.'
 	@echo
 	@sed -n 's/^## //p' Makefile
 
-## make setup       install what requirements.lock pins into .venv        PYTHON=/path/to/python3.12 make setup
+## make setup       install what the locks pin for the device into .venv  PYTHON=/path/to/python3.12 DEVICE=cpu make setup
 setup:
 	@./setup.sh
 
@@ -51,6 +52,30 @@ review: need-BASE setup
 chat: setup
 	$(PY) -m stages.chat
 
+## make plan        memory, disk and time that a profile needs            make plan PROFILE=a40 GPU='RTX 4090'
+plan: setup
+	$(PY) -m stages.plan $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(GPU),--gpu $(call quote,$(GPU)))
+
+## make rehearse    a profile on random weights of its model's shape      make rehearse PROFILE=a40
+rehearse: setup
+	$(PY) -m stages.rehearse $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(LAYERS),--layers $(call quote,$(LAYERS))) \
+		$(if $(PAIRS),--pairs $(call quote,$(PAIRS)))
+
+## make compare-published   the 2K subset beside the published one        after make repro PROFILE=a40_published
+compare-published: setup
+	$(PY) -m stages.compare_published
+
+## make base        merge the A40 profiles' base anew                      make base RESOLVE=1
+base: setup
+	$(PY) -m stages.base_merge $(if $(RESOLVE),--resolve)
+
+## make publish     show a release, or push it                            make publish REPO=owner/name PROFILE=cpu PUSH=1
+need-REPO:
+	@:$(call need,REPO,publish REPO=owner/name)
+publish: need-REPO setup
+	$(PY) -m stages.publish --repo $(call quote,$(REPO)) $(if $(PROFILE),--profile $(call quote,$(PROFILE))) \
+		$(if $(LICENCE),--licence $(call quote,$(LICENCE))) $(if $(PUSH),--push)
+
 ## make report      bring reports/ up to date, and what it rests on
 report: setup
 	$(DVC) repro report
@@ -67,6 +92,7 @@ bench: setup
 
 ## make test        run the tests
 test: setup
+	@./setup.sh math
 	$(PY) -m pytest -q tests
 
 ## make lint        check style, formatting and types
@@ -80,6 +106,10 @@ format: setup
 	.venv/bin/ruff check --fix-only --quiet .
 	.venv/bin/ruff format .
 
-## make doctor      look for what breaks runs, and say how to mend it
+## make doctor      look for what breaks runs, and say how to mend it     make doctor PROFILE=a40
 doctor: setup
-	$(PY) -m stages.doctor
+	$(PY) -m stages.doctor $(if $(PROFILE),--profile $(call quote,$(PROFILE)))
+
+## make gpu-check   try on the GPU that is here what no CPU can           about ten minutes
+gpu-check: setup
+	$(PY) -m stages.gpu_check

@@ -13,6 +13,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,14 +23,19 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from huggingface_hub.errors import HfHubHTTPError
 from ruamel.yaml import YAML, MappingNode
 
-from stages import params
+from stages import compare_published, doctor, hub, params, suites
 from stages.artifacts import complete_file, read_json
 from stages.console import UserError
 
 SCRATCH = Path(".scratch")
 BEFORE = SCRATCH / "params.yaml.before"
+NVIDIA = Path("/proc/driver/nvidia")  # where the driver of a GPU is loaded
+STAMP = Path(".venv/setup-stamp")  # begins with the device that setup.sh made .venv for
+GPQA, PUNKT = "Idavidrein/gpqa", "tokenizers/punkt_tab"
+CLOSED = (401, 403, 404)  # what the Hub answers where a repository is not for this user
 METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WHOLE_GRAPH = {"-f", "--force", "-q", "--quiet", "-v", "--verbose"}  # with these a finished run is a new report
@@ -194,6 +200,103 @@ def headline(metrics: dict[str, Any]) -> str:
     )
 
 
+def uses_gpu(driver: Path = NVIDIA, stamp: Path = STAMP) -> bool:
+    """Whether a run here is to use a GPU: one has its driver, and neither DEVICE, now or at set-up, nor CUDA_VISIBLE_DEVICES says no."""
+    if not driver.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    made_for = stamp.read_text().partition(" ")[0] if stamp.is_file() else ""
+    return (os.environ.get("DEVICE") or made_for) != "cpu"
+
+
+def check_cuda() -> None:
+    """Refuses to run beside a GPU that torch cannot use: every stage would fall back to the CPU and take weeks.
+
+    Raises:
+        UserError: torch cannot use it; why, as far as the doctor knows.
+    """
+    program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode:
+        raise UserError(
+            f"torch cannot use the GPU: {doctor.gpu_problem()}; nothing was started (DEVICE=cpu make repro runs on the CPU)"
+        )
+
+
+def check_plan(profile: str | None, gpu: Path = NVIDIA) -> None:
+    """Refuses a profile that does not fit the GPU here, before anything is fetched.
+
+    Raises:
+        UserError: it does not fit; stages/plan.py has said why.
+    """
+    command = [sys.executable, "-m", "stages.plan", "--quiet", *(["--profile", profile] if profile else [])]
+    if gpu.exists() and subprocess.run(command, check=False).returncode:
+        raise UserError("nothing was started; `make plan` shows what the run needs")
+
+
+def check_disk(profile: str | None) -> None:
+    """Refuses a disk with less room than the run is going to fill at least.
+
+    Raises:
+        UserError: there is less.
+    """
+    free = shutil.disk_usage(".").free / 2**30
+    check = doctor.check_disk(Path.cwd(), free, doctor.disk_to_fill(Path.cwd(), profile) or 0.0)
+    if not check.ok:
+        raise UserError(f"{check.finding}; {check.mend}; nothing was started")
+
+
+def prepare_suites(path: Path = params.PARAMS) -> None:
+    """Gets what the selected profile's benchmark suites need beside .venv, before hours are spent on what comes earlier.
+
+    Raises:
+        UserError: something cannot be had.
+    """
+    tree = params.read_yaml(path)
+    wanted = tree["profiles"][params.selected_profile(tree, path)].get("evaluate", {}).get("suites", ())
+    runs = suites.runs([name for name in wanted if name in suites.SUITES])
+    if any(suites.needs_math(run.task) for run in runs) and subprocess.run(["./setup.sh", "math"]).returncode:
+        raise UserError("./setup.sh math failed; see above, or take open_llm_v2 out of `evaluate.suites`")
+    if "open_llm_v2" in wanted and not is_up_to_date("evaluate"):
+        check_gpqa()
+        prepare_punkt()
+
+
+def is_up_to_date(stage: str) -> bool:
+    """Whether DVC would run neither a stage nor any before it."""
+    command = [sys.executable, "-m", "dvc", "status", "--quiet", "--with-deps", stage]
+    return subprocess.run(command, env=environment(), capture_output=True, check=False).returncode == 0
+
+
+def check_gpqa() -> None:
+    """Refuses to begin where the Hub will not give GPQA, whose licence is accepted by hand. Without a network it may be here already.
+
+    Raises:
+        UserError: the Hub says no.
+    """
+    why = hub.why_closed(GPQA, "dataset")
+    if isinstance(why, HfHubHTTPError) and why.response.status_code in CLOSED:
+        raise UserError(
+            f"open_llm_v2 of `evaluate.suites` asks for {hub.failure(why, GPQA, 'main')}; nothing was started"
+        )
+
+
+def prepare_punkt() -> None:
+    """Downloads what IFEval splits sentences with, where it is not here, as lm-eval would hours later.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    import nltk  # takes a second, and most runs have no suites
+
+    try:
+        nltk.data.find(PUNKT)
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise UserError(
+                "open_llm_v2 of `evaluate.suites` asks for NLTK's punkt_tab, which cannot be downloaded; check the network, "
+                "or unpack it to ~/nltk_data/tokenizers; nothing was started"
+            ) from None
+
+
 def repro(profile: str | None, rest: Sequence[str]) -> int:
     """Runs `dvc repro` with the arguments `rest` under a profile; DVC's exit code.
 
@@ -205,8 +308,21 @@ def repro(profile: str | None, rest: Sequence[str]) -> int:
             print(f"repro: {params.PARAMS} is as it was before a run that was killed", file=sys.stderr)
         if profile is not None:
             check_profile(profile)
+        if uses_gpu():
+            check_cuda()
+            check_plan(profile)
+            check_disk(profile)
         with selected(profile):
+            prepare_suites()
             return relay.run([sys.executable, "-m", "dvc", "repro", *rest], lock)
+
+
+def beside_the_published() -> list[str]:
+    """How a subset made as the published one differs from it, in sentences, where that is not known yet; why not without the Hub."""
+    try:
+        return compare_published.compare() if compare_published.is_due() else []
+    except UserError as error:
+        return [f"not compared with the published pairs: {error}; make compare-published does it later"]
 
 
 def main() -> int:
@@ -222,6 +338,8 @@ def main() -> int:
         code = repro(arguments.profile, rest)
         if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
             print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}")
+            for line in beside_the_published():
+                print(line)
     except UserError as error:
         sys.exit(f"repro: {error}")
     return code

@@ -1,8 +1,14 @@
-"""What several tests need, built in this process and without a network: two tokenizers and a tiny model."""
+"""What several tests need, built in this process and without a network: two tokenizers and a tiny model.
+
+The tests hold for the CPU, to the bit in places, so a GPU is hidden from them and from what they start; `make gpu-check` tries that.
+"""
 
 import json
+import os
 from importlib.metadata import distribution
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
 import pytest
 import torch

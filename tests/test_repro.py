@@ -1,4 +1,4 @@
-"""A profile chosen for one run is gone after it, whatever ended it, and stages run in the .venv of the checkout."""
+"""A profile chosen for one run is gone after it, whatever ended it; what would fail hours later is refused; stages run in their .venv."""
 
 import fcntl
 import os
@@ -7,11 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import util
 from pathlib import Path
+from threading import Thread
 
+import nltk
 import pytest
 
-from stages import repro
+from stages import doctor, repro
 from stages.console import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,9 +25,12 @@ PARAMS = (
     b"# a comment\nseed: 1  # of everything\r\nprofile:   cpu   # the default\nprofiles:\n"
     b"  cpu: {profile: x}\n  a40: {}\n\n\n# the end, without a newline"
 )
-# Stands in for `python -m dvc repro`: what it does is in the file `behave`, what it was told and saw goes to `seen`.
+# Stands in for `python -m dvc repro`: what it does is in the file `behave`, what it was told and saw goes to `seen`. And for `dvc status`,
+# to which all is up to date where there is a file `current`.
 DVC = """
 import os, pathlib, sys, time
+if sys.argv[1] == "status":
+    sys.exit(not pathlib.Path("current").exists())
 pathlib.Path("seen").write_text(" ".join(sys.argv[1:]) + "\\n" + pathlib.Path("params.yaml").read_text())
 exec(pathlib.Path("behave").read_text())
 """
@@ -206,6 +215,203 @@ def test_one_at_a_time(checkout: Path) -> None:
         repro.only_one("repro"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "stamp", "uses"),
+    [
+        ({}, "cuda 1 2", True),
+        ({}, None, True),
+        ({}, "cpu 1 2", False),
+        ({"DEVICE": "cpu"}, "cuda 1 2", False),
+        ({"DEVICE": "cuda"}, "cpu 1 2", True),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "cuda 1 2", False),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, "cuda 1 2", True),
+    ],
+)
+def test_a_gpu_is_for_use_unless_someone_said_no(
+    variables: dict[str, str], stamp: str | None, uses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DEVICE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if stamp:
+        (tmp_path / "stamp").write_text(stamp)
+    assert repro.uses_gpu(tmp_path, tmp_path / "stamp") is uses
+    assert not repro.uses_gpu(tmp_path / "no-driver", tmp_path / "stamp")
+
+
+def put_torch(available: bool) -> None:
+    """A stand-in for torch, for the children of a test in the folder `checkout`."""
+    Path("torch.py").write_text(f"class cuda:\n    is_available = staticmethod(lambda: {available})\n")
+
+
+def test_nothing_starts_on_the_cpu_for_a_gpu_that_torch_cannot_use(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repro, "uses_gpu", lambda: True)
+    monkeypatch.setattr(doctor, "present_gpu", lambda: doctor.Gpu("NVIDIA A40", "550.127.05"))
+    monkeypatch.setattr(doctor, "torch_version_source", lambda: "cuda: Optional[str] = '13.0'\n")
+    put_torch(available=False)
+    with pytest.raises(
+        UserError, match=r"driver 550.127.05, too old for CUDA 13.0; install driver 580.65 or newer"
+    ) as why:
+        repro.repro("a40", [])
+    assert "\n" not in str(why.value)
+    assert not Path("seen").exists()
+
+
+@pytest.mark.parametrize("uses", [True, False])
+def test_with_a_gpu_everything_is_checked_before_anything_starts(
+    uses: bool, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(repro, "uses_gpu", lambda: uses)
+    for name in ("check_cuda", "check_plan", "check_disk"):
+        monkeypatch.setattr(repro, name, lambda *given, name=name: asked.append((name, *given, Path("seen").exists())))
+    assert repro.repro("a40", []) == 0
+    assert asked == (
+        [("check_cuda", False), ("check_plan", "a40", False), ("check_disk", "a40", False)] if uses else []
+    )
+    assert Path("seen").exists()
+
+
+def test_a_gpu_that_torch_can_use_is_no_obstacle(checkout: Path) -> None:
+    put_torch(available=True)
+    repro.check_cuda()
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize(("to_fill", "fits"), [(67.0, False), (59.0, True), (-3.0, True), (None, True)])
+def test_a_run_that_the_disk_cannot_hold_is_refused(
+    to_fill: float | None, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "disk_to_fill", lambda root, profile: to_fill if profile == "a40" else -1.0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100 << 30, 40 << 30, 60 << 30))
+    if fits:
+        repro.check_disk("a40")
+    else:
+        with pytest.raises(UserError, match=r"60 GB free in .*, the profile needs 67; .*nothing was started"):
+            repro.check_disk("a40")
+
+
+class Gate(BaseHTTPRequestHandler):
+    """The part of the Hub that says who may read GPQA: those with the token hf_good."""
+
+    asked: list[str]
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        good = self.headers.get("Authorization") == "Bearer hf_good"
+        self.send_response(200 if good else 403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.fixture
+def gate(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub on the loopback, for a checkout whose profile asks for open_llm_v2 and which has all else that this needs."""
+    suites = "{evaluate: {suites: [open_llm_v2]}}"
+    Path("params.yaml").write_text(f"profile: big\nprofiles: {{big: {suites}, cpu: {{evaluate: {{suites: []}}}}}}\n")
+    Path("setup.sh").write_text("#!/bin/sh\necho $* >>set-up\n")
+    Path("setup.sh").chmod(0o755)
+    (checkout / "nltk" / repro.PUNKT).mkdir(parents=True)
+    monkeypatch.setenv("NLTK_DATA", str(checkout / "nltk"))
+    monkeypatch.setenv("HF_HOME", str(checkout / "hub"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    Gate.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gate) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        yield
+        server.shutdown()
+
+
+def test_a_licence_that_was_not_accepted_is_one_line_before_anything_runs(gate: None) -> None:
+    done = run()
+    assert done.returncode == 1
+    assert done.stderr == (
+        "repro: open_llm_v2 of `evaluate.suites` asks for Idavidrein/gpqa@main: it is gated: accept its licence on its page, and set "
+        "HF_TOKEN to a token of that account; nothing was started\n"
+    )
+    assert not Path("seen").exists()
+    assert Path("set-up").read_text() == "math\n"
+
+
+def test_with_the_licence_accepted_the_run_starts(gate: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    assert run().returncode == 0
+    assert Path("seen").exists()
+    assert Gate.asked[-1] == f"/api/datasets/{repro.GPQA}/auth-check"
+
+
+def test_an_evaluation_that_is_up_to_date_asks_for_no_licence(gate: None) -> None:
+    Path("current").touch()
+    assert run().returncode == 0
+    assert Path("seen").exists()
+    assert not Gate.asked
+
+
+def test_without_a_network_what_is_here_already_may_do(gate: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run().returncode == 0
+    assert not Gate.asked
+
+
+def test_a_profile_without_suites_needs_nothing(gate: None) -> None:
+    assert run("--profile", "cpu").returncode == 0
+    assert not Gate.asked
+    assert not Path("set-up").exists()
+
+
+def test_a_set_up_that_fails_is_one_line_before_anything_runs(gate: None) -> None:
+    Path("setup.sh").write_text("#!/bin/sh\nexit 1\n")
+    done = run()
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "./setup.sh math failed" in done.stderr
+    assert not Path("seen").exists()
+
+
+def test_gpqa_is_what_lm_eval_calls_it() -> None:
+    spec = util.find_spec("lm_eval")
+    assert spec
+    assert spec.origin
+    template = Path(spec.origin).parent / "tasks/leaderboard/gpqa/_template_yaml"
+    assert f"dataset_path: {repro.GPQA}\n" in template.read_text()
+    sources = (Path(spec.origin).parent / "tasks/leaderboard/ifeval/instructions_util.py").read_text()
+    assert f'nltk.data.find("{repro.PUNKT}")' in sources
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_what_splits_sentences_is_downloaded_first_or_the_run_refused(
+    arrives: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(name: str, quiet: bool) -> bool:
+        asked.append(name)
+        return arrives
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(nltk, "download", download)
+    if arrives:
+        repro.prepare_punkt()
+    else:
+        with pytest.raises(UserError, match="punkt_tab, which cannot be downloaded"):
+            repro.prepare_punkt()
+    assert asked == ["punkt_tab"]
+    (tmp_path / repro.PUNKT).mkdir(parents=True)
+    repro.prepare_punkt()
+    assert asked == ["punkt_tab"]
 
 
 @pytest.fixture

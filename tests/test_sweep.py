@@ -77,9 +77,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "run-stage", "run-stage")
-    Path("stages").mkdir()
-    for name in ("__init__", "artifacts", "console", "params", "repro", "sweep"):
-        shutil.copy(ROOT / f"stages/{name}.py", "stages")
+    shutil.copytree(ROOT / "stages", "stages", ignore=shutil.ignore_patterns("__pycache__"))
     Path("stages/review.py").write_text("import sys\nprint('review', *sys.argv[1:])\n")
     Path("stages/score.py").write_text(SCORE)
     Path("dvc.yaml").write_text(DVC_YAML)
