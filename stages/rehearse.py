@@ -11,6 +11,7 @@ interruption. reports/rehearsal.json and .md say what each stage took.
 """
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
@@ -37,7 +38,7 @@ from stages.capacity import gibibytes
 from stages.console import UserError
 from stages.gguf import GgufModel
 from stages.memory import Shape
-from stages.plan import Params, load, model_shape, pair_lengths
+from stages.plan import BITS, Params, load, model_shape, pair_lengths
 from stages.repro import environment
 from stages.weights import DTYPES, PIECE, Stored, write_folder
 
@@ -131,7 +132,7 @@ def random_rows(loaded: Params, tokenizer: PreTrainedTokenizerBase, count: int, 
 
 def overrides(loaded: Params, pairs: int, model: str) -> dict[str, dict[str, Any]]:
     """What the rehearsal sets in the profile: its material, one step that moves the adapter, and this machine's threads."""
-    batch_size = min(pairs, loaded.train.batch_size)
+    batch_size = math.gcd(pairs, loaded.train.batch_size)  # so that the step is of all of them
     return {
         "data": {
             "source": "./rows",
@@ -171,6 +172,27 @@ def write_params(source: Path, target: Path, profile: str, changes: Mapping[str,
         tree["profiles"][profile][section].update(values)
     with complete_file(target) as temporary:
         yaml.dump(tree, temporary)
+
+
+def check_disk(folder: Path, shape: Shape) -> None:
+    """Refuses a disk without room for base, merged model and f16 GGUF, two bytes a weight each, and the quantized one.
+
+    Raises:
+        UserError: there is less room than they still need.
+    """
+    weights = shape.linear_weights + shape.other_weights
+    needed = weights * (3 * 2 + BITS[TYPE] / 8) - disk_used(folder)
+    if (free := shutil.disk_usage(ROOT).free) < needed:
+        raise UserError(
+            f"{folder}: needs {gibibytes(needed)} more of disk, {gibibytes(free)} are free; make room, or use fewer --layers"
+        )
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
 
 
 def prepare(folder: Path, profile: str, loaded: Params, pairs: int, shape: Shape, needs_weights: bool) -> None:
@@ -301,6 +323,7 @@ def rehearse(profile: str, layers: int | None, pairs: int | None, folder: Path) 
     shape = replace(shape, layers=layers or shape.layers)
     path = folder / "records.json"
     records: dict[str, Any] = read_json(path) if path.is_file() else {}
+    check_disk(folder, shape)
     prepare(folder, profile, loaded, pairs, shape, needs_weights="fetch_model" not in records)
     for stage in STAGES:
         run_watched(stage, [sys.executable, "-m", "dvc", "repro", "--single-item", stage], folder, records)
@@ -354,8 +377,8 @@ def markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.rehearse", description="Run a profile on random weights.")
     parser.add_argument("--profile", default="a40")
-    parser.add_argument("--layers", type=int, help="fewer decoder layers than the model has")
-    parser.add_argument("--pairs", type=int, help="fewer pairs in the optimizer step than the profile has")
+    parser.add_argument("--layers", type=positive, help="fewer decoder layers than the model has")
+    parser.add_argument("--pairs", type=positive, help="fewer pairs in the optimizer step than the profile has")
     parser.add_argument("--generate", type=Path, metavar="GGUF", help=argparse.SUPPRESS)
     given = parser.parse_args()
     try:
@@ -370,6 +393,8 @@ def main() -> None:
         found = rehearse(given.profile, given.layers, given.pairs, folder)
     except UserError as error:
         sys.exit(f"rehearse: {error}")
+    except KeyboardInterrupt:
+        sys.exit("rehearse: interrupted; run this again, it goes on from here")
     target = folder / "reports" if given.layers or given.pairs else REPORTS
     write_json(target / "rehearsal.json", found)
     with complete_file(target / "rehearsal.md") as path:

@@ -1,5 +1,6 @@
 """The a40 profile from rows to a GGUF that writes, at Llama-3's own widths and vocabulary, with 2 of its 32 layers and 2 pairs."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 
 from stages import rehearse
 from stages.artifacts import read_json
+from stages.console import UserError
 from stages.params import read_yaml
 from stages.rehearse import STAGES, markdown
 from stages.weights import stored_tensors
@@ -75,6 +77,33 @@ def test_the_page_names_every_stage(folder: Path) -> None:
     assert "1.49 billion random weights (2 layers" in page
     rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
     assert rows == ["stage", *STAGES, "generate"]
+
+
+@pytest.mark.parametrize(("pairs", "batch"), [(2, 2), (8, 8), (12, 4), (32, 8)])
+def test_the_step_is_of_all_pairs_that_were_asked_for(pairs: int, batch: int) -> None:
+    changed = rehearse.overrides(rehearse.load("a40"), pairs, "./random-model")["train"]
+    assert (changed["batch_size"], changed["batch_size"] * changed["accumulation"]) == (batch, pairs)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        rehearse.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100 << 30, 60 << 30, 40 << 30)
+    )
+    with pytest.raises(UserError, match=r"needs 49\.\d\d GiB more of disk, 40\.00 GiB are free; make room"):
+        rehearse.rehearse("a40", None, None, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_a_number_of_pairs_that_is_none_is_one_line(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rehearse", f"--pairs={value}"])
+    with pytest.raises(SystemExit):
+        rehearse.main()
+    assert f"{value} is not a whole number above 0" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_memory_of_a_process_counts_its_children() -> None:
