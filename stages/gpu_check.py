@@ -97,19 +97,8 @@ def shape_for(device: torch.device, on_gpu: Shape, on_cpu: Shape = TINY) -> Shap
 
 
 def model_config(shape: Shape) -> LlamaConfig:
-    """The configuration of a Llama of this shape."""
-    return LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
-        tie_word_embeddings=shape.tied,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    """The configuration of a check's model, whose tokenizer ends and pads with id 1."""
+    return llama3.config_of(shape, eos_token_id=1, pad_token_id=1)
 
 
 def random_model(shape: Shape, device: torch.device) -> PreTrainedModel:

@@ -1,13 +1,14 @@
-"""The tokenizer of the A40 profiles' base without the Hub: Llama-3's own, from the file that the Python package llama-models carries.
+"""The A40 profiles' base without the Hub: its shape, and its tokenizer, Llama-3's own, from the file of the Python package llama-models.
 
 For tests of the text that those profiles train on, and for the rehearsal at full size. The file is under Meta's Llama 3 licence.
 """
 
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from stages.memory import Shape
@@ -54,4 +55,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token=end,
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def config_of(shape: Shape, **others: Any) -> LlamaConfig:
+    """The Transformers configuration of a Llama of this shape."""
+    return LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        tie_word_embeddings=shape.tied,
+        **others,
     )

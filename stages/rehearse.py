@@ -30,7 +30,7 @@ import pyarrow as pa
 import torch
 from ruamel.yaml import YAML
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from stages import llama3, params
 from stages.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json, write_parquet
@@ -66,15 +66,8 @@ def random_model(folder: Path, shape: Shape, tokenizer: PreTrainedTokenizerBase)
 
     Like the published base it brings no generation config.
     """
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
-        tie_word_embeddings=shape.tied,
+    config = llama3.config_of(
+        shape,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
