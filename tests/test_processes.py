@@ -170,7 +170,6 @@ def test_what_the_devices_cannot_run_is_refused(count: int, distribution: str, g
         processes.check(count, distribution, gpus)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
 def test_fsdp_is_refused_on_the_cpu_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
