@@ -42,7 +42,7 @@ from stages.suites import Run, needs_math
 
 ROOT, NOUS = Path(__file__).parent.parent, "stages/tasks/nous"
 # The modules and the lock that results depend on; what else these import shapes no number. A suite reaches a result through its run alone.
-CODE = ("harness", "scoring", "gguf", "shared_prefix", "model", "tokenize")
+CODE = ("harness", "scoring", "gguf", "shared_prefix", "model", "products", "tokenize")
 MATH_LOCK = "requirements-math.lock"
 # Where the suites' tasks are; lm-eval reads every file of a folder, and all of its own take half a minute.
 FOLDERS = "agieval arc gsm8k hellaswag leaderboard mmlu/default openbookqa piqa super_glue/boolq truthfulqa winogrande"

@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from pydantic import PositiveInt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from stages import params
+from stages import params, products
 from stages.console import UserError
 
 
@@ -29,7 +29,11 @@ class BaseSettings(params.Settings):
 
 
 def set_determinism(threads: int) -> None:
-    """Fixes the number of CPU threads and asks torch for deterministic kernels (a warning where a device has none)."""
+    """Fixes the number of CPU threads and asks torch for deterministic kernels (a warning where a device has none).
+
+    On a CPU without bfloat16 it makes the products of that type fast (stages/products.py).
+    """
+    products.fit_to_cpu()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)

@@ -22,8 +22,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from stages import products
 from stages.artifacts import sha256_file, write_json
 from stages.fetch_model import BASE, EMBEDDED_FILE, EMBEDDED_PACKAGE
+
+products.fit_to_cpu()  # as every stage with a model does
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = {

@@ -707,7 +707,7 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
         return changes()
 
     assert not changes()
-    for module in ("harness", "scoring", "gguf", "shared_prefix", "model", "tokenize"):
+    for module in ("harness", "scoring", "gguf", "shared_prefix", "model", "products", "tokenize"):
         assert edited(f"stages/{module}.py"), module
     assert edited("stages/tasks/nous/bigbench.py")
     assert edited("stages/tasks/nous/_bigbench_yaml")
