@@ -31,9 +31,11 @@ class BaseSettings(params.Settings):
 def set_determinism(threads: int) -> None:
     """Fixes the number of CPU threads and asks torch for deterministic kernels (a warning where a device has none).
 
-    On a CPU without bfloat16 it makes the products of that type fast (stages/products.py).
+    On a CPU without bfloat16 it makes the products of that type fast (stages/products.py). On Hopper GPUs torch would choose cuDNN's
+    attention first, which builds a plan for every new length, and pairs differ in length: a step of the 8B profile took twice its time.
     """
     products.fit_to_cpu()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_attention_that_holds_its_scores_fails(tmp_path: Path) -> None:
         (line,) = lines(gpu_check.attention, tmp_path)
     assert line.verdict == "fail"
     assert "no attention kernel" in line.finding
+
+
+def test_stages_leave_cudnn_out_of_the_choice_of_attention() -> None:
+    program = "import torch; from stages.model import set_determinism; set_determinism(2); print(torch.backends.cuda.cudnn_sdp_enabled())"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
 
 
 def test_an_optimizer_that_steps_otherwise_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
