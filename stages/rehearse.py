@@ -46,7 +46,8 @@ ROOT = Path(__file__).parent.parent
 REPORTS = Path("reports")
 STAGES = ("fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize")
 TYPE, NEW_TOKENS, HELD_OUT = "Q4_K_M", 8, 4
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 0.5  # between looks at memory and disk, at least
+SAMPLE_SHARE = 0.03  # of all time, which looking may take
 
 
 @dataclass
@@ -221,7 +222,10 @@ def prepare(folder: Path, profile: str, loaded: Params, pairs: int, shape: Shape
 
 
 def memory_of(process: psutil.Process) -> Peak:
-    """What a process and its children hold now; a page that several of them have counts once."""
+    """What a process and its children hold now; a page that several of them have counts once.
+
+    Linux walks all their pages for it, and meanwhile they can neither map nor free memory: half a second at 20 GB.
+    """
     found = Peak()
     for one in [process, *process.children(recursive=True)]:
         try:
@@ -241,13 +245,14 @@ def watched(process: psutil.Process, folder: Path) -> Iterator[Peak]:
 
     def watch() -> None:
         while not stop.is_set():
+            began = time.monotonic()
             try:
                 now = memory_of(process)
             except psutil.Error:
                 return
             peak.anonymous, peak.resident = max(peak.anonymous, now.anonymous), max(peak.resident, now.resident)
             peak.disk = max(peak.disk, disk_used(folder))
-            stop.wait(SAMPLE_SECONDS)
+            stop.wait(max(SAMPLE_SECONDS, (time.monotonic() - began) / SAMPLE_SHARE))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -350,7 +355,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"`make rehearse PROFILE={found['profile']}`: {weights:.2f} billion random weights ({shape['layers']} layers, hidden size "
         f"{shape['hidden']}, vocabulary {shape['vocabulary']:,}), one optimizer step of {found['pairs']} pairs, merge, GGUF {TYPE}, and "
         f"{NEW_TOKENS} tokens written by it. Memory of its own is what no file backs; resident also counts the pages of files that a "
-        "process has mapped.",
+        "process has mapped. They are the largest that was seen, looking every half second, and where that takes long more seldom.",
         "",
         "| stage | minutes | memory of its own, GiB | resident, GiB | most disk, GiB |",
         "|---|--:|--:|--:|--:|",

@@ -117,3 +117,18 @@ def test_memory_of_a_process_counts_its_children() -> None:
         for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
     assert found >= 200_000_000
+
+
+def test_looking_at_memory_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def slow(process: psutil.Process) -> rehearse.Peak:
+        looks.append(process)
+        time.sleep(0.1)
+        return rehearse.Peak(anonymous=7)
+
+    monkeypatch.setattr(rehearse, "memory_of", slow)
+    monkeypatch.setattr(rehearse, "SAMPLE_SECONDS", 0.01)
+    with rehearse.watched(psutil.Process(), tmp_path) as peak:
+        time.sleep(1)
+    assert (len(looks), peak.anonymous) == (1, 7)
