@@ -1,7 +1,7 @@
 """Whether a training run fits into a GPU's memory, and the smallest change after which it does.
 
-The components are those of stages/memory.py; what CUDA itself and its allocator's fragments take on top are assumptions until
-`make gpu-check` has confirmed them on a GPU.
+The components are those of stages/memory.py; what CUDA itself and its allocator's fragments take on top are assumptions, with which plans
+were within 4 % of what the driver of one H100 counted (docs/environments.md); `make gpu-check` tries them on another GPU.
 """
 
 from __future__ import annotations

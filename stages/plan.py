@@ -63,8 +63,11 @@ GPUS = {
     "A40": Gpu(46_068 << 20, 150e12, 696e9),
     "RTX 4090": Gpu(24_564 << 20, 165e12, 1008e9),
     "A100": Gpu(81_920 << 20, 312e12, 1935e9),
+    "H100": Gpu(81_559 << 20, 989e12, 3352e9),
 }
-EFFICIENCY = 0.3  # of the dense rate in training and scoring, and of the memory's in generation; an assumption
+# Of the dense rate in training and scoring, as seen in training on one H100; of the memory's in generation, an assumption.
+EFFICIENCY = 0.3
+LAUNCHING = 0.013  # seconds that Python takes to launch a pass through a layer, forward, backward or computed again; seen there too
 # From the questions that lm-eval lists; lengths are about, since no data set was here to be counted.
 SUITES: dict[SuiteName, tuple[Work, ...]] = {
     "nous": (Work(2_546, 5, 250, 15), Work(20_465, 4, 70, 15), Work(817, 8, 150, 15), Work(13_000, 6, 150, 5)),
@@ -195,7 +198,8 @@ def needs(loaded: Params, run: Training, gpu: Gpu) -> list[Need]:
     the float32 model's logits. Disk: DVC links its cache to what is in the folder, so every artifact counts once; fetch_model's two
     copies are the download's and the model's, of which one is left.
     Time on the GPU: FLOPs of the matrix products (2 a weight and token forward, the same again backward to the inputs, and a third time
-    where activations are recomputed) at the assumed efficiency. Of the others: the rehearsal's rates, and an assumed one of the network.
+    where activations are recomputed) at a share of the dense rate, in reference and train at least what Python takes to launch them. Of the
+    others: the rehearsal's rates, and an assumed one of the network.
     """
     shape, lengths, s, e = run.shape, run.lengths, SIZES[loaded.base.dtype], loaded.evaluate
     weights = shape.linear_weights + shape.other_weights
@@ -218,17 +222,23 @@ def needs(loaded: Params, run: Training, gpu: Gpu) -> list[Need]:
     llama = round(weights * bits / 8) + cells * cache + CONTEXT if e.types else 0
     exact = 4 * weights + e.context * shape.vocabulary * 4 + CONTEXT if e.divergence_pairs else 0
     files = {kind: round(weights * BITS[kind] / 8) for kind in ("f16", *loaded.quantize.types)}
-    speed = gpu.flops * EFFICIENCY
+    speed, train = gpu.flops * EFFICIENCY, loaded.train
+
+    def seconds(passes: float, held_out_passes: float, batch_size: int) -> float:
+        """So many passes over the training and the held-out pairs: as long as the GPU computes, or as Python takes to launch it."""
+        launched = (passes * len(lengths.prompt) + held_out_passes * HELD_OUT) / batch_size * shape.layers
+        return max((passes * forward + held_out_passes * held_out) / speed, launched * LAUNCHING)
+
     quantized = weights / CONVERTED + len(loaded.quantize.types) * weights / QUANTIZED
     return [
         Need("fetch_model", 0, PYTHON, 2 * weights, 2 * weights / DOWNLOAD),
-        Need("reference", reference, PYTHON + 2 * largest, 0, (forward + held_out) / speed),
+        Need("reference", reference, PYTHON + 2 * largest, 0, seconds(1, 1, loaded.reference.batch_size)),
         Need(
             "train",
             run.total(),
             PYTHON + 2 * largest,
             3 * memory.adapter,
-            (loaded.train.epochs * passes * forward + loaded.train.evaluations * held_out) / speed,
+            seconds(train.epochs * passes, train.evaluations, train.batch_size),
         ),
         Need("merge", 0, PYTHON + 2 * largest, 2 * weights, weights / MERGED),
         Need("quantize", 0, PYTHON + 2 * largest, sum(files.values()), quantized),

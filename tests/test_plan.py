@@ -10,7 +10,7 @@ from stages import repro
 from stages.capacity import Training
 from stages.console import UserError
 from stages.llama3 import SHAPE
-from stages.plan import GPUS, HELD_OUT, Params, evaluation_seconds, load, needs, plan, refusal, training_of
+from stages.plan import GPUS, HELD_OUT, LAUNCHING, Params, evaluation_seconds, load, needs, plan, refusal, training_of
 
 ROOT = Path(__file__).resolve().parent.parent
 A40, SMALL = GPUS["A40"], GPUS["RTX 4090"]
@@ -48,6 +48,17 @@ def test_a_float32_model_is_too_much_for_24_gb_and_the_change_named_helps() -> N
     assert refused(divergence_pairs=0, batch_size=4)  # llama.cpp's cache
     assert refused(divergence_pairs=0, slots=4)  # that of Transformers
     assert not refused(divergence_pairs=0, batch_size=4, slots=4)
+
+
+def test_a_fast_gpu_waits_for_python_and_a_slow_one_does_not() -> None:
+    loaded, run = planned("a40")
+    passes = 3 * len(run.lengths.prompt) + loaded.train.evaluations * HELD_OUT  # with checkpointing
+    waiting = passes / loaded.train.batch_size * SHAPE.layers * LAUNCHING
+    seconds = {
+        name: next(need.seconds for need in needs(loaded, run, GPUS[name]) if need.stage == "train") for name in GPUS
+    }
+    assert seconds["H100"] == pytest.approx(waiting)
+    assert seconds["A40"] > 2 * waiting
 
 
 def test_needs_follow_the_model() -> None:
