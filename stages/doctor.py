@@ -102,6 +102,13 @@ def check_compiler(path: str | None = None) -> Check:
     return Check("compiler", True, compiler)
 
 
+def check_cpu(cpuinfo: str | None) -> Check:
+    """Whether the CPU multiplies bfloat16 fast, by the text of /proc/cpuinfo; where it does not, runs take longer, and that is all."""
+    if re.search(r"\b(avx512bw|bf16)\b", cpuinfo or ""):
+        return Check("cpu", True, "multiplies bfloat16")
+    return Check("cpu", True, "no bfloat16, which goes through float32 and takes several times as long")
+
+
 def git(root: Path, *arguments: str) -> str | None:
     """What git prints, or None where it fails."""
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
@@ -501,6 +508,7 @@ def examine(root: Path, profile: str | None = None) -> list[Check]:
         check_driver(None if wanted == "cpu" else gpu, torch_cuda(source or "")),
         check_packages(pinned, installed_versions(pinned)),
         check_compiler(),
+        check_cpu(read_text(Path("/proc/cpuinfo"))),
         check_torch(source, has_gpu),
         check_llama(llama_libraries(), has_gpu),
         repository,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import doctor, plan
+from stages import doctor, plan, products
 from stages.artifacts import write_json
 from stages.repro import with_profile
 
@@ -169,6 +169,25 @@ def test_a_missing_compiler_is_a_problem(tmp_path: Path, monkeypatch: pytest.Mon
     assert "build-essential" in doctor.check_compiler(path=str(tmp_path)).mend
     (tmp_path / "c++").touch(mode=0o755)
     assert doctor.check_compiler(path=str(tmp_path)).ok
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [
+        ("flags : sse2 avx2 avx512f avx512bw", True),
+        ("Features : asimd bf16 i8mm", True),
+        ("flags : avx2 avx512fp16", False),
+    ],
+)
+def test_a_cpu_without_bfloat16_is_told_and_no_problem(flags: str, fast: bool) -> None:
+    check = doctor.check_cpu(flags)
+    assert check.ok
+    assert ("takes several times as long" in check.finding) is not fast
+
+
+def test_the_cpu_here_is_told_as_torch_finds_it() -> None:
+    finding = doctor.check_cpu(doctor.read_text(Path("/proc/cpuinfo"))).finding
+    assert (finding == "multiplies bfloat16") is products.has_bfloat16()
 
 
 def test_a_folder_without_git_is_a_problem(tmp_path: Path) -> None:
