@@ -11,7 +11,7 @@ import warnings
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 FEW = 16  # rows below which converting a transposed matrix takes longer than torch's product (49,152 x 576, one thread)
 
@@ -63,13 +63,13 @@ def addmm_(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
 
 
 @cache
-def fit_to_cpu() -> torch.library.Library | None:
+def fit_to_cpu() -> library.Library | None:
     """Puts these in place of torch's for this process, where the CPU has no bfloat16; once, and for good."""
     if has_bfloat16():
         return None
-    library = torch.library.Library("aten", "IMPL")
+    kernels = library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about the replacement
         for function in (mm, bmm, addmm, addmm_):
-            library.impl(function.__name__, function, "CPU")
-    return library
+            kernels.impl(function.__name__, function, "CPU")
+    return kernels
