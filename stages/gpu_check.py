@@ -144,7 +144,10 @@ def make_project(
     dtype: str = "bfloat16",
     **changes: Any,
 ) -> None:
-    """What training reads, in a folder: random weights, these pairs, a reference of zeros, and the profile with `changes` of `train`."""
+    """What training reads, in a folder: random weights, these pairs, a reference of zeros, and the profile with `changes` of `train`.
+
+    It computes in `dtype`.
+    """
     base = folder / "models/base"
     random_model(shape, device).save_pretrained(base)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
@@ -338,6 +341,17 @@ def checkpointing(device: torch.device, folder: Path) -> Iterator[Line]:
     yield judged("gradient checkpointing", good, text, error=relative, noise=noise, with_it=peaks[2], without=peaks[1])
 
 
+def step_peak(shape: Shape, loaded: train.Params, tokens: int, predicted: Memory, cuda: bool) -> int:
+    """The most that a step makes and drops, where a plan adds up what comes one after another.
+
+    It is there in the forward's last chunk of logits, or in the backward pass of a layer, which with checkpointing has been computed again.
+    """
+    checkpointing = loaded.train.gradient_checkpointing
+    again = layer_activations(shape, loaded.base, loaded.train, tokens, cuda) if checkpointing else 0
+    forward = predicted.activations - again + predicted.logits
+    return max(forward, predicted.activations + predicted.workspace)
+
+
 def measured_memory(
     device: torch.device, folder: Path, shape: Shape, pairs: int, prompt: int, answer: int
 ) -> Iterator[Line]:
@@ -366,12 +380,7 @@ def measured_memory(
     predicted = training_memory(shape, loaded.base, loaded.train, tokens, 2 * pairs * answer, is_gpu)
     expected = {key: getattr(predicted, key) for key in found}
     found["the step's own"] = peak - found["optimizer"] - predicted.gradients
-    # A plan adds up what one step holds one after another; the most at one time is in the forward's last chunk of logits, or in the
-    # backward pass of a layer, which with checkpointing has been computed again.
-    layer = layer_activations(shape, loaded.base, loaded.train, tokens, is_gpu)
-    again = layer if loaded.train.gradient_checkpointing else 0
-    backward = predicted.activations + predicted.workspace
-    expected["the step's own"] = max(predicted.activations - again + predicted.logits, backward)
+    expected["the step's own"] = step_peak(shape, loaded, tokens, predicted, is_gpu)
     for sizes in (found, expected):
         sizes["all"] = sum(sizes.values()) + predicted.gradients
     off = {key: found[key] / expected[key] - 1 for key in found}
@@ -549,6 +558,21 @@ def run(check: Check, device: torch.device, folder: Path) -> Iterator[Line]:
             torch.cuda.empty_cache()
 
 
+def run_all(device: torch.device, scratch: Path, target: Path) -> list[Line]:
+    """The lines of all checks, printed as they come.
+
+    The record is written after each check, with the names of those that are left, so that a run cut short leaves what it found.
+    """
+    found, lines = machine(device), []
+    for number, check in enumerate(CHECKS):
+        for line in run(check, device, scratch / check.__name__):
+            print(line, flush=True)
+            lines.append(line)
+        left = [other.__name__ for other in CHECKS[number + 1 :]]
+        write_json(target, {"machine": found, "lines": [asdict(line) for line in lines], "left": left})
+    return lines
+
+
 def machine(device: torch.device) -> dict[str, str]:
     """What the numbers were found on: GPU, driver, and the versions that matter."""
     packages = ("torch", "bitsandbytes", "llama-cpp-python", "transformers", "trl", "peft", "accelerate")
@@ -580,14 +604,10 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     target = REPORT if device.type == "cuda" else scratch / "cpu.json"
-    found, lines = machine(device), []
-    for number, check in enumerate(CHECKS):
-        for line in run(check, device, scratch / check.__name__):
-            print(line, flush=True)
-            lines.append(line)
-        # After each, so that a run that is cut short leaves what it found, and what it left.
-        left = [other.__name__ for other in CHECKS[number + 1 :]]
-        write_json(target, {"machine": found, "lines": [asdict(line) for line in lines], "left": left})
+    try:
+        lines = run_all(device, scratch, target)
+    except KeyboardInterrupt:
+        sys.exit(f"gpu-check: interrupted; {target} has the checks that were done, if any")
     counts = {verdict: sum(line.verdict == verdict for line in lines) for verdict in ("pass", "fail", "skip")}
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f"; {target}")
     return 1 if counts["fail"] else 0
