@@ -1,13 +1,15 @@
 """A profile's run on random weights of its model's exact shape, on whatever machine is here: `make rehearse PROFILE=a40`.
 
     python -m stages.rehearse --profile a40                 (or: make rehearse PROFILE=a40)
-    python -m stages.rehearse --profile a40 --layers 2 --pairs 4    the same with fewer layers and a smaller step, in minutes
+    python -m stages.rehearse --profile a40 --pairs 8       the same with a step of fewer pairs
+    python -m stages.rehearse --profile a40 --layers 2 --pairs 4    and with fewer layers, in minutes
 
 It proves what can be proved without the GPU, the data and the weights: that every stage works at that size and what memory, disk and time
 it takes. In a copy of the tracked files (.scratch/rehearsal) whose params.yaml is the profile's, with random weights, Llama-3's own
 tokenizer and Hermes-shaped rows for one optimizer step, DVC runs the stages up to the GGUF; then that file is loaded and writes 8 tokens.
 The learning rate has no warm-up there, so that the step moves the adapter. What has run is not run again: start it again after an
-interruption. reports/rehearsal.json and .md say what each stage took.
+interruption. reports/rehearsal.json and .md say what each stage took, rehearsal-8 that of a step of 8 pairs; with fewer layers they
+are in the copy.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from stages.console import UserError
 from stages.gguf import GgufModel
 from stages.memory import Shape
 from stages.plan import BITS, Params, load, model_shape, pair_lengths
+from stages.products import has_bfloat16
 from stages.repro import environment
 from stages.weights import DTYPES, PIECE, Stored, write_folder
 
@@ -316,7 +319,9 @@ def rehearse(profile: str, layers: int | None, pairs: int | None, folder: Path) 
         UserError: a stage fails, or did not do what it is there for.
     """
     loaded = load(profile)
-    pairs = pairs or loaded.train.batch_size * loaded.train.accumulation
+    options = {"PROFILE": profile, "LAYERS": layers, "PAIRS": pairs}
+    all_pairs = loaded.train.batch_size * loaded.train.accumulation
+    pairs = pairs or all_pairs
     shape = model_shape(loaded)
     shape = replace(shape, layers=layers or shape.layers)
     path = folder / "records.json"
@@ -335,9 +340,13 @@ def rehearse(profile: str, layers: int | None, pairs: int | None, folder: Path) 
     write_json(path, records)
     return {
         "profile": profile,
+        "command": " ".join(["make rehearse", *(f"{key}={value}" for key, value in options.items() if value)]),
+        "cores": os.cpu_count(),
+        "has_bfloat16": has_bfloat16(),
         "shape": vars(shape),
         "weights": shape.linear_weights + shape.other_weights,
         "pairs": pairs,
+        "pairs_of_profile": all_pairs,
         "largest_b": largest,
         "stages": records,
         "merge": read_json(folder / "models/merged/merge.json"),
@@ -349,13 +358,15 @@ def markdown(found: dict[str, Any]) -> str:
     """The page of reports/rehearsal.md."""
     shape, records = found["shape"], found["stages"]
     weights, b = found["weights"] / 1e9, found["largest_b"]
+    cpu = f"{found['cores']} cores {'with' if found['has_bfloat16'] else 'without'} bfloat16"
     lines = [
         f"# Rehearsal of the profile {found['profile']}",
         "",
-        f"`make rehearse PROFILE={found['profile']}`: {weights:.2f} billion random weights ({shape['layers']} layers, hidden size "
-        f"{shape['hidden']}, vocabulary {shape['vocabulary']:,}), one optimizer step of {found['pairs']} pairs, merge, GGUF {TYPE}, and "
-        f"{NEW_TOKENS} tokens written by it. Memory of its own is what no file backs; resident also counts the pages of files that a "
-        "process has mapped. They are the largest that was seen, looking every half second, and where that takes long more seldom.",
+        f"`{found['command']}` on {cpu}: {weights:.2f} billion random weights ({shape['layers']} layers, hidden size "
+        f"{shape['hidden']}, vocabulary {shape['vocabulary']:,}), one optimizer step of {found['pairs']} of the profile's "
+        f"{found['pairs_of_profile']} pairs, merge, GGUF {TYPE}, and {NEW_TOKENS} tokens written by it. Memory of its own is what no "
+        "file backs; resident also counts the pages of files that a process has mapped. They are the largest that was seen, looking "
+        "every half second, and where that takes long more seldom.",
         "",
         "| stage | minutes | memory of its own, GiB | resident, GiB | most disk, GiB |",
         "|---|--:|--:|--:|--:|",
@@ -393,9 +404,9 @@ def main() -> None:
         sys.exit(f"rehearse: {error}")
     except KeyboardInterrupt:
         sys.exit("rehearse: interrupted; run this again, it goes on from here")
-    target = folder / "reports" if given.layers or given.pairs else REPORTS
-    write_json(target / "rehearsal.json", found)
-    with complete_file(target / "rehearsal.md") as path:
+    target = (folder / "reports" if given.layers else REPORTS) / f"rehearsal{f'-{given.pairs}' if given.pairs else ''}"
+    write_json(target.with_suffix(".json"), found)
+    with complete_file(target.with_suffix(".md")) as path:
         path.write_text(markdown(found))
     print(markdown(found))
 

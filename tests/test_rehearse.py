@@ -74,7 +74,9 @@ def test_started_again_it_does_nothing_twice(folder: Path) -> None:
 
 def test_the_page_names_every_stage(folder: Path) -> None:
     page = markdown(read_json(folder / "found.json"))
+    assert "`make rehearse PROFILE=a40 LAYERS=2 PAIRS=2` on " in page
     assert "1.49 billion random weights (2 layers" in page
+    assert "one optimizer step of 2 of the profile's 32 pairs" in page
     rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
     assert rows == ["stage", *STAGES, "generate"]
 
