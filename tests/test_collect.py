@@ -19,6 +19,7 @@ from stages.gguf import GgufModel
 from stages.topics import split_topics
 
 EMBEDDED = Path(__file__).parent.parent / "data/embedded"
+SOME_QUESTIONS = 16
 LOADED = params.load(collect.Params, Path(__file__).parent.parent / "params.yaml")
 
 KITES = {
@@ -55,8 +56,13 @@ def test_pairs_rebuilt_from_the_samples_have_the_committed_bytes(questions: list
 def test_a_slice_sampled_again_has_the_committed_bytes(
     questions: list[collect.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bits are promised on one kind of CPU; on another one answers still begin alike far more often than two to one question do."""
+    """Bits are promised on one kind of CPU; on another one answers still begin alike far more often than two to one question do.
+
+    There some of the questions show it: without bfloat16 a whole chunk takes minutes.
+    """
     number, chunk = min(enumerate(collect.chunks(questions, LOADED.collect)), key=lambda entry: len(entry[1]))
+    is_same_cpu = read_json(EMBEDDED / "sampled_on.json") == collect.processor()
+    chunk = chunk if is_same_cpu else chunk[:SOME_QUESTIONS]
     monkeypatch.chdir(tmp_path)
     fetch_model.fetch_embedded(tmp_path / "base")
     collect.convert(tmp_path / "base", tmp_path / "base.gguf", "bf16")
@@ -65,7 +71,7 @@ def test_a_slice_sampled_again_has_the_committed_bytes(
         found = collect.sample_chunk(chunk, model, tokenizer, LOADED.collect, LOADED.seed)
     wanted = {question["id"] for question in chunk}
     committed = [row for row in pq.read_table(EMBEDDED / "samples.parquet").to_pylist() if row["id"] in wanted]
-    if read_json(EMBEDDED / "sampled_on.json") == collect.processor():
+    if is_same_cpu:
         assert found == committed, f"chunk {number}"
 
     def alike(pairs: Iterable[tuple[collect.Row, collect.Row]]) -> float:
