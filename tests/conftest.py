@@ -1,4 +1,4 @@
-"""What several tests need, built in this process and without a network: two tokenizers and a tiny model.
+"""What several tests need, built in this process and without a network: tokenizers, a tiny model and its GGUF, lm-eval's tasks.
 
 The tests hold for the CPU, to the bit in places, so a GPU is hidden from them and from what they start; `make gpu-check` tries that.
 """
@@ -7,6 +7,7 @@ import json
 import os
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
@@ -22,7 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from stages import products
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+from stages import products, quantize
 from stages.artifacts import sha256_file, write_json
 from stages.fetch_model import BASE, EMBEDDED_FILE, EMBEDDED_PACKAGE
 
@@ -96,3 +100,19 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, embedded_tokeniz
     files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
     write_json(folder / "manifest.json", {"source": "tests/tiny", "revision": "0" * 40, "files": files})
     return folder
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in float16."""
+    path = tmp_path_factory.mktemp("gguf") / "f16.gguf"
+    quantize.convert(tiny_model_folder, path, "f16")
+    return path
+
+
+@pytest.fixture(scope="session")
+def manager() -> "TaskManager":
+    """The index of lm-eval's tasks and the project's own."""
+    from stages import harness  # which takes seconds to import
+
+    return harness.task_manager()
