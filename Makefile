@@ -27,7 +27,7 @@ setup:
 
 ## make repro       bring every result up to date                         make repro PROFILE=cpu
 repro: setup
-	$(PY) -m stages.repro $(if $(PROFILE),--profile $(call quote,$(PROFILE)))
+	$(PY) -m tools.repro $(if $(PROFILE),--profile $(call quote,$(PROFILE)))
 
 OVERRIDES = $(if $(BETA),-S $(call quote,beta=$(BETA))) $(if $(LOSS),-S $(call quote,loss_type=$(LOSS))) \
 	$(if $(SEED),-S $(call quote,seed=$(SEED)))
@@ -40,40 +40,40 @@ train: setup
 need-BETAS:
 	@:$(if $(SEEDS),,$(call need,BETAS,sweep BETAS=0.05$(comma)0.1$(comma)0.2))
 sweep: need-BETAS setup
-	$(PY) -m stages.sweep $(if $(BETAS),--betas $(call quote,$(BETAS))) $(if $(SEEDS),--seeds $(call quote,$(SEEDS)))
+	$(PY) -m tools.sweep $(if $(BETAS),--betas $(call quote,$(BETAS))) $(if $(SEEDS),--seeds $(call quote,$(SEEDS)))
 
 ## make review      what a change does to the results                     make review BASE=main HEAD=my-branch
 need-BASE:
 	@:$(call need,BASE,review BASE=main)
 review: need-BASE setup
-	$(PY) -m stages.review --base $(call quote,$(BASE)) $(if $(HEAD),--head $(call quote,$(HEAD)))
+	$(PY) -m tools.review --base $(call quote,$(BASE)) $(if $(HEAD),--head $(call quote,$(HEAD)))
 
 ## make chat        talk to the trained model
 chat: setup
-	$(PY) -m stages.chat
+	$(PY) -m tools.chat
 
 ## make plan        memory, disk and time that a profile needs            make plan PROFILE=a40 GPU='RTX 4090'
 plan: setup
-	$(PY) -m stages.plan $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(GPU),--gpu $(call quote,$(GPU)))
+	$(PY) -m tools.plan $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(GPU),--gpu $(call quote,$(GPU)))
 
 ## make rehearse    a profile on random weights of its model's shape      make rehearse PROFILE=a40
 rehearse: setup
-	$(PY) -m stages.rehearse $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(LAYERS),--layers $(call quote,$(LAYERS))) \
+	$(PY) -m tools.rehearse $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(LAYERS),--layers $(call quote,$(LAYERS))) \
 		$(if $(PAIRS),--pairs $(call quote,$(PAIRS)))
 
 ## make compare-published   the 2K subset beside the published one        after make repro PROFILE=a40_published
 compare-published: setup
-	$(PY) -m stages.compare_published
+	$(PY) -m tools.compare_published
 
 ## make base        merge the A40 profiles' base anew                      make base RESOLVE=1
 base: setup
-	$(PY) -m stages.base_merge $(if $(RESOLVE),--resolve)
+	$(PY) -m tools.merge_base $(if $(RESOLVE),--resolve)
 
 ## make publish     show a release, or push it                            make publish REPO=owner/name PROFILE=cpu PUSH=1
 need-REPO:
 	@:$(call need,REPO,publish REPO=owner/name)
 publish: need-REPO setup
-	$(PY) -m stages.publish --repo $(call quote,$(REPO)) $(if $(PROFILE),--profile $(call quote,$(PROFILE))) \
+	$(PY) -m tools.publish --repo $(call quote,$(REPO)) $(if $(PROFILE),--profile $(call quote,$(PROFILE))) \
 		$(if $(LICENCE),--licence $(call quote,$(LICENCE))) $(if $(PUSH),--push)
 
 ## make report      bring reports/ up to date, and what it rests on
@@ -83,7 +83,7 @@ report: setup
 ## make collect     sample data/embedded again, where it stopped
 collect: setup
 	$(DVC) repro fetch_model
-	$(PY) -m stages.collect
+	$(PY) -m tools.collect
 
 ## make bench       measure it beside the alternatives                    make bench FULL=1
 bench: setup
@@ -108,8 +108,8 @@ format: setup
 
 ## make doctor      look for what breaks runs, and say how to mend it     make doctor PROFILE=a40
 doctor: setup
-	$(PY) -m stages.doctor $(if $(PROFILE),--profile $(call quote,$(PROFILE)))
+	$(PY) -m tools.doctor $(if $(PROFILE),--profile $(call quote,$(PROFILE)))
 
 ## make gpu-check   try on the GPU that is here what no CPU can           about ten minutes
 gpu-check: setup
-	$(PY) -m stages.gpu_check
+	$(PY) -m tools.gpu_check

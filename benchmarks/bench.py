@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from stages.artifacts import complete_file, read_json, scratch_folder, write_json
-from stages.console import UserError
-from stages.params import read_yaml, selected_profile
-from stages.quantize import convert, quantize
+from hermes.artifacts import complete_file, read_json, scratch_folder, write_json
+from hermes.console import UserError
+from hermes.model.gguf_files import convert, quantize
+from hermes.params import read_yaml, selected_profile
 
 ROOT = Path(__file__).parent.parent
 REPORTS = Path("reports")

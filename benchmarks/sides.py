@@ -31,12 +31,13 @@ from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from stages import params, reference, train
-from stages.artifacts import write_parquet
-from stages.gguf import GgufModel
-from stages.model import load_base, set_determinism
-from stages.scoring import GgufChat
-from stages.shared_prefix import share_prefix
+from hermes import params
+from hermes.artifacts import write_parquet
+from hermes.evaluation.chat_models import GgufChat
+from hermes.model.base import load_base, set_determinism
+from hermes.model.gguf import GgufModel
+from hermes.training.shared_prefix import share_prefix
+from stages import reference, train
 from stages.tokenize import schema
 from stages.train import load_pairs
 
@@ -159,7 +160,7 @@ def train_trl(mix: str, pairs: int, quantized: bool, checkpointing: bool, precom
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # else its gradients are wrong (stages/model.py)
+            module.support_avx512bf16_for_cpu = False  # else its gradients are wrong (hermes/model/base.py)
     s = loaded.train
 
     reference_seconds = 0.0

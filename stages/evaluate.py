@@ -1,12 +1,12 @@
 """Stage evaluate: base, merged and every GGUF on the same held-out tasks -> data/evaluation.
 
-The tasks are lm-eval's (stages/tasks/*.yaml), run through models that work on token ids (stages/scoring.py): strict instruction accuracy
-over greedy answers, preference accuracy on held-out pairs, log-likelihood of plain answers. Beside them, over full
+The tasks are lm-eval's (hermes/evaluation/tasks/*.yaml), run through models that work on token ids (chat_models.py there): strict
+instruction accuracy over greedy answers, preference accuracy on held-out pairs, log-likelihood of plain answers. Beside them, over full
 distributions, the divergence of each GGUF (and of bfloat16) from the merged weights run in float32. An answer that reaches the token
-limit is unfinished and fails. All questions meet all models, so every comparison is paired (stages/intervals.py).
+limit is unfinished and fails. All questions meet all models, so every comparison is paired (hermes/evaluation/intervals.py).
 
-Benchmark suites (stages/suites.py) come first: they are long, need the network, and go on where a killed run stopped. Their results stay in
-.scratch/suites, so that another suite or GGUF type costs only itself.
+Benchmark suites (hermes/evaluation/benchmarks.py) come first: they are long, need the network, and go on where a killed run stopped.
+Their results stay in .scratch/suites, so that another suite or GGUF type costs only itself.
 """
 
 import json
@@ -26,19 +26,25 @@ from peft import PeftModel
 from pydantic import Field, NonNegativeInt, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stages import harness, params, suites
-from stages.artifacts import complete_file, complete_folder, open_parquet, read_json, scratch_folder, write_json
-from stages.console import UserError, run_stage
-from stages.constraints import SEEN_KINDS
-from stages.intervals import paired_gain
-from stages.merge import ADAPTER, Merger
-from stages.model import BaseSettings, load, load_base, set_determinism
-from stages.scoring import Batching, ChatModel, HuggingFaceChat, Ids, opened, release, score
-from stages.tokenize import Forged, answer_ids, check_plain, prompt_ids
-from stages.verifiers import is_looping
+from hermes import params
+from hermes.artifacts import complete_file, complete_folder, open_parquet, read_json, scratch_folder, write_json
+from hermes.console import UserError, run_stage
+from hermes.data.chat_text import Forged, answer_ids, check_plain, prompt_ids
+from hermes.evaluation import benchmarks, run_benchmarks
+from hermes.evaluation.chat_models import Batching, ChatModel, HuggingFaceChat, Ids, opened, release, score
+from hermes.evaluation.intervals import paired_gain
+from hermes.instructions.kinds import SEEN_KINDS
+from hermes.instructions.verifiers import is_looping
+from hermes.model.adapter_merge import Merger
+from hermes.model.base import BaseSettings, load, load_base, set_determinism
 
 BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
-SUBSET, OUTPUT, TASKS = Path("data/subset"), Path("data/evaluation"), Path(__file__).parent / "tasks"
+ADAPTER = Path("models/adapter")
+SUBSET, OUTPUT, TASKS = (
+    Path("data/subset"),
+    Path("data/evaluation"),
+    Path(__file__).parent.parent / "hermes/evaluation/tasks",
+)
 NEEDED = {"instructions": Path("data/raw/questions.parquet"), "plain": Path("data/raw/plain.jsonl")}
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
@@ -49,14 +55,14 @@ class EvaluateSettings(Batching):
 
     split: Literal["validation", "test"]
     tasks: Annotated[list[Literal["instructions", "preference", "plain"]], Field(min_length=1)]
-    suites: list[suites.SuiteName]
+    suites: list[benchmarks.SuiteName]
     types: list[str]
     divergence_pairs: NonNegativeInt
 
     @model_validator(mode="after")
     def _answers_fit(self) -> "EvaluateSettings":
         longest = {"`max_new_tokens`": self.max_new_tokens}
-        longest |= {f"the longest answer of `{name}`": suites.SUITES[name].longest_answer for name in self.suites}
+        longest |= {f"the longest answer of `{name}`": benchmarks.SUITES[name].longest_answer for name in self.suites}
         for what, tokens in longest.items():
             if tokens >= self.context:
                 raise ValueError(f"{what} ({tokens} tokens) leaves no room for a prompt in `context` ({self.context})")
@@ -135,28 +141,32 @@ def run_suites(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, n
     """The folder of each model with the results and logs of all tasks of the suites; nothing where there are no suites.
 
     Raises:
-        UserError: something is missing (stages/harness.py), or a model was not asked the questions of those before it.
+        UserError: something is missing (hermes/evaluation/run_benchmarks.py), or a model was not asked the questions of those before it.
     """
-    runs = suites.runs(settings.suites)
+    runs = benchmarks.runs(settings.suites)
     folders: dict[str, Path] = {}
     for name in names if runs else ():
         print(f"suites on {name}", flush=True)
-        folders[name] = scratch_folder("suites") / harness.folder_name(path_of(name), settings)
-        harness.run_all(runs, folders[name], partial(opened, path_of(name), settings, tokenizer), settings.context)
-        suites.check_questions(suite_results(runs, folders))
+        folders[name] = scratch_folder("suites") / run_benchmarks.folder_name(path_of(name), settings)
+        run_benchmarks.run_all(
+            runs, folders[name], partial(opened, path_of(name), settings, tokenizer), settings.context
+        )
+        benchmarks.check_questions(suite_results(runs, folders))
     return folders
 
 
-def suite_results(runs: list[suites.Run], folders: dict[str, Path]) -> dict[str, dict[suites.Run, Any]]:
+def suite_results(runs: list[benchmarks.Run], folders: dict[str, Path]) -> dict[str, dict[benchmarks.Run, Any]]:
     """For each model the result of each run."""
     return {name: {run: read_json(folder / f"{run.label}.json") for run in runs} for name, folder in folders.items()}
 
 
 def write_suites(settings: EvaluateSettings, folders: dict[str, Path], target: Path) -> None:
     """Writes suites.json, which the report shows, and suites/MODEL/, the results and logs of the tasks."""
-    runs = suites.runs(settings.suites)
+    runs = benchmarks.runs(settings.suites)
     results = suite_results(runs, folders)
-    write_json(target / "suites.json", {name: suites.summary(suites.SUITES[name], results) for name in settings.suites})
+    write_json(
+        target / "suites.json", {name: benchmarks.summary(benchmarks.SUITES[name], results) for name in settings.suites}
+    )
     for name, folder in folders.items():
         (target / "suites" / name).mkdir(parents=True)
         for file in (f"{run.label}.{ending}" for run in runs for ending in ("json", "jsonl.gz")):

@@ -4,52 +4,32 @@ The embedded source is data/embedded (see its README), whose held-out questions 
 (`source: ./my-data`) with Parquet, JSON (a row a line, or one list of rows) or CSV files, gzipped or not, is read the same way. Of a Hub
 source, the files of its splits are downloaded at the exact commit; `datasets` says which they are, and what its card says of its licence
 goes into the manifest. `splits` says which split of the source plays which part, `columns` and `format` how its tables are laid out
-(stages/pairs.py).
+(hermes/data/pairs.py).
 
 Every row of the source has its row here. One that is not of the layout has null parts, and misfits.json, which is there only for such
 rows, says why; stages/subset.py stops at it or leaves it out. Only where no row of a split fits, the parameters are wrong: that stops here.
 """
 
-import gzip
-import json
 import shutil
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import chain, islice, starmap
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
-import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 from datasets import get_dataset_config_names, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from huggingface_hub import metadata_load
 from pydantic import field_validator, model_validator
 
-from stages import hub, params
-from stages.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json
-from stages.console import UserError, run_stage
-from stages.pairs import Columns, Format, Misfit, standard_batches, standard_schema
+from hermes import hub, params
+from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json
+from hermes.console import UserError, run_stage
+from hermes.data.pairs import Columns, Format, Misfit, standard_batches, standard_schema
+from hermes.data.tables import ENDINGS, opened
 
 RAW, EMBEDDED = Path("data/raw"), Path("data/embedded")
 MISFITS = "misfits.json"
-BATCH = 1024
-CSV_BLOCK = 1 << 28  # bytes; a row has to fit in, and pyarrow's own 1 MB is less than some answers have
-ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
 Split = Literal["train", "validation", "test"]
-Row = dict[str, Any]
 Misfits = dict[str, dict[int, Misfit]]  # by split and number of the row
-# What reading a file raises that is cut, or is not what its name says.
-DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError, zlib.error)
-# The type of a JSON column by the types of its values; of another mixture each value is carried along as JSON text.
-JSON_TYPES = {
-    frozenset({bool}): pa.bool_(),
-    frozenset({int}): pa.int64(),
-    frozenset({float}): pa.float64(),
-    frozenset({int, float}): pa.float64(),
-}
 CARD = "README.md"
 CARD_KEYS = ("license", "license_name", "pretty_name", "authors")
 
@@ -73,7 +53,7 @@ class DataSettings(params.Settings):
 
     @model_validator(mode="after")
     def _fits_its_source(self) -> "DataSettings":
-        if self.config is not None and is_folder(self.source):
+        if self.config is not None and hub.is_folder(self.source):
             raise ValueError(
                 f"`config` is {self.config!r}, and {self.source} is a folder, which has none; set it to null"
             )
@@ -86,132 +66,6 @@ class Params(params.Params):
     """Parameters of fetch_data."""
 
     data: DataSettings
-
-
-def is_folder(source: str) -> bool:
-    """Whether a source is a folder here, rather than owner/name on the Hub."""
-    return source == "embedded" or source.startswith((".", "/"))
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turns what reading a table file raises into one line.
-
-    Raises:
-        UserError: the file is not readable as what its name says.
-    """
-    try:
-        yield
-    except DAMAGE as error:
-        kind = next(ending for ending in ENDINGS if path.name.endswith(ending))
-        raise UserError(f"{path}: not a readable {kind[1:]} file ({error})") from None
-
-
-def read_all(path: Path, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
-    """The batches of a file. What their consumer raises is no fault of the file."""
-    waiting = iter(batches)
-    while True:
-        with readable(path):
-            batch = next(waiting, None)
-        if batch is None:
-            return
-        yield batch
-
-
-@contextmanager
-def opened(path: Path, columns: Columns) -> Iterator[tuple[pa.Schema, Iterator[list[Row]]]]:
-    """The schema of a table file and its rows by batches; texts are read as texts, whatever they look like.
-
-    Raises:
-        UserError: the file is not readable as what its name says.
-    """
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        with readable(path):
-            file = open_parquet(path)
-        with file:
-            yield file.schema_arrow, read_all(path, (batch.to_pylist() for batch in file.iter_batches(BATCH)))
-    elif name.endswith(".csv"):
-        with readable(path):
-            table = read_csv(path, columns)
-        yield table.schema, (batch.to_pylist() for batch in table.to_batches(BATCH))
-    else:
-        with readable(path):
-            schema = json_schema(json_rows(path))
-        yield schema, read_all(path, json_batches(path, schema, columns))
-
-
-def read_csv(path: Path, columns: Columns) -> pa.Table:
-    """A CSV file, in which the columns that hold texts are not taken for dates or numbers."""
-    texts = {name: pa.string() for name in (columns.question, columns.chosen, columns.rejected, columns.system) if name}
-    return pyarrow.csv.read_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK),
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=texts),
-    )
-
-
-def json_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSON file: an object a line, or one list of objects.
-
-    pyarrow's own reader takes texts for dates, knows no list, and refuses a row that is longer than its blocks.
-
-    Raises:
-        ValueError: it is not JSON.
-        UserError: a row is no object.
-    """
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file
-    ):
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        number, first = next(lines, (0, "[]"))
-        is_list = first.lstrip().startswith("[")
-        rows = json.loads(first + file.read()) if is_list else starmap(json_line, chain([(number, first)], lines))
-        for number, row in enumerate(rows):
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{path}: row {number} is {str(row)[:60]!r}; expected an object with the columns as keys"
-                )
-            yield row
-
-
-def json_line(number: int, line: str) -> Any:
-    """The value of one line.
-
-    Raises:
-        ValueError: it holds none; names the line.
-    """
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: {error.msg}") from None
-
-
-def json_schema(rows: Iterable[Row]) -> pa.Schema:
-    """The columns of JSON rows."""
-    kinds: dict[str, set[type]] = {}
-    for row in rows:
-        for name, value in row.items():
-            fits = not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
-            kinds.setdefault(name, set()).add(type(value) if fits else object)
-    return pa.schema(
-        [(name, JSON_TYPES.get(frozenset(found - {type(None)}), pa.string())) for name, found in kinds.items()]
-    )
-
-
-def json_batches(path: Path, schema: pa.Schema, columns: Columns) -> Iterator[list[Row]]:
-    """The rows of a JSON file, all of its columns in each; what is carried along as JSON text is so already."""
-    texts = [field.name for field in schema if field.type == pa.string() and field.name not in columns.used()]
-    empty = dict.fromkeys(schema.names)
-    waiting = json_rows(path)
-    while rows := list(islice(waiting, BATCH)):
-        yield [empty | row | {name: as_text(row.get(name)) for name in texts} for row in rows]
-
-
-def as_text(value: Any) -> str | None:
-    """A text as it is, anything else as JSON."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def standardize(sources: list[Path], target: Path, settings: DataSettings, where: str) -> dict[int, Misfit]:
@@ -360,7 +214,7 @@ def main() -> None:
     settings = params.load(Params).data
     with complete_folder(RAW) as target:
         on_the_hub: dict[str, Any] = {}
-        if is_folder(settings.source):
+        if hub.is_folder(settings.source):
             folder = EMBEDDED if settings.source == "embedded" else Path(settings.source)
             misfits = fetch_folder(folder, settings, target)
         else:

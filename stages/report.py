@@ -7,53 +7,22 @@ they are shown. What lies in DVC's cache (the table of GGUF files, scores and an
 carries it and a review needs no cache; logs of benchmark suites stay behind, being large and the questions of others.
 """
 
-import base64
-import csv
-import json
-import math
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from hermes.artifacts import complete_folder, write_json
+from hermes.console import UserError, run_stage
+from hermes.pages import figures, published_run
+from hermes.pages.figures import KindGain, QuantizedFile
+from hermes.pages.render import interval, percent, points, render
+from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, read_inputs
 
-from stages import figures, params, published
-from stages.artifacts import complete_file, complete_folder, read_json, write_json
-from stages.console import UserError, run_stage
-from stages.figures import Curves, KindGain, QuantizedFile
-
-REPORTS, TEMPLATES = Path("reports"), Path(__file__).parent / "templates"
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
-EVALUATION, QUANTIZE = Path("data/evaluation"), Path("models/gguf/quantize.json")
-SUITES = EVALUATION / "suites.json"
-TASKS = ("strict", "preference", "perplexity", "failures")
 SPLITS = ("train", "validation", "test")
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the stages wrote, as they wrote it; `results` are in the order of the page: base, merged, GGUFs by size."""
-
-    profile: str
-    params: Mapping[str, Any]
-    subset: Row
-    data: Row
-    history: Curves
-    validation: Curves
-    summary: Row
-    quantize: Row
-    comparison: Row
-    divergence: Row
-    merge: Row
-    suites: Row
-    results: Mapping[str, Row]
-    answers: Mapping[str, Mapping[str, Row]]
 
 
 @dataclass(frozen=True)
@@ -79,78 +48,6 @@ class SplitFlow:
     pairs: int
     truncated: Mapping[str, int]
     tokens: Mapping[str, Mapping[str, float]]
-
-
-def read_inputs() -> Inputs:
-    """Reads the reports of all stages and the parameters of the selected profile.
-
-    Raises:
-        UserError: a file is missing or malformed, or two of them contradict each other.
-    """
-    tree = params.read_yaml(params.PARAMS)
-    profile = params.selected_profile(tree)
-    quantize = read_json(QUANTIZE)
-    comparison = read_json(EVALUATION / "comparison.json")
-    ggufs = sorted(set(quantize["files"]) & set(comparison), key=lambda name: (-quantize["files"][name]["bytes"], name))
-    models = ["base", "merged", *ggufs]
-    return Inputs(
-        profile=profile,
-        params=flatten(shown_params(tree, profile)),
-        subset=read_json(REPORTS / "subset.json"),
-        data=read_json(REPORTS / "data.json"),
-        history=parse_curves(read_text(REPORTS / "train" / "history.csv")),
-        validation=parse_curves(read_text(REPORTS / "train" / "evaluation.csv")),
-        summary=read_json(REPORTS / "train" / "summary.json"),
-        quantize=quantize,
-        comparison=comparison,
-        divergence=read_json(EVALUATION / "divergence.json"),
-        merge=read_json(EVALUATION / "merge.json"),
-        suites=read_json(SUITES) if SUITES.is_file() else {},
-        results={name: dict.fromkeys(TASKS) | read_json(EVALUATION / f"{name}.json") for name in models},
-        answers={
-            name: parse_answers(read_text(EVALUATION / f"{name}.jsonl"))
-            for name in dict.fromkeys(["base", "merged", models[-1]])
-        },
-    )
-
-
-def read_text(path: Path) -> str:
-    """The text of a file that a stage wrote.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
-
-
-def parse_curves(text: str) -> dict[str, list[float]]:
-    """The columns of a CSV of numbers; an empty cell is not-a-number, which figures leave out."""
-    rows = list(csv.DictReader(text.splitlines()))
-    return {name: [float(row[name] or math.nan) for row in rows] for name in (rows[0] if rows else ())}
-
-
-def parse_answers(text: str) -> dict[str, Row]:
-    """The rows of a file of answers by the id of their question, in the order of ids."""
-    rows = (json.loads(line) for line in text.split("\n") if line.strip())
-    return {str(row["id"]): row for row in sorted(rows, key=lambda row: str(row["id"]))}
-
-
-def shown_params(tree: Mapping[str, Any], profile: str) -> dict[str, Any]:
-    """The parameters that a run rests on: the top level, then the sections of the selected profile."""
-    top = {key: value for key, value in tree.items() if key not in params.UNTRACKED}
-    return {"profile": profile, **top, **tree["profiles"][profile]}
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys, in the order of the file."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
 
 
 def metrics(inputs: Inputs) -> Row:
@@ -295,33 +192,6 @@ def data_flow(inputs: Inputs) -> list[SplitFlow]:
     return flow
 
 
-def scores(result: Row) -> list[str]:
-    """The cells of a model in the table of scores: strict, unseen, preference, perplexity, empty, looping, unfinished."""
-    strict, failures = result["strict"], result["failures"]
-    return [
-        percent(strict["seen"]["accuracy"] if strict else None),
-        percent(strict["unseen"]["accuracy"] if strict else None),
-        percent(result["preference"]["accuracy"] if result["preference"] else None),
-        number(result["perplexity"]["value"] if result["perplexity"] else None),
-        *(count(failures[name]) if failures else "–" for name in ("empty", "looping", "unfinished")),
-    ]
-
-
-def sizes(result: Row) -> str:
-    """On how much each score rests."""
-    found = []
-    if result["strict"]:
-        found += [
-            f"{part} {result['strict'][key]['n']:,} questions"
-            for part, key in (("strict", "seen"), ("unseen", "unseen"))
-        ]
-    if result["preference"]:
-        found.append(f"preference {result['preference']['n']:,} pairs")
-    if result["perplexity"]:
-        found.append("perplexity {tokens:,} tokens of {answers:,} answers".format(**result["perplexity"]))
-    return ", ".join(found)
-
-
 def headline(gain: Mapping[str, Any], before: float, after: float, what: str) -> str:
     """One sentence: from where to where, the gain with its interval, and whether the interval holds zero."""
     change = f"{points(gain['points'])} points, 95% paired interval {interval(gain)}, n = {gain['n']:,}"
@@ -377,7 +247,7 @@ def page(inputs: Inputs) -> Row:
         "fixed": fixed,
         "broken": broken,
         "flow": data_flow(inputs),
-        "published": published.curve_difference(inputs.history["preference_loss"])
+        "published": published_run.curve_difference(inputs.history["preference_loss"])
         if is_published_base(inputs)
         else None,
     }
@@ -385,103 +255,15 @@ def page(inputs: Inputs) -> Row:
 
 def is_published_base(inputs: Inputs) -> bool:
     """Whether the run tuned the base that the published run tuned, so that its loss curve says something here."""
-    return bool(inputs.params.get("model.source") == published.BASE)
+    return bool(inputs.params.get("model.source") == published_run.BASE)
 
 
 def draw_figures(inputs: Inputs, folder: Path) -> None:
     """Writes the figures of the page into a folder."""
-    losses = published.LOSSES if is_published_base(inputs) else ()
+    losses = published_run.LOSSES if is_published_base(inputs) else ()
     figures.save(figures.training_curves(inputs.history, inputs.validation, losses), folder / "training.png")
     figures.save(figures.gains_by_kind(kind_gains(inputs)), folder / "kinds.png")
     figures.save(figures.quantization_tradeoff(quantized_files(inputs)), folder / "quantization.png")
-
-
-def environment() -> jinja2.Environment:
-    """The templates: HTML escapes all it is given; Markdown escapes through the `md` filter."""
-    made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    filters = (percent, points, interval, margin, number, difference, setting, count, words, clean, data_uri)
-    made.globals |= {"scores": scores, "sizes": sizes}
-    made.filters |= {filter.__name__: filter for filter in filters} | {"md": markdown}
-    return made
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction as a percentage; one that rounds to nothing has no sign."""
-    return "–" if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f}%".replace("-", "−")
-
-
-def points(value: float) -> str:
-    """A signed difference in points; one that rounds to nothing has no sign."""
-    return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"
-
-
-def interval(gain: Mapping[str, float]) -> str:
-    """The interval of a paired gain, in points."""
-    return f"{points(gain['low'])} to {points(gain['high'])}"
-
-
-def margin(score: Mapping[str, float]) -> str:
-    """A score of a suite in percent, with half of its 95 % interval."""
-    return f"{percent(score['score'])} ± {196 * score['stderr']:.1f}"
-
-
-def number(value: float | None) -> str:
-    """A measured number with four significant digits."""
-    return "–" if value is None else f"{value:,.4g}".replace("-", "−")
-
-
-def difference(value: float | None) -> str:
-    """The same with its sign; no difference is zero without one."""
-    return number(value) if not value else f"{value:+,.4g}".replace("-", "−")
-
-
-def setting(value: Any) -> str:
-    """A parameter as it is written in params.yaml."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(setting, value)) or "[]"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def count(value: int) -> str:
-    """A count with thousands separated."""
-    return f"{value:,}"
-
-
-def words(name: str) -> str:
-    """An identifier as words."""
-    return name.replace("_", " ")
-
-
-def clean(text: str) -> str:
-    """A text without the control characters and direction marks that a page could be rearranged with."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text
-    )
-
-
-def markdown(value: Any) -> str:
-    """A text that shows as it is inside a cell of a Markdown table: nothing in it is markup, HTML or a new cell."""
-    text = re.sub(r"[&<>]", lambda found: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[found[0]], clean(str(value)))
-    text = re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
-    return "<br>".join(text.strip().splitlines())
-
-
-def data_uri(path: Path) -> str:
-    """A PNG as the text of a `src` attribute."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def render(template: str, target: Path, content: Mapping[str, Any]) -> None:
-    """Writes a page: a template of stages/templates filled with its content."""
-    with complete_file(target) as temporary:
-        temporary.write_text(environment().get_template(template).render(content))
 
 
 def main() -> None:

@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages import params
-from stages.artifacts import complete_file, complete_folder, open_parquet, read_json, write_json
-from stages.console import UserError, progress, run_stage
+from hermes import params
+from hermes.artifacts import complete_file, complete_folder, open_parquet, read_json, write_json
+from hermes.console import UserError, progress, run_stage
 
 RAW, OUTPUT, REPORT = Path("data/raw"), Path("data/subset"), Path("reports/subset.json")
 SPLITS = ("test", "validation", "train")  # held-out first: training rows are compared with them

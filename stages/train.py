@@ -1,10 +1,10 @@
 """Stage train: data/tokens + data/reference + models/base -> models/adapter and reports/train.
 
 TRL's DPOTrainer does the training: its losses, metrics, schedule and checkpoints. What differs is what it reads, the tracked ids
-and reference log-probabilities, and the forward below it (stages/shared_prefix.py). The adapter's weights are float32, since
+and reference log-probabilities, and the forward below it (hermes/training/shared_prefix.py). The adapter's weights are float32, since
 updates of a bfloat16 adapter round away at small learning rates; dropout is what `lora_dropout` says, nothing hidden.
 
-With `processes` above 1 the stage launches itself that many times (stages/processes.py): the same steps, faster.
+With `processes` above 1 the stage launches itself that many times (hermes/training/distributed.py): the same steps, faster.
 
 Checkpoints go to a scratch folder named by a hash of all inputs, code and package versions included, so that a killed run resumes to
 the same bits and never from another run's state; the folder is removed when the adapter is written.
@@ -21,7 +21,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -32,7 +31,6 @@ from peft.utils import get_peft_model_state_dict
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 from safetensors.torch import save_file
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,8 +40,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
-from stages import params, processes
-from stages.artifacts import (
+from hermes import params
+from hermes.artifacts import (
     complete_file,
     complete_folder,
     open_parquet,
@@ -52,13 +50,12 @@ from stages.artifacts import (
     sha256_folder,
     write_json,
 )
-from stages.capacity import Lengths, Training, check_capacity, present_gpu
-from stages.console import UserError, progress, run_stage
-from stages.lora import fuse_updates
-from stages.memory import Shape
-from stages.model import BaseSettings, load_base, set_determinism
-from stages.shared_prefix import share_prefix
-from stages.tracking import Tracking
+from hermes.console import UserError, progress, run_stage
+from hermes.model.base import BaseSettings, load_base, set_determinism
+from hermes.training import distributed
+from hermes.training.lora import fuse_updates
+from hermes.training.shared_prefix import share_prefix
+from hermes.training.tracking import Tracking
 
 BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/reference")
 ADAPTER, REPORTS = Path("models/adapter"), Path("reports/train")
@@ -171,7 +168,7 @@ class TrackedDPOTrainer(DPOTrainer):
         return result
 
 
-class DealtDPOTrainer(processes.DealtBatches, TrackedDPOTrainer):
+class DealtDPOTrainer(distributed.DealtBatches, TrackedDPOTrainer):
     """The same in several processes."""
 
 
@@ -196,7 +193,7 @@ def load_pairs(split: str) -> Dataset:
 
 def run_key(loaded: Params) -> str:
     """A hash of everything the trained adapter depends on, to name its scratch folder."""
-    code = [module.__file__ for name, module in sys.modules.items() if name.startswith("stages.")]
+    code = [module.__file__ for name, module in sys.modules.items() if name.startswith(("hermes.", "stages."))]
     files = {Path(file) for file in (*code, __file__, PACKAGES) if file}
     inputs = [sha256_folder(folder) for folder in (TOKENS, REFERENCE, BASE)] + sorted(map(sha256_file, files))
     return hashlib.sha256(json.dumps([loaded.model_dump(mode="json"), inputs], sort_keys=True).encode()).hexdigest()[
@@ -290,20 +287,6 @@ class ProgressAndTracking(TrainerCallback):
         self.bar.close()
 
 
-def check_memory(loaded: Params, train: Dataset) -> None:
-    """Refuses, before any weight is loaded, a run that the GPU here cannot hold.
-
-    Raises:
-        UserError: with the smallest change after which it fits.
-    """
-    if gpu := present_gpu():
-        lengths = Lengths(
-            *(np.array([len(ids) for ids in train[f"{name}_ids"]]) for name in ("prompt", "chosen", "rejected"))
-        )
-        shape = Shape.of(AutoConfig.from_pretrained(BASE))
-        check_capacity(Training(shape, lengths, loaded.base, loaded.train), gpu[1], gpu[0])
-
-
 def build_trainer(
     loaded: Params, scratch: Path, tokenizer: PreTrainedTokenizerBase, callbacks: list[TrainerCallback]
 ) -> TrackedDPOTrainer:
@@ -313,7 +296,6 @@ def build_trainer(
         UserError: damaged inputs, a combination of parameters that TRL refuses, or other processes than asked for.
     """
     train, validation = load_pairs("train"), load_pairs("validation")
-    check_memory(loaded, train)
     s = loaded.train
     lora = LoraConfig(
         r=s.lora_rank,
@@ -337,7 +319,7 @@ def build_trainer(
         )
     except ValueError as error:
         raise UserError(f"params.yaml: {error}") from None
-    processes.check_distribution(trainer.accelerator, s.processes, s.distribution)
+    distributed.check_distribution(trainer.accelerator, s.processes, s.distribution)
     return trainer
 
 
@@ -409,7 +391,7 @@ def summarize(trainer: TrackedDPOTrainer, pairs: int, trained: int, difference: 
 
 def run(loaded: Params, scratch: Path) -> None:
     """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports."""
-    tokenizer, main = AutoTokenizer.from_pretrained(BASE), processes.is_main(loaded.train.processes)
+    tokenizer, main = AutoTokenizer.from_pretrained(BASE), distributed.is_main(loaded.train.processes)
     with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
         trainer = build_trainer(loaded, scratch, tokenizer, [ProgressAndTracking(tracking)] if main else [])
         trained = sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad)
@@ -420,7 +402,7 @@ def run(loaded: Params, scratch: Path) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     gathered = None
     if trainer.is_fsdp_enabled:  # all processes take part
-        gathered = processes.adapter_of(trainer.accelerator.get_state_dict(trainer.model))
+        gathered = distributed.adapter_of(trainer.accelerator.get_state_dict(trainer.model))
     trainer.accelerator.wait_for_everyone()  # no process writes to `scratch` any more
     losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
     if not all(loss == loss and abs(loss) != float("inf") for loss in losses):
@@ -444,7 +426,7 @@ def run_alone(loaded: Params, scratch: Path) -> None:
     Raises:
         UserError: somebody else does.
     """
-    if not processes.is_main(loaded.train.processes):
+    if not distributed.is_main(loaded.train.processes):
         run(loaded, scratch)
         return
     scratch.parent.mkdir(parents=True, exist_ok=True)
@@ -460,8 +442,8 @@ def run_alone(loaded: Params, scratch: Path) -> None:
 def main() -> None:
     loaded = params.load(Params)
     s, threads = loaded.train, max(1, loaded.base.threads // loaded.train.processes)
-    if s.processes > 1 and not processes.is_launched():
-        processes.launch(s.processes, s.distribution, threads, "stages.train")
+    if s.processes > 1 and not distributed.is_launched():
+        distributed.launch(s.processes, s.distribution, threads, "stages.train")
         return
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)

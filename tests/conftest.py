@@ -26,11 +26,11 @@ from transformers import (
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-from stages import products, quantize
-from stages.artifacts import sha256_file, write_json
+from hermes.artifacts import sha256_file, write_json
+from hermes.model import bf16_on_cpu, gguf_files
 from stages.fetch_model import BASE, EMBEDDED_FILE, EMBEDDED_PACKAGE
 
-products.fit_to_cpu()  # as every stage with a model does
+bf16_on_cpu.fit_to_cpu()  # as every stage with a model does
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = {
@@ -106,13 +106,13 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, embedded_tokeniz
 def gguf_file(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in float16."""
     path = tmp_path_factory.mktemp("gguf") / "f16.gguf"
-    quantize.convert(tiny_model_folder, path, "f16")
+    gguf_files.convert(tiny_model_folder, path, "f16")
     return path
 
 
 @pytest.fixture(scope="session")
 def manager() -> "TaskManager":
     """The index of lm-eval's tasks and the project's own."""
-    from stages import harness  # which takes seconds to import
+    from hermes.evaluation import run_benchmarks  # which takes seconds to import
 
-    return harness.task_manager()
+    return run_benchmarks.task_manager()

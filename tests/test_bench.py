@@ -10,9 +10,10 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import bench, sides
-from stages.artifacts import write_parquet
-from stages.shared_prefix import IGNORED, pack_pairs
-from stages.tokenize import answer_ids, prompt_ids, schema
+from hermes.artifacts import write_parquet
+from hermes.data.chat_text import answer_ids, prompt_ids
+from hermes.training.shared_prefix import IGNORED, pack_pairs
+from stages.tokenize import schema
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ("Tell me about kites.", "What is salt?", "Hi", "Name a river.", "Why is it dark?", "Who is that?")

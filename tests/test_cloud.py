@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.params import read_yaml
+from hermes.params import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SKY = read_yaml(ROOT / "cloud/sky.yaml")

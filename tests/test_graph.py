@@ -1,4 +1,7 @@
-"""dvc.yaml says of every stage what its code says: modules, params and packages. All three are derived from the source."""
+"""The house has three floors, and dvc.yaml says of every stage what its code says: modules, params and packages.
+
+All of it is derived from the source.
+"""
 
 import ast
 import importlib
@@ -9,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from stages import params
-from stages.params import read_yaml
-from stages.repro import with_profile
+from hermes import params
+from hermes.params import read_yaml
+from tools.profiles import with_profile
 
 ROOT = Path(__file__).parent.parent
+FLOORS = ("hermes", "stages", "tools")  # from the ground up
+MODULES = {path.relative_to(ROOT).as_posix(): path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")}
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 PROFILES = sorted(read_yaml(ROOT / "params.yaml")["profiles"])
+TASKS = ROOT / "hermes/evaluation/tasks"
 DISTRIBUTIONS = {
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",
@@ -34,41 +40,41 @@ NAMED = {
 
 
 def imports(path: Path) -> set[str]:
-    """Names of the modules that a file imports, also inside functions."""
+    """Names of the modules that a file imports, also inside functions; a module of ours is named as its file."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "stages":
-            names |= {f"stages.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name for name in inner if file_of(name) in MODULES} or {node.module}
     return names
+
+
+def file_of(module: str) -> str:
+    return module.replace(".", "/") + ".py"
 
 
 def closure(stage: str) -> set[Path]:
     """The files of this repository that run when a stage runs."""
     waiting, found = [ROOT / "stages" / f"{stage}.py"], set()
     if stage == "evaluate":
-        waiting += sorted((ROOT / "stages/tasks").glob("*.py"))
+        waiting += sorted(TASKS.glob("*.py"))
     while waiting:
         path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
-        for name in imports(path):
-            if name.startswith("stages."):
-                waiting.append(ROOT / (name.replace(".", "/") + ".py"))
+        if path not in found:
+            found.add(path)
+            waiting += [MODULES[file_of(name)] for name in imports(path) if file_of(name) in MODULES]
     return found
 
 
 def expected_modules(stage: str) -> set[str]:
-    return {path.relative_to(ROOT).as_posix() for path in closure(stage) if "tasks" not in path.parts}
+    return {path.relative_to(ROOT).as_posix() for path in closure(stage) if not path.is_relative_to(TASKS)}
 
 
 def expected_packages(stage: str) -> set[str]:
     top = {name.split(".")[0] for path in closure(stage) for name in imports(path)}
-    outside = {name for name in top if name not in sys.stdlib_module_names and name != "stages"} - SHAPE_NOTHING
+    outside = top - sys.stdlib_module_names - set(FLOORS) - SHAPE_NOTHING
     brought = {extra for name in outside for extra in BROUGHT_ALONG.get(name, ())}
     if any("apply_chat_template" in path.read_text() for path in closure(stage)):
         brought.add("jinja2")  # Transformers renders the chat template with it
@@ -83,6 +89,31 @@ def expected_params(stage: str) -> set[str]:
         sections = {f"profiles.${{profile}}.{name}" for body in tree["profiles"].values() for name in body}
         return (top - params.UNTRACKED) | {"profile"} | sections
     return {name if name in top else f"profiles.${{profile}}.{name}" for name in module.Params.model_fields}
+
+
+def arrows() -> set[tuple[str, str]]:
+    """(importing file, imported file) within the house."""
+    return {(name, file_of(other)) for name, path in MODULES.items() for other in imports(path) if file_of(other) in MODULES}
+
+
+def test_no_import_points_up() -> None:
+    floor = {name: FLOORS.index(name.split("/")[0]) for name in MODULES}
+    assert {(a, b) for a, b in arrows() if floor[b] > floor[a]} == set()
+
+
+def test_no_stage_imports_another() -> None:
+    assert {(a, b) for a, b in arrows() if a.startswith("stages/") and b.startswith("stages/")} == set()
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    left, found = set(MODULES), arrows()
+    while free := {name for name in left if not any(a == name and b in left for a, b in found)}:
+        left -= free
+    assert left == set()
+
+
+def test_stages_hold_the_ten_of_the_graph_and_nothing_else() -> None:
+    assert {Path(name).stem for name in MODULES if name.startswith("stages/")} - {"__init__"} == set(STAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -111,6 +142,11 @@ def test_reference_depends_on_neither_beta_nor_loss_nor_learning_rate() -> None:
 
 def test_report_module_is_a_dependency_of_report_alone() -> None:
     assert [name for name, stage in STAGES.items() if "stages/report.py" in stage["deps"]] == ["report"]
+
+
+def test_an_edit_to_planner_or_tokenize_makes_neither_train_nor_merge_stale() -> None:
+    for stage in ("train", "merge"):
+        assert not {"tools/plan.py", "tools/memory_plan.py", "stages/tokenize.py"} & set(STAGES[stage]["deps"])
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages.doctor import DRIVERS, pins
+from tools.doctor import DRIVERS, pins
 
 ROOT = Path(__file__).parent.parent
 TRACKED: dict[str, object] = YAML(typ="safe").load(ROOT / "packages.yaml")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from stages.params import read_yaml
+from hermes.params import read_yaml
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stages.params import read_yaml
+from hermes.params import read_yaml
 
 ROOT = Path(__file__).parent.parent
 PROFILES = read_yaml(ROOT / "params.yaml")["profiles"]

@@ -1,0 +1,101 @@
+"""Files that stages hand to each other: hashed, canonical, and never half-written."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hermes.console import UserError
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path) -> str:
+    """The sha256 over the sorted relative names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def scratch_folder(name: str) -> Path:
+    """The folder `.scratch/NAME` of the checkout, also inside the temporary copies that DVC makes of it for experiments."""
+    checkout = str(Path.cwd()).split("/.dvc/tmp/exps/")[0]
+    return Path(checkout) / ".scratch" / name
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary neighbour of `path` to write to; it takes the name only when the block has ended well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary neighbour of the folder `path`; it replaces the folder only when the block has ended well."""
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON with sorted keys; not-a-number values are refused, since no reader agrees on them."""
+    with complete_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file that a stage wrote.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it and run `dvc repro`") from None
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Writes a table as zstd-compressed Parquet; equal tables give equal bytes under one pyarrow version."""
+    with complete_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", compression_level=19, row_group_size=1024)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Opens a Parquet file without reading its rows.
+
+    Raises:
+        UserError: the file is missing or is not Parquet.
+    """
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable Parquet file ({error})") from None

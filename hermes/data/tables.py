@@ -1,0 +1,152 @@
+"""Tables of others: Parquet, CSV and JSON files, gzipped or not, as batches of rows."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice, starmap
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+
+from hermes.artifacts import open_parquet
+from hermes.console import UserError
+from hermes.data.pairs import Columns
+
+Row = dict[str, Any]
+BATCH = 1024
+CSV_BLOCK = 1 << 28  # bytes; a row has to fit in, and pyarrow's own 1 MB is less than some answers have
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
+# What reading a file raises that is cut, or is not what its name says.
+DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError, zlib.error)
+# The type of a JSON column by the types of its values; of another mixture each value is carried along as JSON text.
+JSON_TYPES = {
+    frozenset({bool}): pa.bool_(),
+    frozenset({int}): pa.int64(),
+    frozenset({float}): pa.float64(),
+    frozenset({int, float}): pa.float64(),
+}
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what reading a table file raises into one line.
+
+    Raises:
+        UserError: the file is not readable as what its name says.
+    """
+    try:
+        yield
+    except DAMAGE as error:
+        kind = next(ending for ending in ENDINGS if path.name.endswith(ending))
+        raise UserError(f"{path}: not a readable {kind[1:]} file ({error})") from None
+
+
+def read_all(path: Path, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
+    """The batches of a file. What their consumer raises is no fault of the file."""
+    waiting = iter(batches)
+    while True:
+        with readable(path):
+            batch = next(waiting, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextmanager
+def opened(path: Path, columns: Columns) -> Iterator[tuple[pa.Schema, Iterator[list[Row]]]]:
+    """The schema of a table file and its rows by batches; texts are read as texts, whatever they look like.
+
+    Raises:
+        UserError: the file is not readable as what its name says.
+    """
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        with readable(path):
+            file = open_parquet(path)
+        with file:
+            yield file.schema_arrow, read_all(path, (batch.to_pylist() for batch in file.iter_batches(BATCH)))
+    elif name.endswith(".csv"):
+        with readable(path):
+            table = read_csv(path, columns)
+        yield table.schema, (batch.to_pylist() for batch in table.to_batches(BATCH))
+    else:
+        with readable(path):
+            schema = json_schema(json_rows(path))
+        yield schema, read_all(path, json_batches(path, schema, columns))
+
+
+def read_csv(path: Path, columns: Columns) -> pa.Table:
+    """A CSV file, in which the columns that hold texts are not taken for dates or numbers."""
+    texts = {name: pa.string() for name in (columns.question, columns.chosen, columns.rejected, columns.system) if name}
+    return pyarrow.csv.read_csv(
+        path,
+        read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=texts),
+    )
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """The rows of a JSON file: an object a line, or one list of objects.
+
+    pyarrow's own reader takes texts for dates, knows no list, and refuses a row that is longer than its blocks.
+
+    Raises:
+        ValueError: it is not JSON.
+        UserError: a row is no object.
+    """
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file
+    ):
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        number, first = next(lines, (0, "[]"))
+        is_list = first.lstrip().startswith("[")
+        rows = json.loads(first + file.read()) if is_list else starmap(json_line, chain([(number, first)], lines))
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{path}: row {number} is {str(row)[:60]!r}; expected an object with the columns as keys"
+                )
+            yield row
+
+
+def json_line(number: int, line: str) -> Any:
+    """The value of one line.
+
+    Raises:
+        ValueError: it holds none; names the line.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error.msg}") from None
+
+
+def json_schema(rows: Iterable[Row]) -> pa.Schema:
+    """The columns of JSON rows."""
+    kinds: dict[str, set[type]] = {}
+    for row in rows:
+        for name, value in row.items():
+            fits = not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
+            kinds.setdefault(name, set()).add(type(value) if fits else object)
+    return pa.schema(
+        [(name, JSON_TYPES.get(frozenset(found - {type(None)}), pa.string())) for name, found in kinds.items()]
+    )
+
+
+def json_batches(path: Path, schema: pa.Schema, columns: Columns) -> Iterator[list[Row]]:
+    """The rows of a JSON file, all of its columns in each; what is carried along as JSON text is so already."""
+    texts = [field.name for field in schema if field.type == pa.string() and field.name not in columns.used()]
+    empty = dict.fromkeys(schema.names)
+    waiting = json_rows(path)
+    while rows := list(islice(waiting, BATCH)):
+        yield [empty | row | {name: as_text(row.get(name)) for name in texts} for row in rows]
+
+
+def as_text(value: Any) -> str | None:
+    """A text as it is, anything else as JSON."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,295 @@
+"""Language models for lm-eval that work on token ids: a Hugging Face model and a GGUF get exactly the same ones.
+
+The context is the chat template's text, tokenized without further special tokens. A continuation is a whole answer, so its
+end-of-sequence token is scored with it; lm-eval's own pairing would move the template's last line break into the answer.
+"""
+
+import contextlib
+import gc
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from pydantic import Field, PositiveInt
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from hermes import params
+from hermes.console import progress
+from hermes.data.chat_text import end_of_answer
+from hermes.model.base import load
+from hermes.model.gguf import UBATCH, GgufModel, common_beginning, common_length
+from hermes.training.shared_prefix import pair_logits
+
+Ids = list[int]
+Stopped = Callable[[Ids], bool]
+TOKENS_TOGETHER = 1024
+
+
+class Batching(params.Settings):
+    """How much is computed together, which stays fixed because scores move with it, and the longest answer of the stage's own tasks."""
+
+    max_new_tokens: PositiveInt
+    batch_size: PositiveInt
+    slots: Annotated[int, Field(ge=2)]  # both answers of a pair are scored together
+    context: PositiveInt
+    threads: PositiveInt
+
+
+def score(logits: torch.Tensor, answer: Ids) -> tuple[float, bool]:
+    """The log-probability in nats of an answer under the logits (tokens, vocabulary), and whether it is the greedy one."""
+    tokens = torch.tensor(answer, device=logits.device).unsqueeze(1)
+    log_probs = logits.float().log_softmax(dim=-1).gather(1, tokens)
+    return float(log_probs.double().sum()), bool((logits.argmax(dim=-1, keepdim=True) == tokens).all())
+
+
+class ChatModel(TemplateLM):
+    """What the two backends share: text to ids, and ids to the results that lm-eval expects.
+
+    Args:
+        tokenizer: with the chat template.
+        max_new_tokens: longest answer; `finished` says of each generated answer whether it ended before that.
+
+    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+        super().__init__()
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.finished: list[bool] = []
+        self.stopped: Stopped | None = None
+        self.tokens_together, self.answers_together = TOKENS_TOGETHER, TOKENS_TOGETHER
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends an answer."""
+        return end_of_answer(self.tokenizer)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer for lm-eval's caches, which are not used."""
+        return "tracked"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Ids:
+        """The ids of a text, its special tokens parsed and none added."""
+        return self.tokenizer(string, add_special_tokens=False)["input_ids"]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation in the model's template."""
+        text = self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(text)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
+        return self.tok_encode(context), [*self.tok_encode(continuation), self.eot_token_id]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Not a chat task, and used by none of the tasks here."""
+        raise TypeError("these models score answers in a chat; rolling likelihoods are for plain text")
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers; one that reached the token limit is returned as it is and marked in `finished`."""
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        answers = self.generate(prompts)
+        self.finished = [ids[-1:] == [self.eot_token_id] for ids in answers]
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], Ids, Ids]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Sums of log-probabilities in nats; requests that follow each other with one context share its computation."""
+        prompts: list[Ids] = []
+        answers: list[list[Ids]] = []
+        for _, prompt, answer in requests:
+            if not prompts or prompts[-1] != prompt or len(answers[-1]) == self.answers_together:
+                prompts.append(prompt)
+                answers.append([])
+            answers[-1].append(answer)
+        results = {
+            i: [score(rows, answer) for rows, answer in zip(found, answers[i], strict=True)]
+            for i, found in self.logits_of(prompts, answers)
+        }
+        return [result for i in range(len(prompts)) for result in results[i]]
+
+    def logits_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """`answer_logits` of each prompt with its index, in the order in which they batch well."""
+        bar = progress(range(len(prompts)), "scoring", unit="prompt")
+        for batch in self.batches(prompts, answers):
+            yield from zip(
+                batch, self.answer_logits([prompts[i] for i in batch], [answers[i] for i in batch]), strict=True
+            )
+            bar.update(len(batch))
+        bar.close()
+
+    def batches(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[int]]:
+        """Which prompts are scored together: those of similar length, up to `tokens_together` and `answers_together`."""
+        common = common_length(prompts)
+        sizes = [
+            len(prompt) - common + sum(map(len, choices)) for prompt, choices in zip(prompts, answers, strict=True)
+        ]
+        batches: list[list[int]] = []
+        tokens = count = 0
+        for i in sorted(range(len(prompts)), key=lambda i: (sizes[i], i)):
+            tokens, count = tokens + sizes[i], count + len(answers[i])
+            if not batches or tokens > self.tokens_together or count > self.answers_together:
+                batches.append([])
+                tokens, count = common + sizes[i], len(answers[i])
+            batches[-1].append(i)
+        return batches
+
+    @abstractmethod
+    def generate(self, prompts: list[Ids]) -> list[Ids]:
+        """Greedy answers to prompts, with the end token where it was reached."""
+
+    @abstractmethod
+    def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
+        """For each answer to each prompt the logits that predict its tokens: (answer tokens, vocabulary)."""
+
+
+def greedy_answers(
+    model: PreTrainedModel, prompts: list[Ids], end: int, limit: int, stopped: Stopped | None = None
+) -> list[Ids]:
+    """The likeliest tokens after each prompt, in one batch; answers that have ended leave it, a tenth at a time.
+
+    What the prompts begin with is computed once for all, and the rest of each padded on the left.
+
+    Args:
+        model: any causal language model.
+        prompts: ids, none empty.
+        end: the token that ends an answer, which keeps it.
+        limit: longest answer.
+        stopped: says of an answer so far whether it has ended, without `end`.
+    """
+    common = common_beginning(prompts)
+    width = max(map(len, prompts)) - common
+    padding = [common + width - len(prompt) for prompt in prompts]
+    ids = torch.tensor(
+        [[end] * n + prompt[common:] for n, prompt in zip(padding, prompts, strict=True)], device=model.device
+    )
+    mask = torch.tensor([[1] * common + [0] * n + [1] * (width - n) for n in padding], device=model.device)
+    positions = (mask.cumsum(dim=1) - 1)[:, common:].clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    if common:
+        beginning = torch.tensor([prompts[0][:common]], device=model.device)
+        model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
+    answers: list[Ids] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    rows = list(range(len(prompts)))
+    while True:
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        running = []
+        for place, (row, token) in enumerate(zip(rows, ids[:, 0].tolist(), strict=True)):
+            answer = answers[row]
+            if not ended[row]:
+                answer.append(token)
+                ended[row] = token == end or len(answer) >= limit or (stopped is not None and stopped(answer))
+                if not ended[row]:
+                    running.append(place)
+        if not running:
+            return answers
+        if len(running) <= 0.9 * len(rows):
+            kept = torch.tensor(running, device=model.device)
+            cache.batch_select_indices(kept)
+            ids, mask, positions = ids[kept], mask[kept], positions[kept]
+            rows = [rows[place] for place in running]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+
+
+class HuggingFaceChat(ChatModel):
+    """A Transformers model; greedy answers come in batches of `batch_size` prompts of similar length."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_size: int
+    ) -> None:
+        super().__init__(tokenizer, max_new_tokens)
+        self.model, self.batch_size = model.eval(), batch_size
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[Ids]) -> list[Ids]:
+        """Greedy answers by batches of prompts sorted by length."""
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        answers: dict[int, Ids] = {}
+        for batch in progress(batches, "generating", unit="batch"):
+            found = greedy_answers(
+                self.model, [prompts[i] for i in batch], self.eot_token_id, self.max_new_tokens, self.stopped
+            )
+            answers |= zip(batch, found, strict=True)
+        return [answers[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
+        """Logits of all answers by one forward of one row, a prompt computed once for two answers (hermes/training/shared_prefix.py).
+
+        Answers of one token are all predicted by the prompt's last, so that one of them stands for all.
+        """
+        computed = [choices[:1] if all(len(answer) == 1 for answer in choices) else choices for choices in answers]
+        pairs = [(i, choices[j : j + 2]) for i, choices in enumerate(computed) for j in range(0, len(choices), 2)]
+        first = [(prompts[i], choices[0]) for i, choices in pairs]
+        second = [(prompts[i], choices[1] if choices[1:] else []) for i, choices in pairs]
+        logits = pair_logits(self.model, first, second)
+        found: list[list[torch.Tensor]] = [[] for _ in prompts]
+        for (i, choices), *both in zip(pairs, logits[: len(pairs)], logits[len(pairs) :], strict=True):
+            found[i] += both[: len(choices)]
+        return [rows * (len(answers[i]) // len(rows)) for i, rows in enumerate(found)]
+
+
+class GgufChat(ChatModel):
+    """A GGUF file in process (hermes/model/gguf.py)."""
+
+    def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+        super().__init__(tokenizer, max_new_tokens)
+        self.model, self.tokens_together, self.answers_together = model, UBATCH, model.slots
+        model.end = self.eot_token_id
+
+    def generate(self, prompts: list[Ids]) -> list[Ids]:
+        """Greedy answers as parallel sequences, longest prompts first."""
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        bar = progress(range(len(prompts)), "generating", unit="answer")
+        answers = self.model.generate(
+            [prompts[i] for i in order],
+            self.max_new_tokens,
+            on_finished=lambda _: bar.update(1),
+            stopped=self.stopped,
+        )
+        bar.close()
+        return [answer for _, answer in sorted(zip(order, answers, strict=True))]
+
+    def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
+        """Logits of all answers from one decode."""
+        return self.model.answer_logits(prompts, answers)
+
+
+def release() -> None:
+    """Frees models that nobody names any more; torch would keep their memory of a GPU, and llama.cpp allocates its own beside it."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+
+
+@contextlib.contextmanager
+def opened(path: Path, batching: Batching, tokenizer: PreTrainedTokenizerBase) -> Iterator[ChatModel]:
+    """A model for lm-eval, a folder in Transformers and bfloat16, a file in llama.cpp; its weights are gone afterwards."""
+    if path.is_file():
+        with GgufModel(path, batching.threads, batching.slots, batching.context, share_beginning=True) as model:
+            yield GgufChat(model, tokenizer, batching.max_new_tokens)
+        return
+    chat = HuggingFaceChat(load(path, torch.bfloat16), tokenizer, batching.max_new_tokens, batching.batch_size)
+    try:
+        yield chat
+    finally:
+        del chat.model  # whoever still names the chat
+        release()

@@ -1,0 +1,325 @@
+"""Tasks of lm-eval on a model that is loaded here, one at a time, each kept in the scratch as soon as it is done.
+
+The numbers of a suite (benchmarks.py) are held against published ones, so text is treated as lm-eval does and not as in a chat
+(chat_models.py): a choice is tokenized with its prompt and has no end token, an answer ends at the task's own texts. A prompt that is
+too long loses its beginning, and is counted. Prompts, batches and seeds depend on the arguments alone.
+
+The mathematics tasks are graded with antlr4 4.11, which DVC cannot live with. So these packages lie in a folder of their own,
+.venv/math (requirements-math.lock, `./setup.sh math`), that goes before .venv in the stage's process when such a task is asked, and
+nowhere else.
+"""
+
+import gzip
+import hashlib
+import json
+import random
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import numpy as np
+import torch
+from datasets import disable_caching, enable_caching
+from datasets.exceptions import DatasetsError
+from lm_eval import evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.tasks import TaskManager
+
+from hermes import hub
+from hermes.artifacts import complete_file, sha256_file, sha256_folder, write_json
+from hermes.console import UserError
+from hermes.evaluation.benchmarks import Run, needs_math
+from hermes.evaluation.chat_models import Batching, ChatModel, Ids
+from hermes.params import read_yaml
+
+ROOT, NOUS = Path(__file__).parents[2], "hermes/evaluation/tasks/nous"
+# The modules and the lock that results depend on; what else these import shapes no number. A suite reaches a result through its run alone.
+CODE = (
+    "evaluation/run_benchmarks",
+    "evaluation/chat_models",
+    "model/gguf",
+    "model/base",
+    "model/bf16_on_cpu",
+    "training/shared_prefix",
+    "data/chat_text",
+)
+MATH_LOCK = "requirements-math.lock"
+# Where the suites' tasks are; lm-eval reads every file of a folder, and all of its own take half a minute.
+FOLDERS = "agieval arc gsm8k hellaswag leaderboard mmlu/default openbookqa piqa super_glue/boolq truthfulqa winogrande"
+MATH = Path(sys.prefix) / "math"
+LONGEST_ANSWER = 256  # lm-eval's own, in tokens, where a task names none
+# A metric that lm-eval gives one second of the clock, so that equal runs differ; no suite counts it, and results and logs leave it out.
+TIMED = {"exact_match_original"}
+
+
+class SuiteModel(TemplateLM):
+    """The weights of a chat model behind lm-eval's own treatment of text.
+
+    Args:
+        chat: scores token ids and continues them.
+        context: most tokens of a prompt and its answer; `truncated` counts the requests that were longer.
+    """
+
+    def __init__(self, chat: ChatModel, context: int) -> None:
+        super().__init__()
+        self.chat, self.tokenizer, self.context, self.truncated = chat, chat.tokenizer, context, 0
+        self.ends = {chat.eot_token_id, chat.tokenizer.eos_token_id}
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends an answer."""
+        return self.chat.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer for lm-eval's caches, which are not used."""
+        return self.chat.tokenizer_name
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation in the model's template."""
+        return self.chat.apply_chat_template(chat_history, add_generation_prompt)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Ids:
+        """The ids of a text with what the tokenizer adds to one, unless a template wrote that already."""
+        begun = bool(self.tokenizer.bos_token) and string.startswith(self.tokenizer.bos_token)
+        added = not begun if add_special_tokens is None else add_special_tokens
+        return self.tokenizer(string, add_special_tokens=added)["input_ids"]
+
+    def fitting(self, prompt: Ids, answer: int) -> Ids:
+        """The end of a prompt that leaves room for so many tokens of an answer.
+
+        Raises:
+            UserError: there is no room for a prompt.
+        """
+        room = self.context - answer
+        if room < 1:
+            raise UserError(
+                f"params.yaml: `evaluate.context` ({self.context}) leaves no room beside an answer of {answer} tokens"
+            )
+        self.truncated += len(prompt) > room
+        return prompt[-room:]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], Ids, Ids]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        fitted = [(texts, self.fitting(prompt, len(answer)), answer) for texts, prompt, answer in requests]
+        return self.chat._loglikelihood_tokens(fitted)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Used by no task of a suite."""
+        raise TypeError("no task of a suite asks for the likelihood of a whole text")
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers up to the task's own stops, which all requests of a task share."""
+        options = requests[0].args[1]
+        if options.get("do_sample") or any(request.args[1] != options for request in requests):
+            raise ValueError("a suite's task asks for one greedy answer a question")
+        until, limit = [text for text in options["until"] if text], options.get("max_gen_toks", LONGEST_ANSWER)
+
+        def stopped(answer: Ids) -> bool:
+            """A stop can only have come with the last token, and its tokens are no more than its bytes."""
+            ended = (text in self.tokenizer.decode(answer[-len(text.encode()) :]) for text in until)
+            return answer[-1] in self.ends or any(ended)
+
+        self.chat.max_new_tokens, self.chat.stopped = limit, stopped
+        found = self.chat.generate([self.fitting(self.tok_encode(request.args[0]), limit) for request in requests])
+        answers = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
+        for text in until:
+            answers = [answer.split(text)[0] for answer in answers]
+        return answers
+
+
+def task_manager() -> TaskManager:
+    """lm-eval's list of the tasks that suites name."""
+    theirs = Path(lm_eval.tasks.__file__).parent
+    return TaskManager(include_path=[ROOT / NOUS, *(theirs / name for name in FOLDERS.split())], include_defaults=False)
+
+
+def use_math() -> None:
+    """Puts the packages of the mathematics tasks before those of .venv, in this process.
+
+    Raises:
+        UserError: they are not installed.
+    """
+    if not MATH.is_dir():
+        raise UserError(
+            f"{MATH}: no such folder, with which the tasks leaderboard_math are graded; run: ./setup.sh math"
+        )
+    sys.path.insert(0, str(MATH))
+
+
+def prepare_ifeval() -> None:
+    """Makes IFEval's language detection repeatable, and makes sure that what it splits sentences with has arrived.
+
+    Raises:
+        UserError: lm-eval could not download that.
+    """
+    import langdetect
+    import nltk
+
+    langdetect.DetectorFactory.seed = 0
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        raise UserError(
+            "leaderboard_ifeval: NLTK's punkt_tab is not here and cannot be downloaded; check the network, "
+            "or unpack it to ~/nltk_data/tokenizers"
+        ) from None
+
+
+def seed() -> None:
+    """Seeds what tasks draw with: GPQA shuffles its choices when it is loaded, IFEval draws what a question leaves open when it grades."""
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+
+
+def load_task(run: Run, manager: TaskManager) -> Task:
+    """A task with its data, which the Hub gives where they are not here yet, and its number of examples.
+
+    lm-eval makes the documents anew each time it asks for them. They are made once here, and not taken from the cache of data sets, where
+    GPQA's would be in the order that any run of lm-eval left.
+
+    Raises:
+        UserError: the data cannot be had, or what the task is graded with is missing.
+    """
+    seed()
+    disable_caching()
+    try:
+        task: Any = manager.load([run.task])["tasks"][run.task]
+    except (*hub.ERRORS, DatasetsError) as error:
+        source = str((manager.task_index[run.task].cfg or {}).get("dataset_path"))
+        raise UserError(
+            f"task {run.task}: {hub.failure(hub.why_closed(source, 'dataset') or error, source, 'main')}"
+        ) from None
+    finally:
+        enable_caching()
+    task.test_docs = task.validation_docs = lambda: task.task_docs
+    if run.task == "leaderboard_ifeval":
+        prepare_ifeval()
+    task.set_config("num_fewshot", run.shots)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    return task
+
+
+def revision(task: Any) -> str | None:
+    """The commit of the data set that a task was read from; None where it did not come from the Hub."""
+    files = [file["filename"] for split in task.dataset.values() for file in split.cache_files]
+    found = {part for file in files for part in Path(file).parts if re.fullmatch(r"[0-9a-f]{40}", part)}
+    return found.pop() if len(found) == 1 else None
+
+
+def measured(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The values of each metric over the questions, by `metric,filter`; each value of a list counts."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        for metric in sample["metrics"]:
+            found = sample[metric] if isinstance(sample[metric], list) else [sample[metric]]
+            values[f"{metric},{sample['filter']}"] += map(float, found)
+    return dict(values)
+
+
+def digest(samples: Sequence[Mapping[str, Any]]) -> str:
+    """A hash of questions, answers that count as right, and prompts: models whose results are compared have the same."""
+    hashes = [(sample["doc_hash"], sample["prompt_hash"]) for sample in samples]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def row(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What a log keeps of a question: all but the prompt, which the question and the seed make again and the hash proves."""
+    kept = ("doc_id", "doc", "target", "resps", "filtered_resps", "filter", "prompt_hash", *sample["metrics"])
+    return {name: sample[name] for name in kept}
+
+
+def run_task(run: Run, task: Task, model: SuiteModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Asks a model every question of a task: (the result in numbers, the rows of its log in the order of the questions).
+
+    Neither depends on what ran before, so that a run which goes on ends as one that was never killed; nor on the clock, but for the limit
+    of math-verify.
+    """
+    seed()
+    model.truncated = 0
+    found = evaluate(
+        lm=model,
+        task_dict={"tasks": {run.task: task}, "groups": {}, "group_map": {}},
+        apply_chat_template=run.chat,
+        fewshot_as_multiturn=run.chat,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    samples = [
+        sample | {"metrics": [metric for metric in sample["metrics"] if metric not in TIMED]}
+        for sample in sorted(found["samples"][run.task], key=lambda sample: (sample["filter"], sample["doc_id"]))
+    ]
+    result = {
+        "n": len({sample["doc_id"] for sample in samples}),
+        "metrics": measured(samples),
+        "truncated": model.truncated,
+        "revision": revision(task),
+        "questions": digest(samples),
+    }
+    return result, [row(sample) for sample in samples]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as gzipped JSON lines; equal rows give equal bytes under one zlib."""
+    with complete_file(path) as temporary, gzip.GzipFile(temporary, "wb", mtime=0) as file:
+        for one in rows:
+            file.write(json.dumps(one, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
+
+
+def folder_name(model: Path, batching: Batching) -> str:
+    """A hash of all that the results of a model depend on beside the task: its bits, the batches, code and package versions.
+
+    A suite's tasks say themselves how long an answer may be, so `max_new_tokens` is not among it.
+    """
+    tasks = sorted(path.name for path in (ROOT / NOUS).iterdir() if path.is_file())
+    files = [*(f"hermes/{name}.py" for name in CODE), MATH_LOCK, *(f"{NOUS}/{name}" for name in tasks)]
+    named = read_yaml(ROOT / "dvc.yaml")["stages"]["evaluate"]["params"]
+    packages = next(entry["packages.yaml"] for entry in named if isinstance(entry, dict))
+    versions = read_yaml(ROOT / "packages.yaml")
+    inputs = {
+        "model": sha256_folder(model) if model.is_dir() else sha256_file(model),
+        "batching": batching.model_dump(include=set(Batching.model_fields) - {"max_new_tokens"}),
+        "files": {file: sha256_file(ROOT / file) for file in files},
+        "packages": {name: versions[name] for name in packages},
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_all(
+    runs: Sequence[Run],
+    folder: Path,
+    open_model: Callable[[], AbstractContextManager[ChatModel]],
+    context: int,
+) -> None:
+    """Runs what a folder does not hold yet; two files a run: LABEL.jsonl.gz, its log, and then LABEL.json, its result.
+
+    The data of all tasks are fetched before the model is loaded, so that a missing one costs nothing.
+
+    Raises:
+        UserError: something is missing (`load_task`, `use_math`).
+    """
+    missing = [run for run in runs if not (folder / f"{run.label}.json").is_file()]
+    if not missing:
+        return
+    if any(needs_math(run.task) for run in missing):
+        use_math()
+    manager = task_manager()
+    waiting = [(run, load_task(run, manager)) for run in missing]
+    with open_model() as chat:
+        model = SuiteModel(chat, context)
+        while waiting:
+            run, task = waiting.pop(0)
+            print(f"  {run.label}, {len(waiting)} to go", flush=True)
+            result, rows = run_task(run, task, model)
+            write_rows(folder / f"{run.label}.jsonl.gz", rows)
+            write_json(folder / f"{run.label}.json", result)

@@ -1,0 +1,153 @@
+"""Files of a Hub repository at one commit: resumed where an earlier download stopped, and checked against the Hub's own hashes.
+
+A file arrives in `.scratch/hub`, under repository and commit, where a later run continues it; `take` moves it from there to its place, so
+that there is no second copy. HF_TOKEN opens gated repositories, HF_ENDPOINT names another Hub.
+"""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import HfApi, RepoFile, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+
+from hermes.artifacts import scratch_folder, sha256_file
+from hermes.console import UserError
+
+Kind = Literal["dataset", "model"]
+CONNECTIONS = 4
+ERRORS = (OSError, ValueError, HTTPError)  # what the libraries raise when the Hub cannot give something
+
+
+def is_folder(source: str) -> bool:
+    """Whether a source is a folder here, rather than owner/name on the Hub."""
+    return source == "embedded" or source.startswith((".", "/"))
+
+
+def check_revision(revision: str | None, key: str, source: str) -> str:
+    """A full commit.
+
+    Raises:
+        UserError: it is not one, so that what it names may change.
+    """
+    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise UserError(f"params.yaml: `{key}` is {revision!r}; pin the full 40-digit commit of {source}")
+    return str(revision)
+
+
+def failure(error: Exception, source: str, revision: str) -> UserError:
+    """Why the Hub did not give something, in one line, and what to do."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError | OfflineModeIsEnabled):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, GatedRepoError):
+        mend = "it is gated: accept its licence on its page, and set HF_TOKEN to a token of that account"
+    elif isinstance(cause, RevisionNotFoundError):
+        mend = "the Hub knows no such commit of it; see its history"
+    elif isinstance(cause, RepositoryNotFoundError):
+        mend = "the Hub shows no such repository; check the name, and HF_TOKEN if it is private"
+    else:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        mend = f"cannot be fetched from the Hub ({lines[0]}); check the name, the network and HF_TOKEN"
+    return UserError(f"{source}@{revision}: {mend}")
+
+
+def list_files(source: str, revision: str, kind: Kind) -> list[RepoFile]:
+    """All files of a repository at a commit, with their sizes and hashes.
+
+    Raises:
+        UserError: the Hub cannot give it; says why.
+    """
+    try:
+        tree = HfApi().list_repo_tree(source, revision=revision, repo_type=kind, recursive=True)
+        return [entry for entry in tree if isinstance(entry, RepoFile)]
+    except ERRORS as error:
+        raise failure(error, source, revision) from None
+
+
+def why_closed(source: str, kind: Kind) -> Exception | None:
+    """Why the Hub does not let this user read a repository, if that is what it says; `datasets` keeps it to itself."""
+    try:
+        HfApi().auth_check(source, repo_type=kind)
+    except ERRORS as error:
+        return error
+    return None
+
+
+def matches(path: Path, expected: RepoFile) -> bool:
+    """Whether a file has the hash that the Hub lists: the sha256 of large files, git's blob id of others."""
+    if expected.lfs is not None:
+        return sha256_file(path) == expected.lfs.sha256
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == expected.blob_id
+
+
+def fetch_file(source: str, revision: str, kind: Kind, file: RepoFile, target: Path) -> None:
+    """Downloads one file, on from the bytes that an earlier try left in its `.partial`; cut connections are tried again while bytes come.
+
+    The Hub's own client begins a file anew in every process, and a shard of 5 GB is many minutes.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    url = hf_hub_url(source, file.path, repo_type=kind, revision=revision)
+    partial.touch()
+    while (size := partial.stat().st_size) != file.size:
+        if size > file.size:
+            partial.unlink()
+            size = 0
+        try:
+            with partial.open("ab") as out:
+                http_get(url, out, resume_size=size, headers=build_hf_headers(), expected_size=file.size)
+        except HTTPError:
+            if partial.stat().st_size <= size:
+                raise
+    partial.replace(target)
+
+
+def download(source: str, revision: str, kind: Kind, files: Sequence[RepoFile]) -> Path:
+    """Brings these files of a repository into the scratch folder, each checked; returns the folder.
+
+    Raises:
+        UserError: the Hub cannot give one, or gave other bytes than it lists; those are removed.
+    """
+    folder = scratch_folder("hub") / f"{kind}s--{source.replace('/', '--')}" / revision
+
+    def bring(file: RepoFile) -> None:
+        target = folder / file.path
+        if not target.is_file():
+            fetch_file(source, revision, kind, file, target)
+        if not matches(target, file):
+            target.unlink()
+            raise UserError(
+                f"{source}@{revision}: {file.path} arrived with another hash than the Hub lists; it is removed, run this again"
+            )
+
+    try:
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(bring, files))
+    except ERRORS as error:
+        raise failure(error, source, revision) from None
+    return folder
+
+
+def take(folder: Path, name: str, target: Path) -> None:
+    """Moves a downloaded file to its place."""
+    shutil.move(folder / name, target)
+
+
+def forget(folder: Path) -> None:
+    """Removes what is left of a download."""
+    shutil.rmtree(folder, ignore_errors=True)

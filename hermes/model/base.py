@@ -1,0 +1,99 @@
+"""Loading the frozen base exactly alike in reference and training, and the torch settings that make runs repeat.
+
+The nf4 quantization is bitsandbytes' (QLoRA, arXiv 2305.14314). On CPUs with AVX-512 bfloat16, bitsandbytes repacks a layer's
+weights at its first evaluation, for good, and gradients below it are wrong from then on, without an error; the repacking is
+switched off here for every layer.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from pydantic import PositiveInt
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from hermes import params
+from hermes.console import UserError
+from hermes.model import bf16_on_cpu
+
+
+class BaseSettings(params.Settings):
+    """How the frozen base is held in memory, by reference and training alike."""
+
+    quantization: Literal["nf4", "none"]
+    double_quantization: bool
+    keep_dequantized: bool
+    dtype: Literal["bfloat16", "float32"]
+    threads: PositiveInt
+
+
+def set_determinism(threads: int) -> None:
+    """Fixes the number of CPU threads and asks torch for deterministic kernels (a warning where a device has none).
+
+    On a CPU without bfloat16 it makes the products of that type fast (bf16_on_cpu.py). On Hopper GPUs torch would choose cuDNN's attention
+    first, which builds a plan for every new length, and pairs differ in length: a step of the 8B profile took twice its time.
+    """
+    bf16_on_cpu.fit_to_cpu()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid
+
+
+def device() -> str:
+    """The device that models run on: the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_base(folder: Path, settings: BaseSettings, sharded: bool = False) -> PreTrainedModel:
+    """Loads the base, quantized as asked, in training mode with every weight frozen.
+
+    FSDP shards floats only, so `sharded` packs nf4 into the type that the base computes in: the same bits under another name.
+
+    Raises:
+        UserError: the folder holds no readable model.
+    """
+    dtype = getattr(torch, settings.dtype)
+    quantization = None
+    if settings.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=settings.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if sharded else None,
+        )
+    model = load(folder, dtype, quantization)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    if quantization and settings.keep_dequantized:
+        model = model.dequantize()  # to the compute type, so to the numbers that every product would make of them
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.train()
+
+
+def load(folder: Path, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+    """Loads a local model folder onto the device, without remote code.
+
+    Raises:
+        UserError: the folder is missing, damaged or no model.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device()},
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # safetensors, JSON and OS errors alike mean a damaged folder
+        raise UserError(
+            f"{folder}: not a readable model ({type(error).__name__}: {error}); delete it and run `dvc repro`"
+        ) from None

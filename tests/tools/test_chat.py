@@ -1,0 +1,151 @@
+"""Two conversations run beside each other, each on its own history, and end quietly."""
+
+import io
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hermes.console import UserError
+from hermes.model.gguf_files import convert
+from tools import chat
+from tools.chat import Conversation
+
+EOS = 0
+
+
+class Letters:
+    """A tokenizer whose ids are code points; a turn is `<q:...>` or `<a:...>`, and an answer begins with `<a:`."""
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> list[int]:
+        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        text = "".join(f"<{'q' if turn['role'] == 'user' else 'a'}:{turn['content']}>" for turn in turns)
+        return [ord(letter) for letter in f"{text}<a:"]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+class Script:
+    """A model that gives the answers it is told, and keeps the prompts it saw."""
+
+    end = EOS
+
+    def __init__(self, answers: Iterable[str], context: int = 1000) -> None:
+        self.answers, self.context = iter(answers), context
+        self.prompts: list[str] = []
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, /) -> list[list[int]]:
+        (prompt,) = prompts
+        assert len(prompt) + max_new_tokens <= self.context
+        self.prompts.append("".join(map(chr, prompt)))
+        return [[*map(ord, next(self.answers)), EOS][:max_new_tokens]]
+
+
+def conversation(model: Script) -> Conversation:
+    return Conversation(model, Letters())  # type: ignore[arg-type]
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, typed: str, conversations: dict[str, Conversation]) -> str:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    console = Console(file=io.StringIO(), width=60)
+    chat.chat(conversations, False, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_each_model_goes_on_from_its_own_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = Script(["L1", "L2"]), Script(["R1", "R2"])
+    talk(monkeypatch, "one\ntwo\n", {"left": conversation(left), "right": conversation(right)})
+    assert left.prompts == ["<q:one><a:", "<q:one><a:L1><q:two><a:"]
+    assert right.prompts == ["<q:one><a:", "<q:one><a:R1><q:two><a:"]
+
+
+def test_answers_stand_beside_each_other_under_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = talk(
+        monkeypatch, "why?", {"left": conversation(Script(["[b]ecause"])), "right": conversation(Script(["so"]))}
+    )
+    assert "you> why?" in shown
+    assert any("[b]ecause" in line and "so" in line for line in shown.splitlines())
+
+
+def test_reset_forgets_and_quit_ends_and_empty_lines_are_no_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Script(["1", "2"])
+    talk(monkeypatch, "one\n\n  \n/reset\ntwo\n/quit\nthree\n", {"it": conversation(model)})
+    assert model.prompts == ["<q:one><a:", "<q:two><a:"]
+
+
+def test_a_full_context_forgets_the_oldest_turns() -> None:
+    model = Script(["1", "2", "3"], context=45)
+    it = conversation(model)
+    for question in ("first", "second", "third"):
+        it.ask(question, max_new_tokens=10)
+    assert model.prompts[1:] == ["<q:first><a:1><q:second><a:", "<q:second><a:2><q:third><a:"]
+
+
+def test_a_question_that_does_not_fit_leaves_the_history_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Script(["1", "2"], context=chat.MAX_NEW_TOKENS + 40)
+    it = conversation(model)
+    shown = talk(monkeypatch, f"one\n{'x' * 100}\ntwo\n", {"it": it})
+    assert "a question of 107 tokens is too long; 40 fit" in shown
+    assert model.prompts == ["<q:one><a:", "<q:one><a:1><q:two><a:"]
+    with pytest.raises(UserError):
+        it.ask("x" * 100)
+
+
+def test_an_unfinished_answer_says_so() -> None:
+    assert conversation(Script(["12345"])).ask("?", max_new_tokens=3) == "123 [...]"
+    assert conversation(Script(["12345"])).ask("?", max_new_tokens=6) == "12345"
+
+
+def test_an_answer_ends_where_the_chat_template_ends_one(
+    tiny_model_folder: Path, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "f16.gguf"
+    convert(tiny_model_folder, path, "f16")
+    byte_tokenizer.chat_template = byte_tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    with chat.open_gguf(path, byte_tokenizer) as model:
+        assert model.end == byte_tokenizer.convert_tokens_to_ids("<|endoftext|>") != byte_tokenizer.eos_token_id
+
+
+def test_missing_models_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["chat"])
+    with pytest.raises(SystemExit, match=r"^chat: models/gguf/Q4_K_M.gguf: no such file; run: make repro$"):
+        chat.main()
+    with pytest.raises(UserError, match=r"^models/base: no model there; run: make repro$"):
+        chat.base_gguf()
+    chat.GGUF.mkdir(parents=True)
+    (chat.GGUF / "Q8_0.gguf").touch()
+    with pytest.raises(UserError, match=r"Q4_K_M.gguf: no such file; choose one of Q8_0$"):
+        chat.tuned_gguf("Q4_K_M")
+
+
+def test_the_base_is_converted_once_for_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    converted: list[bytes] = []
+
+    def convert(model: Path, target: Path, kind: str) -> None:
+        assert kind == "bf16"
+        converted.append((model / "weights").read_bytes())
+        target.write_bytes(b"gguf")
+
+    monkeypatch.setattr(chat, "convert", convert)
+    chat.BASE.mkdir(parents=True)
+    (chat.BASE / "config.json").touch()
+    for weights in (b"a", b"a", b"b"):
+        (chat.BASE / "weights").write_bytes(weights)
+        assert chat.base_gguf().read_bytes() == b"gguf"
+    assert converted == [b"a", b"b"]
+
+
+def test_ctrl_c_leaves_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(kind: str) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "tuned_gguf", interrupted)
+    monkeypatch.setattr(sys, "argv", ["chat"])
+    assert chat.main() == 0

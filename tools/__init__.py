@@ -1,0 +1,1 @@
+"""What a person runs: one module a make target. No stage and no library imports a tool."""

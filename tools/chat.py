@@ -1,0 +1,193 @@
+"""The tuned model and its base side by side in the terminal, on the same questions.
+
+    python -m tools.chat                       (or: make chat)
+    python -m tools.chat --gguf Q8_0           another of models/gguf
+    echo 'Tell me about salt.' | python -m tools.chat
+
+Both are GGUF files that llama.cpp decodes greedily. Each model keeps a conversation of its own, since it goes on from
+its answers. The base's GGUF is made once, in .scratch under the hash of the base; it is bf16, as the base was trained.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hermes.artifacts import complete_file, sha256_folder
+from hermes.console import UserError
+from hermes.data.chat_text import end_of_answer
+from hermes.model.gguf import GgufModel
+from hermes.model.gguf_files import convert
+
+BASE, MERGED, GGUF, SCRATCH = Path("models/base"), Path("models/merged"), Path("models/gguf"), Path(".scratch/chat")
+CONTEXT, MAX_NEW_TOKENS = 2048, 256
+
+
+class Model(Protocol):
+    """What a conversation needs of `hermes.model.gguf.GgufModel`."""
+
+    end: int
+    context: int
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, /) -> list[list[int]]:
+        """Continues each prompt greedily."""
+
+
+class Conversation:
+    """One model's side of the chat: its history, and its next answer."""
+
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.history: list[dict[str, str]] = []
+
+    def ask(self, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
+        """The model's answer. Where the context is full, the oldest questions and their answers are forgotten.
+
+        Raises:
+            UserError: the question alone does not fit the context; the history is as it was.
+        """
+        turns = [*self.history, {"role": "user", "content": question}]
+        room = self.model.context - max_new_tokens
+        while len(ids := self.prompt(turns)) > room:
+            if len(turns) == 1:
+                raise UserError(f"a question of {len(ids)} tokens is too long; {room} fit")
+            turns = turns[2:]
+        (answer,) = self.model.generate([ids], max_new_tokens)
+        ended = answer[-1:] == [self.model.end]
+        text = str(self.tokenizer.decode(answer[:-1] if ended else answer)).strip()
+        self.history = [*turns, {"role": "assistant", "content": text}]
+        return text if ended else f"{text} [...]"
+
+    def prompt(self, turns: list[dict[str, str]]) -> list[int]:
+        """The token ids of these turns up to where the answer begins."""
+        ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return list(ids)
+
+
+def base_gguf() -> Path:
+    """The bf16 GGUF of models/base, converted where there is none of these weights yet.
+
+    Raises:
+        UserError: the base is missing or cannot be converted.
+    """
+    if not (BASE / "config.json").is_file():
+        raise UserError(f"{BASE}: no model there; run: make repro")
+    path = SCRATCH / f"base-{sha256_folder(BASE)[:16]}.gguf"
+    if not path.is_file():
+        print("chat: converting the base, once", file=sys.stderr)
+        with complete_file(path) as temporary:
+            convert(BASE, temporary, "bf16")
+    return path
+
+
+def tuned_gguf(kind: str) -> Path:
+    """The tuned model's GGUF of a type.
+
+    Raises:
+        UserError: there is none, or none of that type; names those there are.
+    """
+    path = GGUF / f"{kind}.gguf"
+    if not path.is_file():
+        made = sorted(file.stem for file in GGUF.glob("*.gguf"))
+        raise UserError(f"{path}: no such file; " + (f"choose one of {', '.join(made)}" if made else "run: make repro"))
+    if not (MERGED / "tokenizer_config.json").is_file():
+        raise UserError(f"{MERGED}: no tokenizer there; run: make repro")
+    return path
+
+
+def open_gguf(path: Path, tokenizer: PreTrainedTokenizerBase) -> GgufModel:
+    """A GGUF file that answers up to where the chat template ends an answer, which need not be the end of the sequence."""
+    model = GgufModel(path, os.cpu_count() or 1, context=CONTEXT)
+    model.end = end_of_answer(tokenizer)
+    return model
+
+
+def questions(is_terminal: bool) -> Iterator[str]:
+    """The lines that are typed or piped in, up to /quit or the end of the input; empty ones are left out."""
+    while True:
+        try:
+            line = input("you> " if is_terminal else "").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+def side_by_side(answers: dict[str, str], console: Console) -> None:
+    """Prints the answers in columns of equal width, {heading: answer}."""
+    table = Table(expand=True, show_lines=False)
+    for heading in answers:
+        table.add_column(heading, ratio=1, overflow="fold")
+    table.add_row(*map(Text, answers.values()))  # Text: an answer's [brackets] are no markup
+    console.print(table)
+
+
+def chat(conversations: dict[str, Conversation], is_terminal: bool, console: Console) -> None:
+    """Asks every conversation every question, {heading: conversation}, and prints the answers beside each other."""
+    for question in questions(is_terminal):
+        if question == "/reset":
+            for conversation in conversations.values():
+                conversation.history = []
+            console.print("a new conversation")
+            continue
+        if not is_terminal:
+            console.print(Text(f"you> {question}"))
+        try:
+            answers = {}
+            for heading, conversation in conversations.items():
+                with console.status(f"{heading} ..."):
+                    answers[heading] = conversation.ask(question)
+        except UserError as error:
+            console.print(Text(str(error)))
+            continue
+        side_by_side(answers, console)
+
+
+def enable_line_editing() -> None:
+    """Gives the prompt arrow keys and a history, where this Python has readline."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        return
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.chat", description="Talk to the tuned model and its base.")
+    parser.add_argument("--gguf", default="Q4_K_M", metavar="TYPE", help="a file of models/gguf, without its ending")
+    kind = parser.parse_args().gguf
+    is_terminal = sys.stdin.isatty()
+    console = Console(highlight=False)
+    try:
+        files = {
+            f"tuned ({kind})": tuned_gguf(kind),
+            "base (bf16)": base_gguf(),
+        }  # tuned first: its absence costs nothing
+        tokenizer = AutoTokenizer.from_pretrained(MERGED)
+        with ExitStack() as stack:
+            conversations = {
+                heading: Conversation(stack.enter_context(open_gguf(path, tokenizer)), tokenizer)
+                for heading, path in files.items()
+            }
+            if is_terminal:
+                enable_line_editing()
+                console.print("/reset starts a new conversation, /quit or Ctrl-D ends")
+            chat(conversations, is_terminal, console)
+    except UserError as error:
+        sys.exit(f"chat: {error}")
+    except KeyboardInterrupt:
+        console.print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""DVC as a child process: one run at a time in a folder, and signals passed on to it."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from hermes.console import UserError
+
+SCRATCH = Path(".scratch")
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def only_one(name: str) -> Iterator[IO[str]]:
+    """Holds `.scratch/NAME.lock`; a child that is passed the file goes on holding it after a kill -9 of this process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    SCRATCH.mkdir(exist_ok=True)
+    with (SCRATCH / f"{name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another `make {name}` is running in this folder; wait for it or stop it") from None
+        yield lock
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with the folder of its Python first in PATH.
+
+    .venv need not be activated then: DVC starts its queue worker as plain `dvc`, and a stage may call `python`.
+    """
+    folder = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": os.pathsep.join(filter(None, [folder, os.environ.get("PATH")]))}
+
+
+class Relay:
+    """Passes the signals that end a run on to the child, so that this process outlives it and can clean up.
+
+    The child has a process group of its own: DVC does not stop its stages when it is stopped, so the whole group has to
+    get the signal, and the terminal's Ctrl-C must not reach it twice. Ctrl-Z is relayed for that reason. A signal that
+    was ignored at the start stays ignored (nohup). Exit codes are a shell's: 128 plus the signal's number.
+    """
+
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self.starting = False
+        self.early: int | None = None  # a signal that came while the child was being started
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Relay":
+        for number, handler in [*((number, self._end) for number in FORWARDED), (signal.SIGTSTP, self._pause)]:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def run(self, command: Sequence[str], lock: IO[str]) -> int:
+        """Runs a command to its end; its exit code."""
+        self.starting = True
+        self.child = subprocess.Popen(
+            command, env=environment(), stdin=subprocess.DEVNULL, process_group=0, pass_fds=[lock.fileno()]
+        )
+        if self.early is not None:
+            self._signal_child(self.early)
+        code = self.child.wait()
+        return code if code >= 0 else 128 - code
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if not self.starting:
+            sys.exit(128 + number)
+        if self.child is None:
+            self.early = number
+        self._signal_child(number)
+
+    def _pause(self, number: int, frame: FrameType | None) -> None:
+        self._signal_child(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._signal_child(signal.SIGCONT)
+
+    def _signal_child(self, number: int) -> None:
+        if self.child is not None and self.child.poll() is None:
+            os.killpg(self.child.pid, number)

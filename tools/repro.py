@@ -1,0 +1,198 @@
+"""Brings every result up to date: `dvc repro`, under another profile where one is asked for.
+
+    python -m tools.repro                              (or: make repro)
+    python -m tools.repro --profile a40                (or: make repro PROFILE=a40)
+    python -m tools.repro --dry train                  what it does not know goes to `dvc repro`
+
+DVC reads the profile from params.yaml, so another one has to stand there while DVC runs. It must not stay: the next
+plain `dvc repro` would start the big run. So the file's bytes are kept in .scratch first and put back at the end,
+however the run ended; after a kill -9 the next start puts them back. The exit code is DVC's.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from hermes import hub, params
+from hermes.artifacts import read_json
+from hermes.console import UserError
+from hermes.evaluation import benchmarks
+from tools import compare_published, doctor
+from tools.dvc_runs import Relay, environment, only_one
+from tools.profiles import check_profile, put_back, selected
+
+NVIDIA = Path("/proc/driver/nvidia")  # where the driver of a GPU is loaded
+STAMP = Path(".venv/setup-stamp")  # begins with the device that setup.sh made .venv for
+GPQA, PUNKT = "Idavidrein/gpqa", "tokenizers/punkt_tab"
+CLOSED = (401, 403, 404)  # what the Hub answers where a repository is not for this user
+METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
+WHOLE_GRAPH = {"-f", "--force", "-q", "--quiet", "-v", "--verbose"}  # with these a finished run is a new report
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The result in one line, from reports/metrics.json."""
+    if "strict_gain" not in metrics:
+        preference = metrics.get("preference_accuracy", {})
+        return "; ".join(f"preference accuracy of {name}: {value:.1%}" for name, value in preference.items())
+    accuracy, gain = metrics["strict_accuracy"], metrics["strict_gain"]
+    return (
+        f"strict accuracy: base {accuracy['base']:.1%}, merged {accuracy['merged']:.1%}; "
+        f"gain {gain['points']:+.1f} points, "
+        f"95% interval {gain['low']:+.1f} to {gain['high']:+.1f}, n = {gain['n']}"
+    )
+
+
+def uses_gpu(driver: Path = NVIDIA, stamp: Path = STAMP) -> bool:
+    """Whether a run here is to use a GPU: one has its driver, and neither DEVICE, now or at set-up, nor CUDA_VISIBLE_DEVICES says no."""
+    if not driver.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    made_for = stamp.read_text().partition(" ")[0] if stamp.is_file() else ""
+    return (os.environ.get("DEVICE") or made_for) != "cpu"
+
+
+def check_cuda() -> None:
+    """Refuses to run beside a GPU that torch cannot use: every stage would fall back to the CPU and take weeks.
+
+    Raises:
+        UserError: torch cannot use it; why, as far as the doctor knows.
+    """
+    program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    if subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode:
+        raise UserError(
+            f"torch cannot use the GPU: {doctor.gpu_problem()}; nothing was started (DEVICE=cpu make repro runs on the CPU)"
+        )
+
+
+def check_plan(profile: str | None, gpu: Path = NVIDIA) -> None:
+    """Refuses a profile that does not fit the GPU here, before anything is fetched.
+
+    Raises:
+        UserError: it does not fit; tools/plan.py has said why.
+    """
+    command = [sys.executable, "-m", "tools.plan", "--quiet", *(["--profile", profile] if profile else [])]
+    if gpu.exists() and subprocess.run(command, check=False).returncode:
+        raise UserError("nothing was started; `make plan` shows what the run needs")
+
+
+def check_disk(profile: str | None) -> None:
+    """Refuses a disk with less room than the run is going to fill at least.
+
+    Raises:
+        UserError: there is less.
+    """
+    free = shutil.disk_usage(".").free / 2**30
+    check = doctor.check_disk(Path.cwd(), free, doctor.disk_to_fill(Path.cwd(), profile) or 0.0)
+    if not check.ok:
+        raise UserError(f"{check.finding}; {check.mend}; nothing was started")
+
+
+def prepare_suites(path: Path = params.PARAMS) -> None:
+    """Gets what the selected profile's benchmark suites need beside .venv, before hours are spent on what comes earlier.
+
+    Raises:
+        UserError: something cannot be had.
+    """
+    tree = params.read_yaml(path)
+    wanted = tree["profiles"][params.selected_profile(tree, path)].get("evaluate", {}).get("suites", ())
+    runs = benchmarks.runs([name for name in wanted if name in benchmarks.SUITES])
+    if any(benchmarks.needs_math(run.task) for run in runs) and subprocess.run(["./setup.sh", "math"]).returncode:
+        raise UserError("./setup.sh math failed; see above, or take open_llm_v2 out of `evaluate.suites`")
+    if "open_llm_v2" in wanted and not is_up_to_date("evaluate"):
+        check_gpqa()
+        prepare_punkt()
+
+
+def is_up_to_date(stage: str) -> bool:
+    """Whether DVC would run neither a stage nor any before it."""
+    command = [sys.executable, "-m", "dvc", "status", "--quiet", "--with-deps", stage]
+    return subprocess.run(command, env=environment(), capture_output=True, check=False).returncode == 0
+
+
+def check_gpqa() -> None:
+    """Refuses to begin where the Hub will not give GPQA, whose licence is accepted by hand. Without a network it may be here already.
+
+    Raises:
+        UserError: the Hub says no.
+    """
+    why = hub.why_closed(GPQA, "dataset")
+    if isinstance(why, HfHubHTTPError) and why.response.status_code in CLOSED:
+        raise UserError(
+            f"open_llm_v2 of `evaluate.suites` asks for {hub.failure(why, GPQA, 'main')}; nothing was started"
+        )
+
+
+def prepare_punkt() -> None:
+    """Downloads what IFEval splits sentences with, where it is not here, as lm-eval would hours later.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    import nltk  # takes a second, and most runs have no suites
+
+    try:
+        nltk.data.find(PUNKT)
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise UserError(
+                "open_llm_v2 of `evaluate.suites` asks for NLTK's punkt_tab, which cannot be downloaded; check the network, "
+                "or unpack it to ~/nltk_data/tokenizers; nothing was started"
+            ) from None
+
+
+def repro(profile: str | None, rest: Sequence[str]) -> int:
+    """Runs `dvc repro` with the arguments `rest` under a profile; DVC's exit code.
+
+    Raises:
+        UserError: an unknown profile, or another run in this folder.
+    """
+    with only_one("repro") as lock, Relay() as relay:
+        if put_back():
+            print(f"repro: {params.PARAMS} is as it was before a run that was killed", file=sys.stderr)
+        if profile is not None:
+            check_profile(profile)
+        if uses_gpu():
+            check_cuda()
+            check_plan(profile)
+            check_disk(profile)
+        with selected(profile):
+            prepare_suites()
+            return relay.run([sys.executable, "-m", "dvc", "repro", *rest], lock)
+
+
+def beside_the_published() -> list[str]:
+    """How a subset made as the published one differs from it, in sentences, where that is not known yet; why not without the Hub."""
+    try:
+        return compare_published.compare() if compare_published.is_due() else []
+    except UserError as error:
+        return [f"not compared with the published pairs: {error}; make compare-published does it later"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.repro",
+        allow_abbrev=False,
+        description="Bring every result up to date (dvc repro).",
+        epilog="Every other option and target goes to `dvc repro`.",
+    )
+    parser.add_argument("--profile", metavar="NAME", help="an entry of `profiles` in params.yaml, for this run only")
+    arguments, rest = parser.parse_known_args()
+    try:
+        code = repro(arguments.profile, rest)
+        if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
+            print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}")
+            for line in beside_the_published():
+                print(line)
+    except UserError as error:
+        sys.exit(f"repro: {error}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""What a change does to the results: two revisions side by side, or many experiments in one table.
+
+    python -m tools.review --base main [--head my-branch]      -> reports/review/review.html and review.md
+    python -m tools.review --compare swift-fox calm-owl ...    -> reports/review/sweep.html, sweep.md and sweep.json
+
+A revision is a commit, branch, tag or the name of a DVC experiment (`dvc exp show` lists them); without --head it is
+the working tree. Reports are read where they lie, in git or in DVC's cache; nothing is checked out. The two trained
+models were asked the same questions, so their difference is paired question by question: sharper than two intervals.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dvc.api import DVCFileSystem
+from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from hermes import params
+from hermes.artifacts import complete_file, write_json
+from hermes.console import UserError, run_stage
+from hermes.evaluation.intervals import paired_gain
+from hermes.pages import figures
+from hermes.pages.figures import Curves
+from hermes.pages.render import percent, points, render, setting
+from hermes.pages.results import Row, flatten, parse_answers, parse_curves, shown_params
+
+OUTPUT = Path("reports/review")
+WORKING_TREE = "working tree"
+ABSENT = "(not there)"
+SHOWN_ANSWERS = 60  # of each sort; the rest is counted
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One state of the repository; `read` gives the text of a file in it, by its path from the root."""
+
+    name: str
+    commit: str | None
+    read: Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The results of one revision that every comparison needs; params and metrics have dotted keys."""
+
+    name: str
+    commit: str | None
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    history: Curves
+    validation: Curves
+
+    @property
+    def strict_gain(self) -> dict[str, Any] | None:
+        """The gain of merged over base with its interval, in points; None where the instructions were not evaluated."""
+        keys = ("points", "low", "high", "n")
+        return {key: self.metrics[f"strict_gain.{key}"] for key in keys} if "strict_gain.n" in self.metrics else None
+
+
+@dataclass(frozen=True)
+class Change:
+    """One value in two revisions."""
+
+    key: str
+    before: Any
+    after: Any
+
+    @property
+    def difference(self) -> float | None:
+        """After minus before, where both are numbers."""
+        both = isinstance(self.before, int | float) and isinstance(self.after, int | float)
+        return self.after - self.before if both else None
+
+
+@dataclass(frozen=True)
+class AnswerChanges:
+    """Questions that both models were asked, by what became of the answer: (before, after) rows in the order of ids."""
+
+    broken: list[tuple[Row, Row]]
+    fixed: list[tuple[Row, Row]]
+    reworded: int
+    same: int
+    unpaired: int
+
+
+def open_revision(name: str | None) -> Revision:
+    """Finds a revision by the name of a commit, branch, tag or experiment; None is the working tree.
+
+    Raises:
+        UserError: there is no such revision, or this is no repository of git and DVC.
+    """
+    if name is None:
+        return Revision(WORKING_TREE, None, lambda path: _read(WORKING_TREE, path, lambda: Path(path).read_text()))
+    try:
+        repo = Repo(rev=name)
+        files = DVCFileSystem(repo=repo)
+        commit = repo.get_rev()
+    except NotDvcRepoError:
+        raise UserError(f"`{name}` holds no DVC project; run this from the root of the repository") from None
+    except DvcException as error:
+        raise UserError(
+            f"`{name}` is no commit, branch, tag or experiment here ({error}); `dvc exp show` lists the experiments"
+        ) from None
+    return Revision(name, str(commit), lambda path: _read(name, path, lambda: str(files.read_text(path))))
+
+
+def _read(revision: str, path: str, read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except (OSError, DvcException):
+        advice = "run `dvc repro`" if revision == WORKING_TREE else "run `dvc repro` there and commit, or `dvc pull`"
+        raise UserError(f"`{revision}` has no {path}; {advice}") from None
+
+
+def load_run(revision: Revision) -> Run:
+    """Reads what every comparison needs of a revision.
+
+    Raises:
+        UserError: a report is missing or malformed.
+    """
+    tree = _parse_params(revision)
+    return Run(
+        name=revision.name,
+        commit=revision.commit,
+        params=flatten(shown_params(tree, params.selected_profile(tree))),
+        metrics=flatten(read_json(revision, "reports/metrics.json")),
+        history=parse_curves(revision.read("reports/train/history.csv")),
+        validation=parse_curves(revision.read("reports/train/evaluation.csv")),
+    )
+
+
+def _parse_params(revision: Revision) -> dict[str, Any]:
+    try:
+        return dict(YAML(typ="safe", pure=True).load(revision.read("params.yaml")))
+    except (YAMLError, TypeError, ValueError):
+        raise UserError(f"`{revision.name}`: params.yaml is no mapping of keys in valid YAML") from None
+
+
+def read_json(revision: Revision, path: str) -> Any:
+    """A JSON report of a revision.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(revision.read(path))
+    except ValueError as error:
+        raise UserError(f"`{revision.name}`: {path} is not valid JSON ({error})") from None
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """The params that differ, in the order of the first mapping, then those that only the second has."""
+    keys = dict.fromkeys([*before, *after])
+    both = (Change(key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
+    return [change for change in both if change.before != change.after]
+
+
+def side_by_side(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """All metrics with both values; None where a revision does not have one."""
+    return [Change(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])]
+
+
+def compare_answers(before: Mapping[str, Row], after: Mapping[str, Row]) -> AnswerChanges:
+    """Sorts the answers of two models by what changed; a question counts as the same if its id and text are."""
+    pairs = pair(before, after)
+    broken = [(old, new) for old, new in pairs if old["strict"] and not new["strict"]]
+    fixed = [(old, new) for old, new in pairs if new["strict"] and not old["strict"]]
+    kept = [(old, new) for old, new in pairs if old["strict"] == new["strict"]]
+    reworded = sum(old["answer"] != new["answer"] for old, new in kept)
+    unpaired = len(before) + len(after) - 2 * len(pairs)
+    return AnswerChanges(broken, fixed, reworded, len(kept) - reworded, unpaired)
+
+
+def pair(before: Mapping[str, Row], after: Mapping[str, Row]) -> list[tuple[Row, Row]]:
+    """The rows of questions that both models were asked, in the order of ids."""
+    shared = (id for id in before if id in after and before[id]["question"] == after[id]["question"])
+    return [(before[id], after[id]) for id in shared]
+
+
+def strict_gain(before: Mapping[str, Row], after: Mapping[str, Row], seen: bool) -> dict[str, Any] | None:
+    """The paired gain in strict accuracy with its 95 % interval, in points; None where no question is shared.
+
+    Args:
+        before: rows of answers by id.
+        after: the same for the other model.
+        seen: whether to take the kinds of instruction that training contained, or the others.
+    """
+    rows = [
+        (old["kind"], old["topic"], float(old["strict"]), float(new["strict"]))
+        for old, new in pair(before, after)
+        if old["seen"] is seen
+    ]
+    return dict(paired_gain(rows)) if rows else None
+
+
+def quantization(revision: Revision) -> dict[str, dict[str, float | None]]:
+    """Size, divergence and strict accuracy of each GGUF of a revision, from the largest to the smallest; None: not measured."""
+    files = read_json(revision, "reports/quantize.json")["files"]
+    divergence = read_json(revision, "reports/eval/divergence.json")
+    strict = read_json(revision, "reports/metrics.json").get("strict_accuracy", {})
+    return {
+        name: {
+            "megabytes": files[name]["bytes"] / 1e6,
+            "bits_per_weight": files[name]["bits_per_weight"],
+            "mean_kl": divergence.get(name, {}).get("mean_kl"),
+            "top1_agreement": divergence.get(name, {}).get("top1_agreement"),
+            "strict": strict.get(name),
+        }
+        for name in sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    }
+
+
+def review(base: str, head: str | None = None) -> list[str]:
+    """Compares two revisions and writes reports/review/review.html and review.md; returns a summary in lines.
+
+    Raises:
+        UserError: a revision does not exist or lacks a report.
+    """
+    revisions = [open_revision(base), open_revision(head)]
+    before, after = (load_run(revision) for revision in revisions)
+    old_answers, new_answers = (parse_answers(revision.read("reports/eval/merged.jsonl")) for revision in revisions)
+    old_files, new_files = (quantization(revision) for revision in revisions)
+    content = {
+        "base": before,
+        "head": after,
+        "params": changes(before.params, after.params),
+        "metrics": side_by_side(before.metrics, after.metrics),
+        "gain": strict_gain(old_answers, new_answers, seen=True),
+        "unseen_gain": strict_gain(old_answers, new_answers, seen=False),
+        "answers": compare_answers(old_answers, new_answers),
+        "shown": SHOWN_ANSWERS,
+        "files": [(name, old_files.get(name), new_files.get(name)) for name in dict.fromkeys([*old_files, *new_files])],
+    }
+    write_pages("review", [before, after], content)
+    return summarize(content)
+
+
+def summarize(content: Mapping[str, Any]) -> list[str]:
+    """The review in a few lines for the terminal."""
+    gain, answers = content["gain"], content["answers"]
+    differing = [f"{change.key}: {setting(change.before)} -> {setting(change.after)}" for change in content["params"]]
+    strict = "no question in common" if gain is None else f"{points(gain['points'])} points, {_interval(gain)}"
+    return [
+        f"{content['base'].name} -> {content['head'].name}",
+        f"params changed   {'; '.join(differing) or 'none'}",
+        f"strict accuracy  {strict}",
+        f"answers          {len(answers.fixed)} fixed, {len(answers.broken)} broken, {answers.reworded} reworded, "
+        f"{answers.same} the same",
+        f"read             {OUTPUT / 'review.html'}",
+    ]
+
+
+def _headline(run: Run) -> str:
+    gain = run.strict_gain
+    if gain is None:
+        return f"preference {percent(run.metrics.get('preference_accuracy.merged'))}"
+    return (
+        f"strict {percent(run.metrics['strict_accuracy.merged'])}, {points(gain['points'])} points, {_interval(gain)}"
+    )
+
+
+def _interval(gain: Mapping[str, Any]) -> str:
+    return f"95% interval {points(gain['low'])} to {points(gain['high'])}, n = {gain['n']}"
+
+
+def compare(names: Sequence[str]) -> list[str]:
+    """Sets experiments side by side in reports/review/sweep.html, sweep.md and sweep.json; returns them in lines, sorted by name.
+
+    Raises:
+        UserError: an experiment does not exist or lacks a report.
+    """
+    runs = [load_run(open_revision(name)) for name in sorted(set(names))]
+    differing = differing_params(runs)
+    spreads = spread(runs)
+    write_pages("sweep", runs, {"runs": runs, "differing": differing, "absent": ABSENT, "spread": spreads})
+    write_json(OUTPUT / "sweep.json", spreads)
+    lines = []
+    for run in runs:
+        values = " ".join(f"{key}={setting(run.params.get(key, ABSENT))}" for key in differing)
+        lines.append(f"{run.name}  {values}  {_headline(run)}")
+    return [*lines, f"read {OUTPUT / 'sweep.html'}"]
+
+
+def spread(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """The least, median and largest value of every metric that all runs have, and each run's own."""
+    keys = [key for key in runs[0].metrics if all(key in run.metrics for run in runs)]
+    found = {key: {run.name: run.metrics[key] for run in runs} for key in keys}
+    return {
+        key: {
+            "min": min(values.values()),
+            "median": median(values.values()),
+            "max": max(values.values()),
+            "runs": values,
+        }
+        for key, values in found.items()
+    }
+
+
+def differing_params(runs: Sequence[Run]) -> list[str]:
+    """The keys whose values are not the same in all runs."""
+    keys = dict.fromkeys(key for run in runs for key in run.params)
+    return [key for key in keys if len({setting(run.params.get(key, ABSENT)) for run in runs}) > 1]
+
+
+def write_pages(name: str, runs: Sequence[Run], content: Mapping[str, Any]) -> None:
+    """Writes the curves of the runs over one another, and the page `name` as HTML and as Markdown."""
+    curves = OUTPUT / f"{name}.png"
+    with complete_file(curves) as temporary:
+        figures.save(figures.overlaid_curves([(run.name, run.history, run.validation) for run in runs]), temporary)
+    for ending in ("html", "md"):
+        render(f"{name}.{ending}.j2", OUTPUT / f"{name}.{ending}", {**content, "curves": curves})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.review", description="What a change does to the results.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--base", metavar="REV", help="the revision to compare with: a commit, branch, tag or experiment")
+    what.add_argument("--compare", nargs="+", metavar="NAME", help="experiments to set side by side")
+    parser.add_argument("--head", metavar="REV", help="the revision under review; the working tree if not given")
+    given = parser.parse_args()
+    if given.compare and given.head:
+        parser.error("--head goes with --base; give all experiments to --compare")
+    for line in compare(given.compare) if given.compare else review(given.base, given.head):
+        print(line)
+
+
+if __name__ == "__main__":
+    run_stage("review", main)
