@@ -93,7 +93,9 @@ def expected_params(stage: str) -> set[str]:
 
 def arrows() -> set[tuple[str, str]]:
     """(importing file, imported file) within the house."""
-    return {(name, file_of(other)) for name, path in MODULES.items() for other in imports(path) if file_of(other) in MODULES}
+    return {
+        (name, file_of(other)) for name, path in MODULES.items() for other in imports(path) if file_of(other) in MODULES
+    }
 
 
 def test_no_import_points_up() -> None:
