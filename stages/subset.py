@@ -20,16 +20,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from hermes import params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, read_json, write_json
-from hermes.console import UserError, progress, run_stage
+from hermes.console import UserError, progress
+from hermes.run import run_stage
+from hermes.settings.subset import SubsetSettings
 
 RAW, OUTPUT, REPORT = Path("data/raw"), Path("data/subset"), Path("reports/subset.json")
 SPLITS = ("test", "validation", "train")  # held-out first: training rows are compared with them
@@ -38,18 +39,6 @@ MISFITS = RAW / "misfits.json"
 BATCH = 1024
 SHOWN = 5  # malformed rows of a kind whose numbers the report gives
 HASHES, BANDS = 64, 16
-
-
-class SubsetSettings(params.Settings):
-    """Which pairs training may see."""
-
-    k: Annotated[int, Field(ge=1)] | None
-    drop_malformed: bool
-    drop_empty: bool
-    drop_identical: bool
-    drop_exact_duplicates: bool
-    near_duplicate_similarity: Annotated[float, Field(ge=0.7, le=1)] | None  # the bands miss less similar ones
-    drop_evaluation_leaks: bool
 
 
 class Params(params.Params):
