@@ -84,7 +84,7 @@ def forged_pairs(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase)
 
 def run_tasks(model: ChatModel, settings: EvaluateSettings) -> dict[str, Answers]:
     """lm-eval's logged samples of every task, in the order of the documents."""
-    metadata: dict[str, Any] = {"split": settings.split}
+    metadata: dict[str, Any] = {"split": settings.split, "questions_per_kind": settings.questions_per_kind}
     if "preference" in settings.tasks:
         metadata["left_out"] = forged_pairs(settings, model.tokenizer)
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)

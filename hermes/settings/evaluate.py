@@ -25,6 +25,7 @@ class EvaluateSettings(Batching):
 
     split: Literal["validation", "test"]
     tasks: Annotated[list[Literal["instructions", "preference", "plain"]], Field(min_length=1)]
+    questions_per_kind: PositiveInt | None
     suites: list[SuiteName]
     types: list[Literal["f16", GgufType]]
     divergence_pairs: NonNegativeInt

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from hermes.params import Settings
 
@@ -10,7 +10,8 @@ from hermes.params import Settings
 class SubsetSettings(Settings):
     """Which pairs training may see."""
 
-    k: Annotated[int, Field(ge=1)] | None
+    k: PositiveInt | None
+    held_out_k: PositiveInt | None
     drop_malformed: bool
     drop_empty: bool
     drop_identical: bool
