@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
-from hermes.artifacts import complete_file, complete_folder, open_parquet, read_json, scratch_folder, write_json
+from hermes.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json
 from hermes.console import UserError
 from hermes.data.chat_text import Forged, answer_ids, check_plain, prompt_ids
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, release, score
+from hermes.evaluation.held_out import read_pairs
 from hermes.evaluation.intervals import paired_gain
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
@@ -42,11 +44,7 @@ from hermes.settings.evaluate import EvaluateSettings
 
 BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
 ADAPTER = Path("models/adapter")
-SUBSET, OUTPUT, TASKS = (
-    Path("data/subset"),
-    Path("data/evaluation"),
-    Path(__file__).parent.parent / "hermes/evaluation/tasks",
-)
+OUTPUT, TASKS = Path("data/evaluation"), Path(__file__).parent.parent / "hermes/evaluation/tasks"
 NEEDED = {"instructions": Path("data/raw/questions.parquet"), "plain": Path("data/raw/plain.jsonl")}
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
@@ -64,17 +62,10 @@ def path_of(name: str) -> Path:
     return {"base": BASE, "merged": MERGED}.get(name, GGUF / f"{name}.gguf")
 
 
-def read_pairs(settings: EvaluateSettings, parts: Iterable[str]) -> Answers:
-    """The held-out pairs, with the answers named by `parts`."""
-    with open_parquet(SUBSET / f"{settings.split}.parquet") as file:
-        columns = [name for name in ("context", "question", *parts) if name in file.schema_arrow.names]
-        return file.read(columns=columns).to_pylist()
-
-
 def forged_pairs(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Which held-out pairs hold a special token, and so could forge a turn of the conversation; none of them is asked."""
     forged = []
-    for number, row in enumerate(read_pairs(settings, ("chosen", "rejected"))):
+    for number, row in enumerate(read_pairs(settings.split).to_pylist()):
         try:
             check_plain(tokenizer, row)
         except Forged:
@@ -194,12 +185,18 @@ def perplexity(samples: Answers, tokenizer: PreTrainedTokenizerBase) -> dict[str
 
 
 def evaluate_model(
-    name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, Any], Answers]:
-    """All tasks on one model: (data/evaluation/NAME.json and, as `pairs`, what it is counted from; rows of NAME.jsonl)."""
+    name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, exact: "Exact | None"
+) -> tuple[dict[str, Any], Answers, dict[str, float | int]]:
+    """All that one model is asked while it is loaded once.
+
+    Returns:
+        data/evaluation/NAME.json and, as `pairs`, what it is counted from; the rows of NAME.jsonl; and how far it is from `exact`, the
+        merged model in float32, which is empty without one and for the base.
+    """
     with opened(path_of(name), settings, tokenizer) as model:
         samples = run_tasks(model, settings)
         finished = model.finished
+        apart = exact.divergence(model) if exact and name != "base" else {}
     summary: dict[str, Any] = {"model": name}
     rows: Answers = []
     if "instructions" in samples:
@@ -218,7 +215,7 @@ def evaluate_model(
         ]
     if "plain" in samples:
         summary["perplexity"] = perplexity(samples["plain"], tokenizer)
-    return summary, rows
+    return summary, rows, apart
 
 
 def reward_accuracy(tuned: Answers, base: Answers) -> float | None:
@@ -259,7 +256,7 @@ def held_out_pairs(
 ) -> tuple[list[Ids], list[list[Ids]]]:
     """The prompts of the first `divergence_pairs` held-out pairs, and of each the answers named by `parts`."""
     forged = set(forged_pairs(settings, tokenizer))
-    pairs = [row for number, row in enumerate(read_pairs(settings, parts)) if number not in forged]
+    pairs = [row for number, row in enumerate(read_pairs(settings.split).to_pylist()) if number not in forged]
     pairs = pairs[: settings.divergence_pairs]
     prompts = [prompt_ids(tokenizer, row["question"], row.get("context") or ()) for row in pairs]
     answers = [
@@ -268,20 +265,35 @@ def held_out_pairs(
     return prompts, answers
 
 
-def divergences(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float | int]]:
-    """Mean KL(merged in float32 || other) in nats a token, and top-1 agreement, over the chosen answers of held-out pairs."""
-    prompts, answers = held_out_pairs(settings, tokenizer, ["chosen"])
-    exact = load(MERGED, torch.float32)
-    reference = HuggingFaceChat(exact, tokenizer, settings.max_new_tokens, settings.batch_size)
-    expected = {i: rows.cpu() for i, (rows,) in reference.logits_of(prompts, answers)}
-    del exact, reference
-    release()
-    result = {}
-    for name in ("hf_bf16", *settings.types):
-        with opened(MERGED if name == "hf_bf16" else path_of(name), settings, tokenizer) as model:
-            found = model.logits_of(prompts, answers)
-            result[name] = divergence((expected[i], rows.float().cpu()) for i, (rows,) in found)
-    return result
+@dataclass(frozen=True)
+class Exact:
+    """The merged model in float32 on the chosen answers of held-out pairs.
+
+    Attributes:
+        prompts: token ids of each prompt.
+        answers: token ids of the chosen answer to each, alone in a list.
+        logits: (answer tokens, vocabulary) of each, by its number.
+    """
+
+    prompts: list[Ids]
+    answers: list[list[Ids]]
+    logits: dict[int, torch.Tensor]
+
+    @classmethod
+    def of(cls, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> "Exact":
+        """Computes them; the model is gone afterwards."""
+        prompts, answers = held_out_pairs(settings, tokenizer, ["chosen"])
+        model = load(MERGED, torch.float32)
+        chat = HuggingFaceChat(model, tokenizer, settings.max_new_tokens, settings.batch_size)
+        logits = {i: rows.cpu() for i, (rows,) in chat.logits_of(prompts, answers)}
+        del model, chat
+        release()
+        return cls(prompts, answers, logits)
+
+    def divergence(self, model: ChatModel) -> dict[str, float | int]:
+        """Mean KL(merged in float32 || model) in nats a token, and top-1 agreement."""
+        found = model.logits_of(self.prompts, self.answers)
+        return divergence((self.logits[i], rows.float().cpu()) for i, (rows,) in found)
 
 
 def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
@@ -359,10 +371,13 @@ def main() -> None:
     if "preference" in settings.tasks and (forged := forged_pairs(settings, tokenizer)):
         print(f"evaluate: {len(forged)} pairs of {settings.split} hold special tokens and are left out", flush=True)
     folders = run_suites(settings, tokenizer, names)
-    summaries, rows = {}, {}
+    compared = settings.divergence_pairs > 0
+    exact = Exact.of(settings, tokenizer) if compared else None
+    summaries, rows, apart = {}, {}, {}
     for name in names:
         print(f"evaluating {name}", flush=True)
-        summaries[name], rows[name] = evaluate_model(name, settings, tokenizer)
+        summaries[name], rows[name], apart[name] = evaluate_model(name, settings, tokenizer, exact)
+    del exact
     pairs = {name: summaries[name].pop("pairs", []) for name in names}
     comparison = {}
     for name in names[1:]:
@@ -371,8 +386,6 @@ def main() -> None:
         comparison[name]["preference"] = preference_gain(pairs[name], pairs[against])
         if pairs[name]:
             summaries[name]["preference"]["reward_accuracy"] = reward_accuracy(pairs[name], pairs["base"])
-    compared = settings.divergence_pairs > 0
-    apart = divergences(settings, tokenizer) if compared else {}
     faithful = faithfulness(loaded, tokenizer) if compared else {}
     with complete_folder(OUTPUT) as target:
         for name in names:
@@ -380,7 +393,8 @@ def main() -> None:
             with complete_file(target / f"{name}.jsonl") as path:
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))
         write_json(target / "comparison.json", comparison)
-        write_json(target / "divergence.json", apart)
+        measured = {{"merged": "hf_bf16"}.get(name, name): found for name, found in apart.items() if found}
+        write_json(target / "divergence.json", measured)
         if folders:
             write_suites(settings, folders, target)
         write_json(target / "merge.json", faithful | {"rounding": read_json(MERGED / "merge.json")})

@@ -18,8 +18,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hermes.console import progress
 from hermes.data.chat_text import end_of_answer
+from hermes.data.prefixes import common_length
 from hermes.model.base import load
-from hermes.model.gguf import UBATCH, GgufModel, common_beginning, common_length
+from hermes.model.gguf import UBATCH, GgufModel, common_beginning
 from hermes.settings.evaluate import Batching
 from hermes.training.shared_prefix import pair_logits
 

@@ -51,6 +51,7 @@ CODE = (
     "model/bf16_on_cpu",
     "training/shared_prefix",
     "data/chat_text",
+    "data/prefixes",
 )
 MATH_LOCK = "requirements-math.lock"
 # Where the suites' tasks are; lm-eval reads every file of a folder, and all of its own take half a minute.

@@ -17,15 +17,10 @@ import numpy as np
 import torch
 
 from hermes.console import UserError
+from hermes.data.prefixes import common_length
 
 UBATCH = 512
 Pick = Callable[[torch.Tensor, list[int], list[int]], list[int]]
-
-
-def common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with."""
-    columns = enumerate(zip(*prompts, strict=False))
-    return next((i for i, column in columns if len(set(column)) > 1), min(map(len, prompts), default=0))
 
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> int:

@@ -28,6 +28,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from hermes.data.prefixes import common_length
+
 ATTENTION = "shared_prefix"
 IGNORED = -100
 CHUNK = 128
@@ -70,13 +72,6 @@ class PackedPairs:
     predictors: torch.Tensor
     labels: torch.Tensor
     scored: torch.Tensor
-
-
-def common_length(prompts: list[torch.Tensor]) -> int:
-    """How many tokens all prompts begin with."""
-    shortest = min(map(len, prompts))
-    starts = torch.stack([prompt[:shortest] for prompt in prompts])
-    return int((starts == starts[0]).all(dim=0).cumprod(dim=0).sum())
 
 
 def causal_blocks(before: tuple[slice, ...], branch: slice, device: torch.device) -> list[Block]:
@@ -135,7 +130,7 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
                 raise ValueError(f"pair {pair}: the answers are not the end of their rows")
         if not torch.equal(prompts[pair], prompts[pair + pairs]):
             raise ValueError(f"pair {pair}: chosen and rejected do not follow the same prompt")
-    start = common = common_length(prompts)
+    start = common = common_length([prompt.tolist() for prompt in prompts])
     ids, positions = [prompts[0][:common]], [torch.arange(common, device=device)]
     blocks = causal_blocks((), slice(0, common), device)
     predictors: list[list[int]] = [[] for _ in range(rows)]

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
+from hermes.evaluation.held_out import read_pairs
 from hermes.instructions.kinds import grade, is_strict
 
-RAW, SUBSET = Path("data/raw"), Path("data/subset")
+RAW = Path("data/raw")
 
 
 class ConversationTask(ConfigurableTask):
@@ -43,7 +44,7 @@ def load_instructions(split: str, questions_per_kind: int | None = None, **_: An
 
 def load_pairs(split: str, left_out: Sequence[int] = (), **_: Any) -> dict[str, Dataset]:
     """The held-out preference pairs of a split, but those of these numbers."""
-    table = pq.read_table(SUBSET / f"{split}.parquet")
+    table = read_pairs(split)
     return {"test": Dataset(table.take(sorted(set(range(table.num_rows)) - set(left_out))))}
 
 
