@@ -14,6 +14,7 @@ from typing import IO, Any
 from hermes.console import UserError
 
 SCRATCH = Path(".scratch")
+DVC = (sys.executable, "-m", "dvc")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -40,6 +41,19 @@ def environment() -> dict[str, str]:
     """
     folder = str(Path(sys.executable).parent)
     return {**os.environ, "PATH": os.pathsep.join(filter(None, [folder, os.environ.get("PATH")]))}
+
+
+def dvc(*arguments: str) -> str:
+    """What a short DVC command prints.
+
+    Raises:
+        UserError: it fails; gives its reason.
+    """
+    done = subprocess.run([*DVC, *arguments], env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = done.stderr.rpartition("ERROR: ")[2].splitlines()
+        raise UserError(f"`dvc {' '.join(arguments)}`: {why[0] if why else 'failed'}")
+    return done.stdout
 
 
 class Relay:

@@ -10,16 +10,14 @@ replaced; what has not changed since then comes out of DVC's run cache. The last
 
 import argparse
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from hermes.console import UserError
 from tools import doctor
-from tools.dvc_runs import Relay, environment, only_one
+from tools.dvc_runs import DVC, Relay, dvc, only_one
 
-DVC = [sys.executable, "-m", "dvc"]
 # What an experiment may be given. Python, YAML 1.2 and git, where it is part of a name, read these alike.
 VALUES = {
     "beta": (
@@ -62,18 +60,6 @@ def check_repository(root: Path) -> None:
         raise UserError(f"{check.finding}; {check.mend}")
     if not str(root).isascii():
         raise UserError(f"DVC cannot copy a repository with letters beyond ASCII in its path, {root}; move it")
-
-
-def dvc(*arguments: str) -> str:
-    """What a short DVC command prints.
-
-    Raises:
-        UserError: it fails; gives its last line.
-    """
-    done = subprocess.run([*DVC, *arguments], env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"`dvc {' '.join(arguments)}`: {(done.stderr.split('ERROR: ')[-1] or 'failed').splitlines()[0]}")
-    return done.stdout
 
 
 def sweep(wanted: Mapping[str, str]) -> int:
