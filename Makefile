@@ -32,12 +32,13 @@ SETUP := DEVICE PYTHON
 GOALS := $(or $(MAKECMDGOALS),help)
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
 comma := ,
+space := $(subst ,, )
 define newline
 
 
 endef
 taken = $(takes.$1) $(if $(filter help,$1),,$(SETUP))
-listed = $(or $(subst $(eval) ,$2,$(strip $1)),no variable)
+listed = $(or $(subst $(space),$2,$(strip $1)),no variable)
 refuse = $(error make $1 does not take $2; it takes $(call listed,$(call taken,$1),$(comma) ))
 miss = $(error make $1 needs $(call listed,$(needs.$1), or ); for example: make $1 $(example.$1))
 check_goal = $(foreach v,$(filter-out $(call taken,$1),$(GIVEN)),$(call refuse,$1,$v)) \
@@ -62,7 +63,7 @@ switch = $(if $(filter $1,$(GIVEN)),$2)
 	format doctor gpu-check
 
 help:
-	@echo 'Every target sets .venv up first, and does so once. A variable stands after the target; one that it does not take is refused.'
+	@echo 'Every target sets .venv up first, and does so once. Variables go behind it; one that it does not take is refused.'
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 ##

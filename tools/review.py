@@ -107,7 +107,10 @@ def open_revision(name: str | None) -> Revision:
         commit = repo.get_rev()
     except NotDvcRepoError:
         raise UserError(f"`{clean(name)}` holds no DVC project; run this from the root of the repository") from None
-    except (DvcException, AttributeError) as error:  # the latter for what is in git and is no commit, such as HEAD^{tree}
+    except (
+        DvcException,
+        AttributeError,
+    ) as error:  # the latter for what is in git and is no commit, such as HEAD^{tree}
         why = clean(str(error)) if isinstance(error, DvcException) else "it names a file or folder"
         raise UserError(
             f"`{clean(name)}` is no commit, branch, tag or experiment here ({why}); `dvc exp show` lists the experiments"

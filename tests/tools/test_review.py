@@ -192,10 +192,23 @@ def test_the_same_revisions_give_the_same_pages() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["nowhere", "", " ", "-h", "--output=x", "HEAD^{tree}", "main:params.yaml", "main..HEAD", "$(touch x)", "a\x1b[31mb"],
+    [
+        "nowhere",
+        "",
+        " ",
+        "-h",
+        "--output=x",
+        "HEAD^{tree}",
+        "main:params.yaml",
+        "main..HEAD",
+        "$(touch x)",
+        "a\x1b[31mb",
+    ],
 )
 def test_what_is_no_revision_is_an_error_in_one_line(name: str) -> None:
-    with pytest.raises(UserError, match=r"^`.*` is no commit, branch, tag or experiment here .*`dvc exp show`") as error:
+    with pytest.raises(
+        UserError, match=r"^`.*` is no commit, branch, tag or experiment here .*`dvc exp show`"
+    ) as error:
         review.open_revision(name)
     assert str(error.value).isprintable()
 

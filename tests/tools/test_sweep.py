@@ -34,7 +34,24 @@ pathlib.Path("score.json").write_text(json.dumps({{"beta": float(beta)}}))
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0", "0.0", "-0.1", "0.1,", "0.1,x", "nan", "inf", "1e999", "0x1", "1_0", "0.1 0.2", ".5", "5.", "+1", "1" * 5000]
+    [
+        "",
+        "0",
+        "0.0",
+        "-0.1",
+        "0.1,",
+        "0.1,x",
+        "nan",
+        "inf",
+        "1e999",
+        "0x1",
+        "1_0",
+        "0.1 0.2",
+        ".5",
+        "5.",
+        "+1",
+        "1" * 5000,
+    ]
     + ["0.1\n2", "--help", "0.1;id", "\u0661"],
 )
 def test_what_is_no_beta_is_refused_in_one_line(text: str) -> None:
