@@ -51,8 +51,11 @@ pathlib.Path("score.json").write_text(json.dumps({{"beta": float(beta)}}))
         "5.",
         "+1",
         "1" * 5000,
-    ]
-    + ["0.1\n2", "--help", "0.1;id", "\u0661"],
+        "0.1\n2",
+        "--help",
+        "0.1;id",
+        "\u0661",
+    ],
 )
 def test_what_is_no_beta_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match=r"is not a number above 0; write them like 0\.05,0\.1,0\.2$") as error:
