@@ -50,7 +50,7 @@ check_value = $(if $(strip $(value $1)),,$(error $1 is empty; give it a value or
 ignored := $(foreach goal,$(GOALS),$(call check_goal,$(goal))) $(foreach v,$(GIVEN),$(call check_value,$v))
 
 # From here on a value is plain text, which make does not expand. `quote` makes one shell word of it, and `option` an option that
-# cannot be taken for another: $(call option,PROFILE) is --profile='...' where PROFILE is given.
+# cannot be taken for another: $(call option,PROFILE,--profile=) is --profile='...' where PROFILE is given, and nothing where it is not.
 $(foreach v,$(GIVEN),$(eval override $v := $$(value $v)))
 MAKEOVERRIDES :=
 $(foreach v,$(filter $(SETUP),$(GIVEN)),$(eval export $v))

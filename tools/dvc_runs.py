@@ -37,7 +37,7 @@ def only_one(name: str) -> Iterator[IO[str]]:
 def environment() -> dict[str, str]:
     """This process's environment with the folder of its Python first in PATH.
 
-    .venv need not be activated then: DVC starts its queue worker as plain `dvc`, and a stage may call `python`.
+    .venv need not be activated then, although a stage may call `python`.
     """
     folder = str(Path(sys.executable).parent)
     return {**os.environ, "PATH": os.pathsep.join(filter(None, [folder, os.environ.get("PATH")]))}

@@ -71,8 +71,8 @@ def sweep(wanted: Mapping[str, str]) -> int:
     check_repository(Path.cwd())
     with only_one("sweep") as lock, Relay() as relay:
         existing, succeeded = dvc("exp", "list", "--name-only").split(), []
-        for name, assignment in wanted.items():
-            print(f"{name}: experiment {list(wanted).index(name) + 1} of {len(wanted)}", flush=True)
+        for number, (name, assignment) in enumerate(wanted.items(), start=1):
+            print(f"{name}: experiment {number} of {len(wanted)}", flush=True)
             if name in existing:
                 print(f"{name}: an experiment of this commit already, it is replaced", flush=True)
                 dvc("exp", "remove", name)
