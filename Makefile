@@ -7,109 +7,159 @@ SHELL := /bin/sh
 PY := .venv/bin/python
 DVC := .venv/bin/dvc
 
-# A variable as one shell word, whatever it holds.
-quote = '$(subst ','\'',$(1))'
-# A required variable: stops with an example where it is empty, before anything is set up.
-need = $(if $($(1)),,$(error $(1) is missing; for example: make $(2)))
-comma := ,
+# What each target takes beside DEVICE and PYTHON, which are set-up's; what it cannot do without (one of these), and an example.
+takes.repro := PROFILE
+takes.train := PROFILE BETA LOSS SEED
+takes.sweep := BETAS SEEDS
+takes.review := BASE HEAD
+takes.plan := PROFILE GPU
+takes.rehearse := PROFILE LAYERS PAIRS
+takes.base := RESOLVE
+takes.publish := REPO PROFILE LICENCE PUSH
+takes.bench := FULL
+takes.doctor := PROFILE
+needs.sweep := BETAS SEEDS
+needs.review := BASE
+needs.publish := REPO
+example.sweep := BETAS=0.05,0.1,0.2
+example.review := BASE=main
+example.publish := REPO=owner/name
+SWITCHES := RESOLVE PUSH FULL
+SETUP := DEVICE PYTHON
 
-.PHONY: help setup repro train sweep review chat report collect plan rehearse compare-published base publish bench test lint format \
-	doctor gpu-check need-BETAS need-BASE need-REPO
+# Everything is checked here, before anything is set up. A value of the environment counts for set-up alone, so that a SEED that happens
+# to be there changes no run; it is mentioned where the target could have taken it from the command line.
+GOALS := $(or $(MAKECMDGOALS),help)
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
+comma := ,
+space := $(subst ,, )
+define newline
+
+
+endef
+taken = $(takes.$1) $(if $(filter help,$1),,$(SETUP))
+listed = $(or $(subst $(space),$2,$(strip $1)),no variable)
+refuse = $(error make $1 does not take $2; it takes $(call listed,$(call taken,$1),$(comma) ))
+miss = $(error make $1 needs $(call listed,$(needs.$1), or ); for example: make $1 $(example.$1))
+check_goal = $(foreach v,$(filter-out $(call taken,$1),$(GIVEN)),$(call refuse,$1,$v)) \
+	$(if $(needs.$1),$(if $(filter $(needs.$1),$(GIVEN)),,$(call miss,$1))) \
+	$(foreach v,$(takes.$1),$(if $(filter environment,$(origin $v)),$(warning $v of the environment is not used; write: make $1 $v=...)))
+check_value = $(if $(strip $(value $1)),,$(error $1 is empty; give it a value or leave it out)) \
+	$(if $(findstring $(newline),$(value $1)),$(error $1 has more than one line)) \
+	$(if $(filter $1,$(SWITCHES)),$(if $(filter-out 1,$(value $1)),$(error $1 is 1 or is left out)))
+ignored := $(foreach goal,$(GOALS),$(call check_goal,$(goal))) $(foreach v,$(GIVEN),$(call check_value,$v))
+
+# From here on a value is plain text, which make does not expand. `quote` makes one shell word of it, and `option` an option that
+# cannot be taken for another: $(call option,PROFILE,--profile=) is --profile='...' where PROFILE is given, and nothing where it is not.
+$(foreach v,$(GIVEN),$(eval override $v := $$(value $v)))
+MAKEOVERRIDES :=
+$(foreach v,$(filter $(SETUP),$(GIVEN)),$(eval export $v))
+unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH
+quote = '$(subst ','\'',$1)'
+option = $(if $(filter $1,$(GIVEN)),$2$(call quote,$($1)))
+switch = $(if $(filter $1,$(GIVEN)),$2)
+
+.PHONY: help setup repro train sweep experiments review chat report collect plan rehearse compare-published base publish bench test lint \
+	format doctor gpu-check
 
 help:
-	@echo 'Every target sets .venv up first, and does so once.'
-	@echo
-	@sed -n 's/^## //p' Makefile
+	@echo 'Every target sets .venv up first, and does so once. Variables go behind it; one that it does not take is refused.'
+	@sed -n 's/^## \{0,1\}//p' Makefile
 
-## make setup       install what the locks pin for the device into .venv  PYTHON=/path/to/python3.12 DEVICE=cpu make setup
+##
+## Run
+## make setup               install what the locks pin into .venv       make setup DEVICE=cpu PYTHON=/path/to/python3.12
 setup:
 	@./setup.sh
 
-## make repro       bring every result up to date                         make repro PROFILE=cpu
+## make repro               bring every result up to date               make repro PROFILE=cpu
 repro: setup
-	$(PY) -m tools.repro $(if $(PROFILE),--profile $(call quote,$(PROFILE)))
+	$(PY) -m tools.repro $(call option,PROFILE,--profile=)
 
-OVERRIDES = $(if $(BETA),-S $(call quote,beta=$(BETA))) $(if $(LOSS),-S $(call quote,loss_type=$(LOSS))) \
-	$(if $(SEED),-S $(call quote,seed=$(SEED)))
-
-## make train       train, as an experiment when a value is given         make train BETA=0.05 LOSS=ipo SEED=1
+## make train               train, an experiment if a value is given    make train BETA=0.05 LOSS=ipo SEED=1 PROFILE=cpu
 train: setup
-	$(DVC) $(if $(strip $(OVERRIDES)),exp run $(strip $(OVERRIDES)) train,repro train)
+	$(PY) -m tools.repro $(call option,PROFILE,--profile=) $(call option,BETA,--set-param=beta=) \
+		$(call option,LOSS,--set-param=loss_type=) $(call option,SEED,--set-param=seed=) train
 
-## make sweep       one experiment for each beta, or for each seed        make sweep BETAS=0.05,0.1,0.2
-need-BETAS:
-	@:$(if $(SEEDS),,$(call need,BETAS,sweep BETAS=0.05$(comma)0.1$(comma)0.2))
-sweep: need-BETAS setup
-	$(PY) -m tools.sweep $(if $(BETAS),--betas $(call quote,$(BETAS))) $(if $(SEEDS),--seeds $(call quote,$(SEEDS)))
+## make sweep               an experiment for each beta, or each seed   make sweep BETAS=0.05,0.1,0.2
+sweep: setup
+	$(PY) -m tools.sweep $(call option,BETAS,--betas=) $(call option,SEEDS,--seeds=)
 
-## make review      what a change does to the results                     make review BASE=main HEAD=my-branch
-need-BASE:
-	@:$(call need,BASE,review BASE=main)
-review: need-BASE setup
-	$(PY) -m tools.review --base $(call quote,$(BASE)) $(if $(HEAD),--head $(call quote,$(HEAD)))
-
-## make chat        talk to the trained model
+## make chat                talk to the trained model
 chat: setup
 	$(PY) -m tools.chat
 
-## make plan        memory, disk and time that a profile needs            make plan PROFILE=a40 GPU='RTX 4090'
-plan: setup
-	$(PY) -m tools.plan $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(GPU),--gpu $(call quote,$(GPU)))
+##
+## Read
+## make experiments         this repository's experiments in a table
+experiments: setup
+	$(PY) -m tools.experiments
 
-## make rehearse    a profile on random weights of its model's shape      make rehearse PROFILE=a40
-rehearse: setup
-	$(PY) -m tools.rehearse $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(LAYERS),--layers $(call quote,$(LAYERS))) \
-		$(if $(PAIRS),--pairs $(call quote,$(PAIRS)))
+## make review              what a change does to the results           make review BASE=main HEAD=my-branch
+review: setup
+	$(PY) -m tools.review $(call option,BASE,--base=) $(call option,HEAD,--head=)
 
-## make compare-published   the 2K subset beside the published one        after make repro PROFILE=a40_published
-compare-published: setup
-	$(PY) -m tools.compare_published
-
-## make base        merge the A40 profiles' base anew                      make base RESOLVE=1
-base: setup
-	$(PY) -m tools.merge_base $(if $(RESOLVE),--resolve)
-
-## make publish     show a release, or push it                            make publish REPO=owner/name PROFILE=cpu PUSH=1
-need-REPO:
-	@:$(call need,REPO,publish REPO=owner/name)
-publish: need-REPO setup
-	$(PY) -m tools.publish --repo $(call quote,$(REPO)) $(if $(PROFILE),--profile $(call quote,$(PROFILE))) \
-		$(if $(LICENCE),--licence $(call quote,$(LICENCE))) $(if $(PUSH),--push)
-
-## make report      bring reports/ up to date, and what it rests on
+## make report              bring reports/ up to date
 report: setup
 	$(DVC) repro report
 
-## make collect     sample data/embedded again, where it stopped
+## make compare-published   the 2K subset beside the published one      after make repro PROFILE=a40_published
+compare-published: setup
+	$(PY) -m tools.compare_published
+
+##
+## Plan
+## make doctor              find what breaks runs, and how to mend it   make doctor PROFILE=a40
+doctor: setup
+	$(PY) -m tools.doctor $(call option,PROFILE,--profile=)
+
+## make plan                memory, disk and time that a profile needs  make plan PROFILE=a40 GPU='RTX 4090'
+plan: setup
+	$(PY) -m tools.plan $(call option,PROFILE,--profile=) $(call option,GPU,--gpu=)
+
+## make rehearse            a profile on random weights of its shape    make rehearse PROFILE=a40 LAYERS=2 PAIRS=8
+rehearse: setup
+	$(PY) -m tools.rehearse $(call option,PROFILE,--profile=) $(call option,LAYERS,--layers=) $(call option,PAIRS,--pairs=)
+
+## make gpu-check           try on a GPU what no CPU can                about ten minutes
+gpu-check: setup
+	$(PY) -m tools.gpu_check
+
+##
+## Make
+## make base                merge the A40 profiles' base anew           make base RESOLVE=1
+base: setup
+	$(PY) -m tools.merge_base $(call switch,RESOLVE,--resolve)
+
+## make collect             sample data/embedded, or go on with it
 collect: setup
 	$(DVC) repro fetch_model
 	$(PY) -m tools.collect
 
-## make bench       measure it beside the alternatives                    make bench FULL=1
-bench: setup
-	$(DVC) repro tokenize
-	$(PY) -m benchmarks.bench $(if $(FULL),--full)
+## make publish             show a release, or push it                  make publish REPO=owner/name PROFILE=cpu PUSH=1
+publish: setup
+	$(PY) -m tools.publish $(call option,REPO,--repo=) $(call option,PROFILE,--profile=) $(call option,LICENCE,--licence=) \
+		$(call switch,PUSH,--push)
 
-## make test        run the tests
+##
+## Develop
+## make test                run the tests
 test: setup
 	@./setup.sh math
 	$(PY) -m pytest -q tests
 
-## make lint        check style, formatting and types
+## make lint                check style, formatting and types
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-## make format      rewrite the code in the house format
+## make format              rewrite the code in the house format
 format: setup
 	.venv/bin/ruff check --fix-only --quiet .
 	.venv/bin/ruff format .
 
-## make doctor      look for what breaks runs, and say how to mend it     make doctor PROFILE=a40
-doctor: setup
-	$(PY) -m tools.doctor $(if $(PROFILE),--profile $(call quote,$(PROFILE)))
-
-## make gpu-check   try on the GPU that is here what no CPU can           about ten minutes
-gpu-check: setup
-	$(PY) -m tools.gpu_check
+## make bench               measure it beside the alternatives          make bench FULL=1
+bench: setup
+	$(DVC) repro tokenize
+	$(PY) -m benchmarks.bench $(call switch,FULL,--full)

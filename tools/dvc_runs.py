@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -14,6 +14,7 @@ from typing import IO, Any
 from hermes.console import UserError
 
 SCRATCH = Path(".scratch")
+DVC = (sys.executable, "-m", "dvc")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -36,24 +37,40 @@ def only_one(name: str) -> Iterator[IO[str]]:
 def environment() -> dict[str, str]:
     """This process's environment with the folder of its Python first in PATH.
 
-    .venv need not be activated then: DVC starts its queue worker as plain `dvc`, and a stage may call `python`.
+    .venv need not be activated then, although a stage may call `python`.
     """
     folder = str(Path(sys.executable).parent)
     return {**os.environ, "PATH": os.pathsep.join(filter(None, [folder, os.environ.get("PATH")]))}
+
+
+def dvc(*arguments: str) -> str:
+    """What a short DVC command prints.
+
+    Raises:
+        UserError: it fails; gives its reason.
+    """
+    done = subprocess.run([*DVC, *arguments], env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = done.stderr.rpartition("ERROR: ")[2].splitlines()
+        raise UserError(f"`dvc {' '.join(arguments)}`: {why[0] if why else 'failed'}")
+    return done.stdout
 
 
 class Relay:
     """Passes the signals that end a run on to the child, so that this process outlives it and can clean up.
 
     The child has a process group of its own: DVC does not stop its stages when it is stopped, so the whole group has to
-    get the signal, and the terminal's Ctrl-C must not reach it twice. Ctrl-Z is relayed for that reason. A signal that
-    was ignored at the start stays ignored (nohup). Exit codes are a shell's: 128 plus the signal's number.
+    get the signal, and the terminal's Ctrl-C must not reach it twice. Ctrl-Z is relayed for that reason. Every signal is
+    passed on as Ctrl-C, the one after which DVC cleans up, unless Ctrl-C is ignored (a shell's background job). A signal
+    that was ignored at the start stays ignored (nohup). Exit codes are a shell's: 128 plus the signal's number. One relay
+    may run several commands in turn; `received` is the number of a signal that came, and a later command gets it at once.
     """
 
     def __init__(self) -> None:
         self.child: subprocess.Popen[bytes] | None = None
         self.starting = False
-        self.early: int | None = None  # a signal that came while the child was being started
+        self.received: int | None = None
+        self.delivered = False  # or it came while no child was there to get it
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Relay":
@@ -72,23 +89,28 @@ class Relay:
         self.child = subprocess.Popen(
             command, env=environment(), stdin=subprocess.DEVNULL, process_group=0, pass_fds=[lock.fileno()]
         )
-        if self.early is not None:
-            self._signal_child(self.early)
+        if self.received is not None and not self.delivered:
+            self._end(self.received, None)
         code = self.child.wait()
+        if code and self.received is not None:
+            return 128 + self.received
         return code if code >= 0 else 128 - code
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if not self.starting:
             sys.exit(128 + number)
-        if self.child is None:
-            self.early = number
-        self._signal_child(number)
+        self.received = number
+        self.delivered = self._signal_child(signal.SIGINT if signal.SIGINT in self.previous else number)
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
         self._signal_child(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         self._signal_child(signal.SIGCONT)
 
-    def _signal_child(self, number: int) -> None:
-        if self.child is not None and self.child.poll() is None:
+    def _signal_child(self, number: int) -> bool:
+        """Whether a child was there to get it."""
+        if self.child is None or self.child.poll() is not None:
+            return False
+        with suppress(ProcessLookupError):  # it has just ended
             os.killpg(self.child.pid, number)
+        return True

@@ -3,6 +3,7 @@
     python -m tools.repro                              (or: make repro)
     python -m tools.repro --profile a40                (or: make repro PROFILE=a40)
     python -m tools.repro --dry train                  what it does not know goes to `dvc repro`
+    python -m tools.repro -S beta=0.05 train           or to `dvc exp run`, where a value is changed (make train BETA=0.05)
 
 DVC reads the profile from params.yaml, so another one has to stand there while DVC runs. It must not stay: the next
 plain `dvc repro` would start the big run. So the file's bytes are kept in .scratch first and put back at the end,
@@ -25,7 +26,7 @@ from hermes.artifacts import read_json
 from hermes.console import UserError
 from hermes.evaluation import benchmarks
 from tools import compare_published, doctor
-from tools.dvc_runs import Relay, environment, only_one
+from tools.dvc_runs import DVC, Relay, environment, only_one
 from tools.profiles import check_profile, put_back, selected
 
 NVIDIA = Path("/proc/driver/nvidia")  # where the driver of a GPU is loaded
@@ -146,8 +147,8 @@ def prepare_punkt() -> None:
             ) from None
 
 
-def repro(profile: str | None, rest: Sequence[str]) -> int:
-    """Runs `dvc repro` with the arguments `rest` under a profile; DVC's exit code.
+def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ()) -> int:
+    """Runs `dvc repro` with the arguments `rest` under a profile, or `dvc exp run` with changed values; DVC's exit code.
 
     Raises:
         UserError: an unknown profile, or another run in this folder.
@@ -162,8 +163,10 @@ def repro(profile: str | None, rest: Sequence[str]) -> int:
             check_plan(profile)
             check_disk(profile)
         with selected(profile):
-            prepare_suites()
-            return relay.run([sys.executable, "-m", "dvc", "repro", *rest], lock)
+            if "train" not in rest:  # which ends before the evaluation
+                prepare_suites()
+            verb = ["exp", "run", *(f"--set-param={change}" for change in changes)] if changes else ["repro"]
+            return relay.run([*DVC, *verb, *rest], lock)
 
 
 def beside_the_published() -> list[str]:
@@ -179,12 +182,13 @@ def main() -> int:
         prog="python -m tools.repro",
         allow_abbrev=False,
         description="Bring every result up to date (dvc repro).",
-        epilog="Every other option and target goes to `dvc repro`.",
+        epilog="Every other option and target goes to DVC.",
     )
     parser.add_argument("--profile", metavar="NAME", help="an entry of `profiles` in params.yaml, for this run only")
+    parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="run an experiment")
     arguments, rest = parser.parse_known_args()
     try:
-        code = repro(arguments.profile, rest)
+        code = repro(arguments.profile, rest, arguments.set_param)
         if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
             print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}")
             for line in beside_the_published():

@@ -19,6 +19,7 @@ from typing import Any
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
+from dvc.scm import RevError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -28,7 +29,7 @@ from hermes.console import UserError
 from hermes.evaluation.intervals import paired_gain
 from hermes.pages import figures
 from hermes.pages.figures import Curves
-from hermes.pages.render import percent, points, render, setting
+from hermes.pages.render import clean, percent, points, render, setting
 from hermes.pages.results import Row, flatten, parse_answers, parse_curves, shown_params
 from hermes.run import run_stage
 
@@ -100,14 +101,20 @@ def open_revision(name: str | None) -> Revision:
     if name is None:
         return Revision(WORKING_TREE, None, lambda path: _read(WORKING_TREE, path, lambda: Path(path).read_text()))
     try:
+        if not name.strip() or name.startswith("-"):  # git takes an empty name for HEAD, and a dash for an option
+            raise RevError("it is empty or begins with a dash")
         repo = Repo(rev=name)
         files = DVCFileSystem(repo=repo)
         commit = repo.get_rev()
     except NotDvcRepoError:
-        raise UserError(f"`{name}` holds no DVC project; run this from the root of the repository") from None
-    except DvcException as error:
+        raise UserError(f"`{clean(name)}` holds no DVC project; run this from the root of the repository") from None
+    except (
+        DvcException,
+        AttributeError,
+    ) as error:  # the latter for what is in git and is no commit, such as HEAD^{tree}
+        why = clean(str(error)) if isinstance(error, DvcException) else "it names a file or folder"
         raise UserError(
-            f"`{name}` is no commit, branch, tag or experiment here ({error}); `dvc exp show` lists the experiments"
+            f"`{clean(name)}` is no commit, branch, tag or experiment here ({why}); `dvc exp show` lists the experiments"
         ) from None
     return Revision(name, str(commit), lambda path: _read(name, path, lambda: str(files.read_text(path))))
 

@@ -84,6 +84,13 @@ def test_profile_is_selected_during_the_run_only_and_the_exit_code_is_dvcs(check
     assert not profiles.BEFORE.exists()
 
 
+def test_a_changed_value_is_an_experiment_under_the_profile(checkout: Path) -> None:
+    assert run("--profile=a40", "--set-param=beta=0.05", "-S", "seed=-1", "train").returncode == 0
+    assert Path("seen").read_text().splitlines()[0] == "exp run --set-param=beta=0.05 --set-param=seed=-1 train"
+    assert seen_profile() == 'profile:   "a40"   # the default'
+    assert Path("params.yaml").read_bytes() == PARAMS
+
+
 def test_without_a_profile_the_file_is_not_touched(checkout: Path) -> None:
     os.utime("params.yaml", ns=(1, 1))
     assert run().returncode == 0
@@ -373,6 +380,11 @@ def test_a_profile_without_suites_needs_nothing(gate: None) -> None:
     assert not Path("set-up").exists()
 
 
+def test_a_run_that_ends_with_training_needs_nothing_of_the_evaluation(gate: None) -> None:
+    assert run("train").returncode == 0
+    assert not Gate.asked
+
+
 def test_a_set_up_that_fails_is_one_line_before_anything_runs(gate: None) -> None:
     Path("setup.sh").write_text("#!/bin/sh\nexit 1\n")
     done = run()
@@ -433,6 +445,22 @@ def test_launcher_takes_the_checkouts_venv_and_stays_where_it_is(launcher: Path,
         [str(launcher / "run-stage"), "train"], cwd=folder, capture_output=True, text=True, check=True
     )
     assert done.stdout == f"venv -m stages.train in {folder.resolve()}\n"
+
+
+def test_launcher_does_not_let_a_users_python_settings_break_a_stage(
+    launcher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (launcher / ".venv/bin/python").unlink()
+    (launcher / ".venv/bin/python").symlink_to(sys.executable)
+    (launcher / "stages").mkdir()
+    (launcher / "stages/train.py").write_text("import json; print(json.__file__)")
+    (launcher / "elsewhere").mkdir()
+    (launcher / "elsewhere/json.py").write_text("raise SystemExit('another json')")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("PYTHONHOME", str(launcher / "elsewhere"))
+    monkeypatch.setenv("PYTHONPATH", str(launcher / "elsewhere"))
+    done = subprocess.run(["./run-stage", "train"], cwd=launcher, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_launcher_without_a_venv_takes_the_path_and_no_parents_venv(launcher: Path, tmp_path: Path) -> None:

@@ -190,9 +190,27 @@ def test_the_same_revisions_give_the_same_pages() -> None:
     assert written() == written()
 
 
-def test_an_unknown_revision_is_an_error_in_one_line() -> None:
-    with pytest.raises(UserError, match=r"^`nowhere` is no commit, branch, tag or experiment here .*`dvc exp show`"):
-        review.review("nowhere")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nowhere",
+        "",
+        " ",
+        "-h",
+        "--output=x",
+        "HEAD^{tree}",
+        "main:params.yaml",
+        "main..HEAD",
+        "$(touch x)",
+        "a\x1b[31mb",
+    ],
+)
+def test_what_is_no_revision_is_an_error_in_one_line(name: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^`.*` is no commit, branch, tag or experiment here .*`dvc exp show`"
+    ) as error:
+        review.open_revision(name)
+    assert str(error.value).isprintable()
 
 
 def test_a_revision_without_reports_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
-"""A sweep queues one experiment for each beta, reports those that fail, and leaves the queue as it found it."""
+"""A sweep runs one experiment for each value, reports those that fail, and leaves the workspace and DVC's queue as they were."""
 
+import json
 import os
 import shutil
 import signal
@@ -21,46 +22,77 @@ stages:
     params: [beta]
     metrics: [{score.json: {cache: false}}]
 """
+# Fails for beta 0.3, and for 0.4 says that it is up and waits.
 SCORE = """
-import json, pathlib, re, sys
+import json, pathlib, re, sys, time
 beta = re.search("beta: ([0-9.]+)", pathlib.Path("params.yaml").read_text())[1]
 if float(beta) == 0.3: sys.exit("no")
-pathlib.Path("score.json").write_text(json.dumps({"beta": float(beta)}))
+if float(beta) == 0.4: pathlib.Path("{root}/up").touch(); time.sleep(60)
+pathlib.Path("score.json").write_text(json.dumps({{"beta": float(beta)}}))
 """
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "-0.1", "0.1,", "0.1,x", "nan", "inf", "1e999", "0x1", "1_0", "0.1 0.2", ".5", "5.", "+1"]
+    "text",
+    [
+        "",
+        "0",
+        "0.0",
+        "-0.1",
+        "0.1,",
+        "0.1,x",
+        "nan",
+        "inf",
+        "1e999",
+        "0x1",
+        "1_0",
+        "0.1 0.2",
+        ".5",
+        "5.",
+        "+1",
+        "1" * 5000,
+        "0.1\n2",
+        "--help",
+        "0.1;id",
+        "\u0661",
+    ],
 )
 def test_what_is_no_beta_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match=r"is not a number above 0; write them like 0\.05,0\.1,0\.2$") as error:
-        sweep.parse_betas(text)
+        sweep.parse("beta", text)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
 
 
 def test_betas_keep_their_order_and_spelling() -> None:
-    assert sweep.parse_betas("0.10, 1e-2,3") == ["0.10", "1e-2", "3"]
+    assert sweep.parse("beta", "0.10, 1e-2,3") == ["0.10", "1e-2", "3"]
 
 
 def test_a_beta_that_comes_twice_is_refused() -> None:
     with pytest.raises(UserError, match=r"0\.10 comes twice"):
-        sweep.parse_betas("0.1,0.10")
+        sweep.parse("beta", "0.1,0.10")
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5", "007", "1,", "x", "1e3", "9999999999"])
 def test_what_is_no_seed_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match=r"is not a whole number; write them like 42,1,2$"):
-        sweep.parse_seeds(text)
+        sweep.parse("seed", text)
 
 
 def test_seeds_keep_their_order_and_none_comes_twice() -> None:
-    assert sweep.parse_seeds("42, 0,7") == ["42", "0", "7"]
+    assert sweep.parse("seed", "42, 0,7") == ["42", "0", "7"]
     with pytest.raises(UserError, match="7 comes twice"):
-        sweep.parse_seeds("7,7")
+        sweep.parse("seed", "7,7")
+
+
+@pytest.mark.parametrize("words", [(), ("--betas", "0.1", "--seeds", "1")])
+def test_a_sweep_varies_one_thing(words: tuple[str, ...]) -> None:
+    done = run(*words)
+    assert (done.returncode, done.stderr) == (1, "sweep: give either --betas or --seeds\n")
 
 
 def test_experiment_names_are_valid_git_references() -> None:
-    names = [*sweep.assignments("beta", sweep.parse_betas("0.05,1e-2,12")), *sweep.assignments("seed", ["42"])]
+    names = [*sweep.assignments("beta", sweep.parse("beta", "0.05,1e-2,12")), *sweep.assignments("seed", ["42"])]
     assert names[0] == "beta-0.05"
     for name in names:
         command = ["git", "check-ref-format", f"refs/exps/{name}"]
@@ -69,7 +101,7 @@ def test_experiment_names_are_valid_git_references() -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A DVC repository whose one stage fails for beta 0.3, a `review` that says its arguments, and a bare PATH."""
+    """A DVC repository of one stage, a `review` that says its arguments, and a bare PATH."""
     for name in [name for name in os.environ if name.startswith(("GIT_", "DVC_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
@@ -80,10 +112,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in ("hermes", "stages", "tools"):
         shutil.copytree(ROOT / folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
     Path("tools/review.py").write_text("import sys\nprint('review', *sys.argv[1:])\n")
-    Path("stages/score.py").write_text(SCORE)
+    Path("stages/score.py").write_text(SCORE.format(root=tmp_path))
     Path("dvc.yaml").write_text(DVC_YAML)
     Path("params.yaml").write_text("beta: 0.1  # a comment\n")
-    Path(".gitignore").write_text("__pycache__\n.scratch\n")
+    Path(".gitignore").write_text("__pycache__\n.scratch\nup\n")
     command("git", "init", "-q", "-b", "main")
     command("git", "config", "user.name", "Someone")
     command("git", "config", "user.email", "someone@example.org")
@@ -102,53 +134,75 @@ def dvc(*words: str) -> str:
     return command(sys.executable, "-m", "dvc", *words)
 
 
-def test_a_sweep_runs_every_beta_and_reports_the_failed_one(repository: Path) -> None:
-    words = [sys.executable, "-m", "tools.sweep", "--betas", "0.2,0.3"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines() == ["beta-0.2: queued", "beta-0.3: queued", "review --compare beta-0.2"]
-    assert done.stderr.splitlines()[-1].startswith("beta-0.3: failed; see .venv/bin/dvc queue logs ")
-    assert command("git", "show", f"{experiment_commit('beta-0.2')}:score.json") == '{"beta": 0.2}'
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    whole = [sys.executable, "-m", "tools.sweep", *words]
+    return subprocess.run(whole, capture_output=True, text=True, check=False, timeout=120)
+
+
+def experiments() -> dict[str, object]:
+    """What the score of each experiment says, by the experiment's name."""
+    found = command("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
+    return {ref.split("/")[-1]: json.loads(command("git", "show", f"{ref}:score.json")) for ref in found}
+
+
+def check_untouched() -> None:
+    """The workspace is as it was, and no copy of it is left."""
     assert command("git", "status", "--porcelain") == ""
+    assert command("git", "symbolic-ref", "HEAD") == "refs/heads/main\n"
     assert Path("params.yaml").read_text() == "beta: 0.1  # a comment\n"
+    assert list(Path(".dvc/tmp/exps/standalone").glob("tmp*")) == []
 
 
-def experiment_commit(name: str) -> str:
-    return command("git", "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}").strip()
-
-
-def test_another_ones_waiting_experiment_is_not_started(repository: Path) -> None:
+def test_a_sweep_runs_every_beta_reports_the_failed_one_and_replaces_older_ones(repository: Path) -> None:
     dvc("exp", "run", "--queue", "-S", "beta=7", "--name", "mine")
-    with pytest.raises(UserError, match=r"queue is not empty \(mine\); wait, or clear it"):
-        sweep.sweep({"beta-0.2": "beta=0.2"})
-    assert list(sweep.tasks().values()) == [("mine", "Queued")]
+    done = run("--betas", "0.3,0.2")
+    assert done.returncode == 1, done.stderr
+    assert "beta-0.3: failed; the lines above say why\n" in done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith(("beta-", "review"))] == [
+        "beta-0.3: experiment 1 of 2",
+        "beta-0.2: experiment 2 of 2",
+        "review --compare beta-0.2",
+    ]
+    assert experiments() == {"beta-0.2": {"beta": 0.2}}
+
+    Path("stages/score.py").write_text("import pathlib; pathlib.Path('score.json').write_text('[]')")
+    Path("dvc.yaml").write_text(DVC_YAML.replace("params:", "deps: [stages/score.py]\n    params:"))
+    done = run("--betas", "0.2")
+    assert done.returncode == 0, done.stderr
+    assert "beta-0.2: an experiment of this commit already, it is replaced\n" in done.stdout
+    assert experiments() == {"beta-0.2": []}
+
+    command("git", "checkout", "-q", ".")
+    check_untouched()
+    assert "mine" in dvc("queue", "status")
 
 
-def test_stop_empties_the_queue_of_its_own_experiments_only(repository: Path) -> None:
-    sweep.queue({"beta-0.2": "beta=0.2"})
-    dvc("exp", "run", "--queue", "-S", "beta=7", "--name", "mine")
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        sweep.stop({"beta-0.2"})
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert list(sweep.tasks().values()) == [("mine", "Queued")]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_running_one_and_keeps_those_that_ended(number: signal.Signals, repository: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.sweep", "--betas", "0.2,0.4,0.5"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while not Path("up").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second = run("--betas", "0.6")
+    assert (second.returncode, second.stderr.count("\n")) == (1, 1)
+    assert second.stderr.startswith("sweep: another `make sweep` is running in this folder")
+    process.send_signal(number)
+    assert "sweep: interrupted; experiments that had ended are kept\n" in process.communicate(timeout=20)[1]
+    assert process.returncode == 128 + number
+    assert experiments() == {"beta-0.2": {"beta": 0.2}}
+    check_untouched()
 
 
-def test_a_worker_that_went_away_is_started_again_and_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    starts: list[float] = []
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(sweep, "WORKER_CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(sweep, "tasks", lambda: {"r": ("beta-1", "Queued")})
-    monkeypatch.setattr(sweep, "has_worker", lambda: False)
-    monkeypatch.setattr(sweep, "start_worker", lambda: starts.append(time.monotonic()))
-    with pytest.raises(UserError, match=r"worker of DVC's queue is gone and left beta-1"):
-        sweep.watch(["r"])
-    assert len(starts) == sweep.WORKER_STARTS - 1
-
-
-def test_a_task_between_two_lists_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([{}, {"r": ("beta-1", "Running")}, {}, {"r": ("beta-1", "Success")}])
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(sweep, "tasks", lambda: next(answers))
-    assert sweep.watch(["r"]) == {"r": ("beta-1", "Success")}
+def test_without_a_git_identity_nothing_is_begun(repository: Path) -> None:
+    command("git", "config", "--unset", "user.email")
+    done = run("--betas", "0.2")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "git config --global user.email" in done.stderr
+    assert experiments() == {}
