@@ -64,6 +64,7 @@ def read_table(path: Path, columns: Columns) -> tuple[pa.Schema, Iterator[list[R
         UserError: the file is empty, or not readable as what its name says.
     """
     name = path.name.removesuffix(".gz")
+    batches: Iterator[list[Row]]
     with readable(path):
         if name.endswith(".parquet"):
             file = open_parquet(path)
