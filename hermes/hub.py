@@ -1,11 +1,9 @@
 """Files of a Hub repository at one commit: resumed where an earlier download stopped, and checked against the Hub's own hashes.
 
-A file arrives in `.scratch/hub`, under repository and commit, where a later run continues it; `take` moves it from there to its place, so
-that there is no second copy. HF_TOKEN opens gated repositories, HF_ENDPOINT names another Hub.
+A file arrives in `.scratch/hub`, under repository and commit, where a later run continues it. The stage moves it from there to its place,
+so that there is no second copy. HF_TOKEN opens gated repositories, HF_ENDPOINT names another Hub.
 """
 
-import hashlib
-import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,28 +22,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-from hermes.artifacts import scratch_folder, sha256_file
+from hermes.artifacts import scratch_folder
 from hermes.console import UserError
 
 Kind = Literal["dataset", "model"]
 CONNECTIONS = 4
 ERRORS = (OSError, ValueError, HTTPError)  # what the libraries raise when the Hub cannot give something
-
-
-def is_folder(source: str) -> bool:
-    """Whether a source is a folder here, rather than owner/name on the Hub."""
-    return source == "embedded" or source.startswith((".", "/"))
-
-
-def check_revision(revision: str | None, key: str, source: str) -> str:
-    """A full commit.
-
-    Raises:
-        UserError: it is not one, so that what it names may change.
-    """
-    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise UserError(f"params.yaml: `{key}` is {revision!r}; pin the full 40-digit commit of {source}")
-    return str(revision)
 
 
 def failure(error: Exception, source: str, revision: str) -> UserError:
@@ -87,34 +69,23 @@ def why_closed(source: str, kind: Kind) -> Exception | None:
     return None
 
 
-def matches(path: Path, expected: RepoFile) -> bool:
-    """Whether a file has the hash that the Hub lists: the sha256 of large files, git's blob id of others."""
-    if expected.lfs is not None:
-        return sha256_file(path) == expected.lfs.sha256
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == expected.blob_id
-
-
 def fetch_file(source: str, revision: str, kind: Kind, file: RepoFile, target: Path) -> None:
     """Downloads one file, on from the bytes that an earlier try left in its `.partial`; cut connections are tried again while bytes come.
 
-    The Hub's own client begins a file anew in every process, and a shard of 5 GB is many minutes.
+    `snapshot_download` begins a file anew in every process and after every reset connection, and a shard of 5 GB is many minutes.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     url = hf_hub_url(source, file.path, repo_type=kind, revision=revision)
-    partial.touch()
-    while (size := partial.stat().st_size) != file.size:
-        if size > file.size:
-            partial.unlink()
-            size = 0
+    while not target.is_file():
+        size = partial.stat().st_size if partial.is_file() else 0
         try:
-            with partial.open("ab") as out:
-                http_get(url, out, resume_size=size, headers=build_hf_headers(), expected_size=file.size)
+            with partial.open("ab" if size < file.size else "wb") as out:
+                http_get(url, out, resume_size=out.tell(), headers=build_hf_headers(), expected_size=file.size)
+            partial.replace(target)
         except HTTPError:
             if partial.stat().st_size <= size:
                 raise
-    partial.replace(target)
 
 
 def download(source: str, revision: str, kind: Kind, files: Sequence[RepoFile]) -> Path:
@@ -124,28 +95,20 @@ def download(source: str, revision: str, kind: Kind, files: Sequence[RepoFile]) 
         UserError: the Hub cannot give one, or gave other bytes than it lists; those are removed.
     """
     folder = scratch_folder("hub") / f"{kind}s--{source.replace('/', '--')}" / revision
-
-    def bring(file: RepoFile) -> None:
-        target = folder / file.path
-        if not target.is_file():
-            fetch_file(source, revision, kind, file, target)
-        if not matches(target, file):
-            target.unlink()
-            raise UserError(
-                f"{source}@{revision}: {file.path} arrived with another hash than the Hub lists; it is removed, run this again"
-            )
-
     try:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            list(pool.map(bring, files))
+            list(pool.map(lambda file: fetch_file(source, revision, kind, file, folder / file.path), files))
+        found = HfApi().verify_repo_checksums(source, repo_type=kind, revision=revision, local_dir=folder)
     except ERRORS as error:
         raise failure(error, source, revision) from None
+    for damaged in found.mismatches:
+        (folder / damaged["path"]).unlink()
+    if found.mismatches:
+        names = ", ".join(damaged["path"] for damaged in found.mismatches)
+        raise UserError(
+            f"{source}@{revision}: {names} arrived with another hash than the Hub lists; it is removed, run this again"
+        )
     return folder
-
-
-def take(folder: Path, name: str, target: Path) -> None:
-    """Moves a downloaded file to its place."""
-    shutil.move(folder / name, target)
 
 
 def forget(folder: Path) -> None:

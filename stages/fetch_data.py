@@ -22,13 +22,14 @@ from huggingface_hub import metadata_load
 from hermes import hub, params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json
 from hermes.console import UserError
-from hermes.data.pairs import Misfit, standard_batches, standard_schema
-from hermes.data.tables import ENDINGS, opened
+from hermes.data.misfits import Misfit, write_misfits
+from hermes.data.pairs import standard_batches, standard_schema
+from hermes.data.tables import ENDINGS, read_table
 from hermes.run import run_stage
 from hermes.settings.data import DataSettings
+from hermes.settings.sources import is_folder
 
 RAW, EMBEDDED = Path("data/raw"), Path("data/embedded")
-MISFITS = "misfits.json"
 Misfits = dict[str, dict[int, Misfit]]  # by split and number of the row
 CARD = "README.md"
 CARD_KEYS = ("license", "license_name", "pretty_name", "authors")
@@ -48,28 +49,29 @@ def standardize(sources: list[Path], target: Path, settings: DataSettings, where
     Raises:
         UserError: a file is damaged, a column is missing, no row is of the layout, or the files do not fit together.
     """
-    if settings.columns.are_standard(settings.format) and len(sources) == 1 and sources[0].suffix == ".parquet":
-        with opened(sources[0], settings.columns) as (found, _):
-            standard_schema(found, settings.format, settings.columns, where)
-        shutil.copyfile(sources[0], target)
-        return {}
     misfits: dict[int, Misfit] = {}
     writer, number = None, 0
     with complete_file(target) as temporary:
         for source in sources:
-            with opened(source, settings.columns) as (found, batches):
-                schema = standard_schema(found, settings.format, settings.columns, where)
-                if writer is None:
-                    writer = pq.ParquetWriter(temporary, schema, compression="zstd")
-                if schema != writer.schema:
-                    raise UserError(f"{where}: {source.name} has other columns than {sources[0].name}")
-                for batch, odd in standard_batches(batches, schema, settings.format, settings.columns):
-                    writer.write_batch(batch)
-                    misfits |= {number + i: misfit for i, misfit in odd.items()}
-                    number += batch.num_rows
+            found, batches = read_table(source, settings.columns)
+            schema = standard_schema(found, settings.format, settings.columns, where)
+            if len(sources) == 1 and source.suffix == ".parquet" and settings.columns.are_standard(settings.format):
+                number = sum(map(len, batches))  # every row is read, so that a damaged one is found here
+                shutil.copyfile(source, temporary)
+                break
+            if writer is None:
+                writer = pq.ParquetWriter(temporary, schema, compression="zstd")
+            if schema != writer.schema:
+                raise UserError(f"{where}: {source.name} has other columns than {sources[0].name}")
+            for batch, odd in standard_batches(batches, schema, settings.format, settings.columns):
+                writer.write_batch(batch)
+                misfits |= {number + i: misfit for i, misfit in odd.items()}
+                number += batch.num_rows
         if writer is not None:
             writer.close()
-        if number and len(misfits) == number:
+        if not number:
+            raise UserError(f"{where}: has no rows")
+        if len(misfits) == number:
             raise UserError(
                 f"{where}, row 0: {misfits[0]}; no other row fits either, see `data.format` and `data.columns` in params.yaml"
             )
@@ -148,9 +150,9 @@ def fetch_hub(settings: DataSettings, target: Path) -> tuple[Misfits, dict[str, 
     """Downloads the files of a Hub data set's splits at one commit and takes their rows; returns those that do not fit, and its terms.
 
     Raises:
-        UserError: the revision is not a full commit, the Hub cannot give it, or has no such split.
+        UserError: the Hub cannot give it, or has no such split.
     """
-    source, revision = settings.source, hub.check_revision(settings.revision, "data.revision", settings.source)
+    source, revision = settings.source, str(settings.revision)
     listed = hub.list_files(source, revision, "dataset")
     files = split_files(source, revision, settings.config)
     for name in settings.splits.values():
@@ -171,28 +173,17 @@ def fetch_hub(settings: DataSettings, target: Path) -> tuple[Misfits, dict[str, 
     return misfits, terms
 
 
-def write_misfits(misfits: Misfits, path: Path) -> None:
-    """Writes why rows do not fit, by split and number; nothing where all do."""
-    found = {
-        split: {str(number): {"kind": misfit.kind, "found": str(misfit)} for number, misfit in rows.items()}
-        for split, rows in misfits.items()
-        if rows
-    }
-    if found:
-        write_json(path, found)
-
-
 def main() -> None:
     settings = params.load(Params).data
     with complete_folder(RAW) as target:
         on_the_hub: dict[str, Any] = {}
-        if hub.is_folder(settings.source):
+        if is_folder(settings.source):
             folder = EMBEDDED if settings.source == "embedded" else Path(settings.source)
             misfits = fetch_folder(folder, settings, target)
         else:
             misfits, card = fetch_hub(settings, target)
             on_the_hub = {"config": settings.config, "card": card}
-        write_misfits(misfits, target / MISFITS)
+        write_misfits(misfits, target)
         rows = {}
         for split in settings.splits:
             with open_parquet(target / f"{split}.parquet") as file:

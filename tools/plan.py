@@ -25,7 +25,6 @@ from hermes import hub, params
 from hermes.artifacts import open_parquet, read_json, scratch_folder
 from hermes.console import UserError
 from hermes.evaluation.benchmarks import SuiteName
-from hermes.hub import is_folder
 from hermes.model import llama3
 from hermes.model.gguf import UBATCH
 from hermes.model.llama3 import Shape
@@ -36,6 +35,7 @@ from hermes.settings.evaluate import EvaluateSettings
 from hermes.settings.model import ModelSettings
 from hermes.settings.quantize import QuantizeSettings
 from hermes.settings.reference import ReferenceSettings
+from hermes.settings.sources import is_folder
 from hermes.settings.subset import SubsetSettings
 from hermes.settings.tokenize import TokenizeSettings
 from hermes.settings.train import TrainSettings
@@ -140,7 +140,7 @@ def model_shape(loaded: Params) -> Shape:
         return Shape.of(AutoConfig.from_pretrained(source))
     if source == published_run.BASE:
         return llama3.SHAPE
-    commit = hub.check_revision(revision, "model.revision", source)
+    commit = str(revision)
     files = [file for file in hub.list_files(source, commit, "model") if file.path == "config.json"]
     return Shape.of(LlamaConfig.from_json_file(hub.download(source, commit, "model", files) / "config.json"))
 

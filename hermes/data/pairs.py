@@ -15,16 +15,19 @@ stages/subset.py.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from hermes.console import UserError
+from hermes.data.misfits import Misfit
 from hermes.settings.data import Columns, Format
 
 Message = dict[str, str]
 Pair = dict[str, Any]
+UNSTORABLE = (pa.ArrowException, ValueError, OverflowError)
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 PARTS = {
@@ -36,14 +39,6 @@ PARTS = {
 }
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n?|\Z)", re.DOTALL)
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
-
-
-class Misfit(ValueError):
-    """A row that is not of its layout: what was found in it, and the kind that such rows are counted under."""
-
-    def __init__(self, kind: str, found: str) -> None:
-        super().__init__(found)
-        self.kind = kind
 
 
 def from_chatml(text: str) -> list[Message]:
@@ -151,7 +146,10 @@ def delta_score(row: Pair, score: str | list[str]) -> float:
     values = [row[name] for name in ([score] if isinstance(score, str) else score)]
     if not all(isinstance(value, int | float) for value in values):
         raise Misfit("no_score", f"{score} is {values}; expected numbers")
-    return float(values[0] - values[1] if len(values) == 2 else values[0])
+    try:
+        return float(values[0] - values[1] if len(values) == 2 else values[0])
+    except OverflowError:
+        raise Misfit("no_score", f"{score} is larger than any number that a column of scores can hold") from None
 
 
 def standard_pair(row: Pair, layout: Format, columns: Columns) -> Pair:
@@ -181,8 +179,10 @@ def standard_schema(source: pa.Schema, layout: Format, columns: Columns, where: 
     """The columns of a table in the standard layout: the parts, then what is carried along.
 
     Raises:
-        UserError: a named column is missing; gives those found.
+        UserError: a named column is missing, or two have one name; gives those found.
     """
+    if twice := [name for name, count in Counter(source.names).items() if count > 1]:
+        raise UserError(f"{where}: two columns are named `{twice[0]}`; rename one")
     if missing := [name for name in columns.used() if name not in source.names]:
         raise UserError(
             f"{where}: column `{missing[0]}` is missing; found {', '.join(source.names)}; see `data.columns` in params.yaml"
@@ -206,4 +206,22 @@ def standard_batches(
             except Misfit as error:
                 misfits[len(rows)] = error
                 rows.append(row | dict.fromkeys(PARTS))
-        yield pa.RecordBatch.from_pylist(rows, schema=schema), misfits
+        yield record_batch(rows, schema, misfits), misfits
+
+
+def record_batch(rows: list[Pair], schema: pa.Schema, misfits: dict[int, Misfit]) -> pa.RecordBatch:
+    """Rows as a batch. One that Arrow cannot hold, say for half a character in a column carried along, is all null and a misfit."""
+
+    def convert(rows: list[Pair]) -> pa.RecordBatch:
+        return pa.RecordBatch.from_pylist(rows, schema=schema)
+
+    try:
+        return convert(rows)
+    except UNSTORABLE:
+        for number, row in enumerate(rows):
+            try:
+                convert([row])
+            except UNSTORABLE as error:
+                misfits[number] = Misfit("not_storable", f"a value that no column can hold ({error})")
+                rows[number] = {}
+        return convert(rows)

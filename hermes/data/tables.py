@@ -21,7 +21,7 @@ BATCH = 1024
 CSV_BLOCK = 1 << 28  # bytes; a row has to fit in, and pyarrow's own 1 MB is less than some answers have
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
 # What reading a file raises that is cut, or is not what its name says.
-DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError, zlib.error)
+DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError, RecursionError, zlib.error)
 # The type of a JSON column by the types of its values; of another mixture each value is carried along as JSON text.
 JSON_TYPES = {
     frozenset({bool}): pa.bool_(),
@@ -32,7 +32,7 @@ JSON_TYPES = {
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def readable(path: Path, where: str = "") -> Iterator[None]:
     """Turns what reading a table file raises into one line.
 
     Raises:
@@ -42,41 +42,42 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except DAMAGE as error:
         kind = next(ending for ending in ENDINGS if path.name.endswith(ending))
-        raise UserError(f"{path}: not a readable {kind[1:]} file ({error})") from None
+        raise UserError(f"{path}: not a readable {kind[1:]} file ({where}{error})") from None
 
 
 def read_all(path: Path, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
     """The batches of a file. What their consumer raises is no fault of the file."""
-    waiting = iter(batches)
+    read, waiting = 0, iter(batches)
     while True:
-        with readable(path):
+        with readable(path, f"row {read} or one behind it: "):
             batch = next(waiting, None)
         if batch is None:
             return
         yield batch
+        read += len(batch)
 
 
-@contextmanager
-def opened(path: Path, columns: Columns) -> Iterator[tuple[pa.Schema, Iterator[list[Row]]]]:
+def read_table(path: Path, columns: Columns) -> tuple[pa.Schema, Iterator[list[Row]]]:
     """The schema of a table file and its rows by batches; texts are read as texts, whatever they look like.
 
     Raises:
-        UserError: the file is not readable as what its name says.
+        UserError: the file is empty, or not readable as what its name says.
     """
     name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        with readable(path):
+    batches: Iterator[list[Row]]
+    with readable(path):
+        if name.endswith(".parquet"):
             file = open_parquet(path)
-        with file:
-            yield file.schema_arrow, read_all(path, (batch.to_pylist() for batch in file.iter_batches(BATCH)))
-    elif name.endswith(".csv"):
-        with readable(path):
+            schema, batches = file.schema_arrow, (batch.to_pylist() for batch in file.iter_batches(BATCH))
+        elif name.endswith(".csv"):
             table = read_csv(path, columns)
-        yield table.schema, (batch.to_pylist() for batch in table.to_batches(BATCH))
-    else:
-        with readable(path):
+            schema, batches = table.schema, (batch.to_pylist() for batch in table.to_batches(BATCH))
+        else:
             schema = json_schema(json_rows(path))
-        yield schema, read_all(path, json_batches(path, schema, columns))
+            batches = json_batches(path, schema, columns)
+    if not schema.names:
+        raise UserError(f"{path}: has no rows")
+    return schema, read_all(path, batches)
 
 
 def read_csv(path: Path, columns: Columns) -> pa.Table:
@@ -93,15 +94,13 @@ def read_csv(path: Path, columns: Columns) -> pa.Table:
 def json_rows(path: Path) -> Iterator[Row]:
     """The rows of a JSON file: an object a line, or one list of objects.
 
-    pyarrow's own reader takes texts for dates, knows no list, and refuses a row that is longer than its blocks.
+    The readers of pyarrow and `datasets` take texts for dates, and refuse a file for one half character.
 
     Raises:
         ValueError: it is not JSON.
         UserError: a row is no object.
     """
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file
-    ):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         number, first = next(lines, (0, "[]"))
         is_list = first.lstrip().startswith("[")
@@ -122,8 +121,8 @@ def json_line(number: int, line: str) -> Any:
     """
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from None
 
 
 def json_schema(rows: Iterable[Row]) -> pa.Schema:

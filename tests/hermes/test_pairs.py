@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from hermes.console import UserError
-from hermes.data.pairs import Misfit, standard_batches, standard_pair, standard_schema
+from hermes.data.misfits import Misfit
+from hermes.data.pairs import standard_batches, standard_pair, standard_schema
 from hermes.settings.data import Columns, Format
 
 STANDARD: dict[str, Any] = {
@@ -139,6 +140,7 @@ def test_without_a_score_there_is_none() -> None:
         ("messages", {"chosen": 3}, "'3' is neither text nor a list of messages"),
         ("messages", {"chosen": ["Hi"]}, "'Hi' is not a message with role and content"),
         ("plain", {"delta_score": "much"}, "delta_score is \\['much'\\]; expected numbers"),
+        ("plain", {"delta_score": 10**400}, "delta_score is larger than any number that a column of scores can hold"),
         ("chatml", {}, "is not made of ChatML turns"),
         ("chatml", {"question": chatml(ASKED) + "more"}, "is not made of ChatML turns"),
         ("chatml", {"question": chatml(ASKED), "chosen": chatml(answer("a"), ASKED)}, "holds more than one turn"),

@@ -298,6 +298,43 @@ def test_only_a_full_commit_is_a_revision(workplace: Path, stage: str, revision:
     assert not Path("models/base").exists()
 
 
+@pytest.mark.parametrize("source", ["", "~/mine", "my mine", "a/b/c"])
+@pytest.mark.parametrize("stage", ["fetch_data", "fetch_model"])
+def test_a_source_that_is_neither_a_name_nor_a_folder_is_refused(workplace: Path, stage: str, source: str) -> None:
+    section, module = stage.removeprefix("fetch_"), {"fetch_data": fetch_data, "fetch_model": fetch_model}[stage]
+    choose(section, source, None, {"train": "train"} if section == "data" else None)
+    with pytest.raises(UserError, match=rf"`{section}\.source` is '{source}'; expected .*begins with \./ or /$"):
+        module.main()
+
+
+@pytest.mark.parametrize("source", ["embedded", "./mine"])
+@pytest.mark.parametrize("stage", ["fetch_data", "fetch_model"])
+def test_a_revision_is_not_claimed_for_what_has_none(workplace: Path, stage: str, source: str) -> None:
+    section, module = stage.removeprefix("fetch_"), {"fetch_data": fetch_data, "fetch_model": fetch_model}[stage]
+    choose(section, source, "abc", {"train": "train"} if section == "data" else None)
+    with pytest.raises(UserError, match=rf"`revision` is 'abc', and {source} is no Hub repository; set it to null$"):
+        module.main()
+
+
+def test_a_model_with_code_of_its_own_is_refused_before_its_weights_come(
+    workplace: Path, hub: str, tiny_model_folder: Path
+) -> None:
+    shutil.copytree(tiny_model_folder, "mine")
+    Path("mine/tokenizer_evil.py").write_text("raise SystemExit")
+    choose("model", "./mine", None)
+    fetch_model.main()
+    assert not list(Path("models/base").glob("*.py"))
+    config = Path("mine/tokenizer_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoTokenizer": ["x.Y", None]}}))
+    with pytest.raises(UserError, match=r"^mine: tokenizer_config\.json names code of the model's own \(`auto_map`\)"):
+        fetch_model.main()
+    Hub.repositories["models/tests/code"] = {path.name: path.read_bytes() for path in Path("mine").iterdir()}
+    mark = len(Hub.asked)
+    choose("model", "tests/code", COMMIT)
+    assert "tests/code: tokenizer_config.json names code" in complaint(run("fetch_model", hub), "fetch_model")
+    assert not [line for line in Hub.asked[mark:] if "model.safetensors" in line or ".py" in line]
+
+
 def test_a_model_from_the_hub_is_the_pinned_one_without_pickles_and_code(
     workplace: Path, hub: str, tiny_model_folder: Path
 ) -> None:
@@ -589,7 +626,9 @@ def test_messages_in_json_lines_and_columns_of_every_kind_are_carried_along(work
         (as_lines(ROWS) + b"3\n", r"row 5 is '3'; expected an object with the columns as keys"),
         (b'[{"question": "q"}, ', r"not a readable jsonl file \("),
         (b"\xff\xfe", r"not a readable jsonl file \(.*codec can't decode"),
-        (b"", r"column `question` is missing; found "),
+        (b"", r"has no rows"),
+        (b"[]", r"has no rows"),
+        (as_lines(ROWS) + b'{"a": ' + b"[" * 100_000, r"not a readable jsonl file \(line 6: maximum recursion depth"),
         (as_lines([{"question": "q"}]), r"column `chosen` is missing; found question; see `data\.columns`"),
     ],
 )
@@ -597,6 +636,60 @@ def test_a_damaged_json_file_is_one_line(workplace: Path, content: bytes, messag
     mine(content)
     with pytest.raises(UserError, match=rf"^mine/train\.jsonl: {message}"):
         fetched()
+
+
+@pytest.mark.parametrize("where", ["question", "id"])
+def test_two_columns_of_one_name_are_refused(workplace: Path, where: str) -> None:
+    names = [*ROWS[0], where]
+    message = rf"^mine/train\.(csv|parquet): two columns are named `{where}`; rename one$"
+    mine(
+        "\n".join([",".join(names), *(",".join([*map(str, row.values()), "x"]) for row in ROWS)]).encode(), "train.csv"
+    )
+    with pytest.raises(UserError, match=message):
+        fetched()
+    Path("mine/train.csv").unlink()
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table.append_column(where, table[where]), "mine/train.parquet")
+    with pytest.raises(UserError, match=message):
+        fetched()
+
+
+def test_a_table_without_rows_is_named(workplace: Path) -> None:
+    mine(",".join(ROWS[0]).encode() + b"\n", "train.csv")
+    with pytest.raises(UserError, match=r"^mine/train\.csv: has no rows$"):
+        fetched()
+    Path("mine/train.csv").unlink()
+    pq.write_table(pa.Table.from_pylist(ROWS)[:0], "mine/train.parquet")
+    with pytest.raises(UserError, match=r"^mine/train\.parquet: has no rows$"):
+        fetched()
+    assert not Path("data/raw").exists()
+
+
+def test_a_row_that_no_column_can_hold_keeps_its_place(workplace: Path) -> None:
+    rows = [dict(row) for row in ROWS]
+    rows[1]["id"] = "half \ud83d"
+    rows[3]["delta_score"] = 10**400
+    mine(as_lines(rows))
+    raw = fetched()
+    assert [row["question"] for row in raw] == ["q0", None, "q2", None, "q4"]
+    assert [row["id"] for row in raw] == ["0", None, "2", "3", "4"]
+    found = json.loads(Path("data/raw/misfits.json").read_text())["train"]
+    assert {number: misfit["kind"] for number, misfit in found.items()} == {"1": "not_storable", "3": "no_score"}
+
+
+def test_rubbish_inside_a_table_that_is_only_copied_is_found(workplace: Path) -> None:
+    Path("mine").mkdir()
+    rows = [row | {"chosen": random.Random(i).randbytes(99).hex()} for i, row in enumerate(ROWS * 999)]
+    pq.write_table(pa.Table.from_pylist(rows), "mine/train.parquet", compression="zstd", row_group_size=1024)
+    content = bytearray(Path("mine/train.parquet").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 9999] = random.Random(0).randbytes(9999)
+    Path("mine/train.parquet").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"^mine/train\.parquet: not a readable parquet file \(row 2048 or one behind it: "
+    ):
+        fetched()
+    assert not Path("data/raw").exists()
 
 
 def test_a_file_that_is_cut_is_named(workplace: Path) -> None:

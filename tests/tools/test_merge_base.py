@@ -166,26 +166,27 @@ def test_the_rebuilt_base_is_a_model_for_fetch_model(workplace: Path, constituen
     assert GenerationConfig.from_pretrained(fetch_model.BASE).eos_token_id == tokenizer.eos_token_id
 
 
-def test_the_recipe_is_the_published_one() -> None:
-    recipe = read_recipe(ROOT / RECIPE)
+def test_the_recipe_is_the_published_one(workplace: Path) -> None:
+    text = (ROOT / RECIPE).read_text()
+    RECIPE.write_text(text.replace("revision: null", f"revision: {COMMIT}"))
+    recipe = read_recipe()
     assert (recipe.merge_method, recipe.dtype) == ("dare_ties", "bfloat16")
     assert recipe.chat_template == params.read_yaml(ROOT / "params.yaml")["profiles"]["a40"]["model"]["chat_template"]
-    assert {place.path: None for place in recipe.places} == {
-        "NousResearch/Meta-Llama-3-8B": None,
-        "yuvraj17/Llama-3-8B-spectrum-25": None,
-        "ruggsea/Llama3-stanford-encyclopedia-philosophy-QA": None,
-        "arcee-ai/Llama-3.1-SuperNova-Lite": None,
-    }
+    assert [entry["model"].path for entry in (recipe.base_model, *(entry.model for entry in recipe.models))] == [
+        "NousResearch/Meta-Llama-3-8B",
+        "yuvraj17/Llama-3-8B-spectrum-25",
+        "ruggsea/Llama3-stanford-encyclopedia-philosophy-QA",
+        "arcee-ai/Llama-3.1-SuperNova-Lite",
+    ]
     assert tuple(entry.parameters.density for entry in recipe.models) == DENSITIES
     assert tuple(entry.parameters.weight for entry in recipe.models) == WEIGHTS
-    assert all(place.is_pinned or place.revision is None for place in recipe.places)
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper()])
 def test_without_full_commits_nothing_is_downloaded(workplace: Path, revision: str | None) -> None:
     write_recipe("tests", revision=revision and f'"{revision}"')
     with pytest.raises(
-        UserError, match=r"base-merge\.yaml: the revision of tests/base is .*make base RESOLVE=1"
+        UserError, match=r"base-merge\.yaml: `base_model.*the revision of tests/base is .*make base RESOLVE=1"
     ) as caught:
         merge_base.main()
     assert repr(revision) in str(caught.value)
@@ -244,7 +245,7 @@ def test_from_the_hub_at_its_commits_another_process_makes_the_same_bits(
     assert files() == expected
     manifest = json.loads((OUTPUT / "manifest.json").read_text())
     assert manifest["recipe"]["base_model"]["model"] == {"path": "tests/base", "revision": COMMIT}
-    assert not (workplace / ".scratch" / merge_base.SCRATCH).exists()
+    assert not (workplace / ".scratch/base-merge").exists()
 
 
 def test_a_repository_that_the_hub_does_not_know_leaves_the_recipe(workplace: Path, stand_in: str) -> None:
