@@ -18,6 +18,6 @@ def check_source(source: str, revision: str | None) -> None:
         if revision is not None:
             raise ValueError(f"`revision` is {revision!r}, and {source} is no Hub repository; set it to null")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise ValueError(f"`source` is {source!r}; write embedded, a folder such as ./mine, or owner/name on the Hub")
+        raise ValueError(f"`source` is {source!r}; write embedded, owner/name, or a folder that begins with ./ or /")
     elif not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise ValueError(f"`revision` is {revision!r}; pin the full 40-digit commit of {source}")

@@ -303,7 +303,7 @@ def test_only_a_full_commit_is_a_revision(workplace: Path, stage: str, revision:
 def test_a_source_that_is_neither_a_name_nor_a_folder_is_refused(workplace: Path, stage: str, source: str) -> None:
     section, module = stage.removeprefix("fetch_"), {"fetch_data": fetch_data, "fetch_model": fetch_model}[stage]
     choose(section, source, None, {"train": "train"} if section == "data" else None)
-    with pytest.raises(UserError, match=rf"`{section}\.source` is '{source}'; expected .*begins with \./ or /$"):
+    with pytest.raises(UserError, match=rf"`source` is '{source}'; write .*begins with \./ or /$"):
         module.main()
 
 
