@@ -59,8 +59,8 @@ quote = '$(subst ','\'',$1)'
 option = $(if $(filter $1,$(GIVEN)),$2$(call quote,$($1)))
 switch = $(if $(filter $1,$(GIVEN)),$2)
 
-.PHONY: help setup repro train sweep experiments review chat report collect plan rehearse compare-published base publish bench test lint \
-	format doctor gpu-check
+.PHONY: help setup checked repro train sweep experiments review chat report collect plan rehearse compare-published base publish bench \
+	test lint format doctor gpu-check
 
 help:
 	@echo 'Every target sets .venv up first, and does so once. Variables go behind it; one that it does not take is refused.'
@@ -71,6 +71,11 @@ help:
 ## make setup               install what the locks pin into .venv       make setup DEVICE=cpu PYTHON=/path/to/python3.12
 setup:
 	@./setup.sh
+
+# A mistake anywhere in params.yaml stops a target that runs the experiment before it begins.
+checked: setup
+	@$(PY) -m tools.check_params $(call option,PROFILE,--profile=)
+repro train sweep report plan rehearse publish bench: checked
 
 ## make repro               bring every result up to date               make repro PROFILE=cpu
 repro: setup

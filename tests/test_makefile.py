@@ -58,7 +58,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "Makefile", "Makefile")
     Path(".venv/bin").mkdir(parents=True)
-    record = '#!/bin/sh\nprintf "%s\\0" "$@" >>seen\nenv -0 >environment\n'
+    record = (
+        '#!/bin/sh\n[ "$2" != tools.check_params ] || exec printf "%s\\0" "$@" >>checked\n'
+        'printf "%s\\0" "$@" >>seen\nenv -0 >environment\n'
+    )
     for name in ("python", "dvc", "ruff", "mypy"):
         Path(".venv/bin", name).write_text(record)
         Path(".venv/bin", name).chmod(0o755)
@@ -100,6 +103,13 @@ def test_a_value_arrives_as_it_was_typed_and_runs_nothing(target: str, name: str
         assert f"{OPTIONS[target][name]}{value}" in words("seen")
         assert len(words("seen")) == 3 + len(others) + (target == "train")
         assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("target", ["repro", "train", "sweep", "report", "plan", "rehearse", "publish", "bench"])
+def test_params_are_checked_before_the_experiment_begins(target: str, checkout: Path) -> None:
+    profile = ["PROFILE=a40"] if "PROFILE" in OPTIONS.get(target, {}) else []
+    assert make(target, *profile, *needed(target)).returncode == 0
+    assert words("checked") == ["-m", "tools.check_params", *(f"--profile={word[8:]}" for word in profile)]
 
 
 @pytest.mark.parametrize("name", ["DEVICE", "PYTHON"])
