@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hermes.data.chat_text import answer_ids, prompt_ids
 from hermes.evaluation import benchmarks, chat_models
 from hermes.evaluation.benchmarks import Benchmark, Suite
 from hermes.evaluation.chat_models import ChatModel
+from hermes.evaluation.tasks import functions
 from hermes.model.base import load
 from hermes.params import read_yaml
 from hermes.settings.base import BaseSettings
@@ -172,3 +174,17 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
     assert found["rounding"] == {"base": "bf16"}
     assert [found[onto]["rounding"]["weights"] for onto in ("bf16", "nf4")] == [2 * 64 * 64] * 2
     assert found["bf16"]["rounding"]["relative_error"] != found["nf4"]["rounding"]["relative_error"]
+
+
+def test_so_many_questions_of_every_kind_are_asked_spread_over_the_topics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    shutil.copytree(ROOT / "data/embedded", "data/raw")
+    every = functions.load_instructions("test")["test"]
+    few = functions.load_instructions("test", questions_per_kind=4)["test"]
+    assert Counter(few["kind"]) == dict.fromkeys(every["kind"], 4)
+    assert [id for id in every["id"] if id in set(few["id"])] == few["id"]
+    assert len(set(few["topic"])) > 4
+    assert functions.load_instructions("test", questions_per_kind=999)["test"].to_list() == every.to_list()

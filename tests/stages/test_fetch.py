@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SPLITS = ("train", "validation", "test")
 COLUMNS = {"question": "question", "chosen": "chosen", "rejected": "rejected", "score": "delta_score", "system": None}
-PIPELINE = "stages: {s: {params: ['profiles.${profile}.data', 'profiles.${profile}.model']}}\n"
 ROWS = [
     {"question": f"q{i}", "chosen": f"c{i}", "rejected": f"r{i}", "delta_score": i / 8, "id": str(i)} for i in range(5)
 ]
@@ -753,9 +752,7 @@ def test_rows_of_another_layout_are_kept_for_subset_to_judge(workplace: Path, mo
     )
 
     def cut(drop_malformed: bool) -> None:
-        settings = {"profile": "x", "profiles": {"x": {"subset": rules | {"drop_malformed": drop_malformed}}}}
-        Path("params.yaml").write_text(json.dumps(settings))
-        Path("dvc.yaml").write_text(PIPELINE.replace("'profiles.${profile}.data'", "'profiles.${profile}.subset'"))
+        Path("params.yaml").write_text(json.dumps(cpu_params(subset=rules | {"drop_malformed": drop_malformed})))
         subset.main()
 
     with pytest.raises(

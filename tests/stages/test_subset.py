@@ -19,6 +19,7 @@ Row = dict[str, Any]
 PIPELINE = "stages: {s: {params: ['profiles.${profile}.subset']}}\n"
 OFF: dict[str, Any] = {
     "k": None,
+    "held_out_k": None,
     "drop_malformed": False,
     "drop_empty": False,
     "drop_identical": False,
@@ -65,6 +66,19 @@ def run(**settings: Any) -> dict[str, Any]:
 
 def kept(split: str = "train") -> list[Row]:
     return pq.read_table(subset.OUTPUT / f"{split}.parquet").to_pylist()
+
+
+def test_held_out_pairs_are_cut_to_evenly_spaced_ones_and_training_is_not() -> None:
+    rows = {split: [row(i / 8) for i in range(8)] for split in ("train", "validation", "test")}
+    for split, found in rows.items():
+        write(found, split)
+    report = run(held_out_k=3)
+    assert kept("test") == [rows["test"][i] for i in (0, 2, 5)]
+    assert kept() == rows["train"]
+    for split in ("validation", "test"):
+        assert report[split]["removed"] == {"beyond_held_out_k": 5}
+        assert report[split]["kept"] == 3
+    assert "beyond_held_out_k" not in run(held_out_k=8)["test"]["removed"]
 
 
 def test_the_best_are_kept_in_their_raw_order() -> None:

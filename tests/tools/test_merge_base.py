@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from hermes.console import UserError
 from hermes.data.chat_text import prompt_text
 from stages import fetch_model
 from tests.conftest import make_byte_tokenizer
-from tests.stages.test_fetch import COMMIT, PIPELINE, Hub
+from tests.stages.test_fetch import COMMIT, Hub
 from tools import merge_base, publish
 from tools.merge_base import OUTPUT, RECIPE, read_recipe, resolve
 
@@ -64,7 +65,7 @@ def constituents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["base_merge"])
-    Path("dvc.yaml").write_text(PIPELINE)
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
     return tmp_path
 
 
