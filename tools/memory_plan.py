@@ -40,16 +40,16 @@ import torch
 from hermes.model.llama3 import Shape
 
 if TYPE_CHECKING:
-    from hermes.model.base import BaseSettings
-    from stages.train import TrainSettings
+    from hermes.settings.base import BaseSettings
+    from hermes.settings.train import TrainSettings
 
 from typing import TYPE_CHECKING
 
 from hermes.training.shared_prefix import CHUNK
 
 if TYPE_CHECKING:  # the stage train imports this module
-    from hermes.model.base import BaseSettings
-    from stages.train import TrainSettings
+    from hermes.settings.base import BaseSettings
+    from hermes.settings.train import TrainSettings
 
 SIZES = {"bfloat16": 2, "float32": 4}
 BLOCK, BLOCKS_TOGETHER = 64, 256  # of nf4, and of its constants when these are quantized too

@@ -27,18 +27,18 @@ from hermes.console import UserError
 from hermes.evaluation.benchmarks import SuiteName
 from hermes.hub import is_folder
 from hermes.model import llama3
-from hermes.model.base import BaseSettings
 from hermes.model.gguf import UBATCH
 from hermes.model.llama3 import Shape
 from hermes.pages import published_run
-from stages.evaluate import EvaluateSettings
-from stages.fetch_data import DataSettings
-from stages.fetch_model import ModelSettings
-from stages.quantize import QuantizeSettings
-from stages.reference import ReferenceSettings
-from stages.subset import SubsetSettings
-from stages.tokenize import TokenizeSettings
-from stages.train import TrainSettings
+from hermes.settings.base import BaseSettings
+from hermes.settings.data import DataSettings
+from hermes.settings.evaluate import EvaluateSettings
+from hermes.settings.model import ModelSettings
+from hermes.settings.quantize import QuantizeSettings
+from hermes.settings.reference import ReferenceSettings
+from hermes.settings.subset import SubsetSettings
+from hermes.settings.tokenize import TokenizeSettings
+from hermes.settings.train import TrainSettings
 from tools.memory_plan import CONTEXT, SIZES, Lengths, Training, gibibytes, present_gpu, smallest_change
 from tools.profiles import check_profile, with_profile
 
