@@ -1,25 +1,33 @@
-"""Makes data/embedded: preference pairs in the Hermes schema out of the embedded model's own answers. Run by `make collect`.
+"""Makes data/embedded: preference pairs in the Hermes schema out of the embedded model's own answers (`make collect`).
 
-For every question (a topic and a checkable instruction) the model answers a few times as it is, and a few times after one worked
-example of the same instruction about a subject outside the topics. The example is only in the prompt of the sampling: what is
-kept is the question alone, so that training has to teach what the example showed. Verifiers grade the answers
-(hermes/instructions/kinds.py); the chosen answer is among those within `tie_margin` of the best, the rejected any that fails, and those
-two are taken whose lengths are nearest, so that length tells little and near misses are met. For `contrast_share` of the questions the
-rejected answer follows another instruction about the same topic instead, so that no form is good in itself: what is chosen
-under one instruction is rejected under another. Plain questions about each training topic, without an instruction, borrow both answers:
-plain prose is chosen, an answer in some other form rejected. Where no answer follows the instruction, the best one is repaired
-deterministically and serves as chosen. `delta_score` is the grade of chosen less the grade of rejected.
+A question is a topic and a checkable instruction. The model answers it a few times as it is, and a few times after a worked
+example of the same instruction on another subject. The example is only in the prompt: training has to teach what it showed.
+Verifiers grade the answers (hermes/instructions/kinds.py), and a pair is picked from them:
 
-Sampling goes chunk by chunk into a scratch folder and resumes after an interruption. Every sequence draws from a generator seeded
-by its question, and chunks are independent, so a chunk can be sampled again alone: same bits on one kind of CPU.
-Written: samples.parquet (all that was sampled), {train,validation,test}.parquet, questions.parquet (the held-out
-questions), plain.jsonl (held-out plain answers, written by hand, only read here) and card.json.
+* The chosen answer follows the instruction, with a grade within `tie_margin` of the best. Where no answer follows it, the best
+  one is edited until it does (`repaired`).
+* The rejected answer is any that does not follow the instruction. For `contrast_share` of the questions it follows another
+  instruction about the same topic (`contrast`), so that no form is good in itself.
+* Of the pairs left, the one whose answers are nearest in length is taken, so that length tells little.
+* A plain question has no instruction, and borrows both answers from others about its topic. Chosen is plain prose that shows no
+  sign of what it was asked for (`unmarked_answers`), rejected is an answer in another form.
+
+`delta_score` is the grade of the chosen answer less that of the rejected one.
+
+Sampling goes chunk by chunk into a scratch folder and resumes after an interruption. Each sequence draws from a generator seeded by
+its question, so a chunk sampled again alone has the same bits on one kind of CPU. `python -m tools.collect --pairs` samples
+nothing: it picks the pairs again from the committed samples, without a model and with the same bits anywhere.
+
+Written: samples.parquet (all that was sampled) and sampled_on.json (the CPU), then {train,validation,test}.parquet,
+questions.parquet (the held-out questions) and card.json. plain.jsonl was written by hand.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,11 +43,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
-from hermes.artifacts import complete_file, sha256_file, write_json, write_parquet
+from hermes.artifacts import complete_file, read_json, sha256_file, write_json, write_parquet
 from hermes.console import UserError, progress
 from hermes.instructions.kinds import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, VALIDATION_KINDS, grade, is_strict, repair
 from hermes.instructions.topics import split_topics
-from hermes.instructions.verifiers import words
+from hermes.instructions.verifiers import sentences, words
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
 from hermes.run import run_stage
@@ -48,8 +56,11 @@ from hermes.settings.untracked import CollectSettings
 EMBEDDED = Path("data/embedded")
 SCRATCH = Path(".scratch/collect")
 BASE = Path("models/base")
-COPIED_WORDS = 5
+COPIED_WORDS = 5  # as many in a row are copied from the worked example
+ECHOED_WORDS = 3  # as many in a row make an answer unfit for a plain question
+LONG_WORD = 5  # letters of a word that tells an instruction
 PLAIN_QUESTIONS = 2
+PAIRING = {"tie_margin", "contrast_share"}  # settings that shape the pairs and not the samples
 TOP_K = 50
 WAVES = sorted({kind.wave for kind in KINDS.values()})
 
@@ -95,26 +106,18 @@ def build_questions(settings: CollectSettings) -> list[Row]:
             for i, name in enumerate(asked):
                 key = f"{split}/{topic}/{name}" + (f"/{asked[:i].count(name) + 1}" if name in asked[:i] else "")
                 question, verifier = KINDS[name].ask(Random(key), topic)
-                rows.append(
-                    {
-                        "id": key,
-                        "split": split,
-                        "topic": topic,
-                        "kind": name,
-                        "constraint": json.dumps(verifier, sort_keys=True),
-                        "question": question,
-                    }
-                )
+                row = {"id": key, "split": split, "topic": topic, "kind": name}
+                rows.append(row | {"constraint": json.dumps(verifier, sort_keys=True), "question": question})
     return rows
 
 
-def demonstration(question: Row, seed: int) -> list[dict[str, str]]:
-    """One worked example of the question's instruction, as two chat messages about another subject."""
+def demonstration(question: Row, seed: int) -> tuple[list[dict[str, str]], Row]:
+    """A worked example of the question's instruction about another subject: its two chat messages, and its verifier parameters."""
     random = Random(f"{seed}/{question['id']}/demonstration")
     subject = random.choice(sorted(DEMONSTRATIONS))
     text, verifier = KINDS[question["kind"]].ask(random, subject)
     answer = repair(question["kind"], DEMONSTRATIONS[subject], verifier)
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], verifier
 
 
 def sample_chunk(
@@ -124,7 +127,7 @@ def sample_chunk(
     prompts, samples, draws, rows = [], [], [], []
     for question in questions:
         for demonstrated in (False, True):
-            messages = demonstration(question, seed) if demonstrated else []
+            messages = demonstration(question, seed)[0] if demonstrated else []
             messages = [*messages, {"role": "user", "content": question["question"]}]
             prompts.append(
                 cast(list[int], tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
@@ -150,25 +153,49 @@ def sample_chunk(
     return rows
 
 
-def copies(answer: str, demonstrated: str) -> bool:
-    """Whether an answer repeats five words in a row of the worked example it was shown."""
-    runs = [[word.lower() for word in words(text)] for text in (answer, demonstrated)]
-    grams = [set(zip(*(run[i:] for i in range(COPIED_WORDS)), strict=False)) for run in runs]
-    return bool(grams[0] & grams[1])
+def copies(answer: str, text: str, count: int = COPIED_WORDS) -> bool:
+    """Whether an answer repeats `count` words in a row of a text, whatever their case."""
+    found = [[word.lower() for word in words(part)] for part in (answer, text)]
+    runs = [set(zip(*(part[i:] for i in range(count)), strict=False)) for part in found]
+    return not runs[0].isdisjoint(runs[1])
 
 
 def usable_answers(question: Row, samples: list[Row], seed: int) -> list[str]:
     """The distinct answers of a question that may enter a pair: finished, not empty, not copied from the worked example."""
-    kind, example = question["kind"], demonstration(question, seed)[1]["content"]
-    return list(
-        dict.fromkeys(
-            row["answer"]
-            for row in samples
-            if row["finished"]
-            and row["answer"]
-            and not (row["demonstrated"] and KINDS[kind].free_text and copies(row["answer"], example))
-        )
-    )
+    example = demonstration(question, seed)[0][1]["content"] if KINDS[question["kind"]].free_text else ""
+    finished = [row for row in samples if row["finished"] and row["answer"]]
+    own = [row["answer"] for row in finished if not (row["demonstrated"] and copies(row["answer"], example))]
+    return list(dict.fromkeys(own))
+
+
+def unmarked_answers(question: Row, answers: list[str], seed: int) -> list[str]:
+    """The plain prose among the answers to a question that shows no sign of the instruction, and so could answer a plain question.
+
+    A sign is any of three: a verifier, with the parameters of the question or of its worked example, finds more in the answer than
+    in hand-written prose; the answer repeats three words in a row of its prompt; or it has a long word of the instruction.
+    """
+    kind = KINDS[question["kind"]]
+    if not kind.free_text:
+        return []
+    messages, shown = demonstration(question, seed)
+    prompt = [question["question"], *(message["content"] for message in messages)]
+    instruction = [word.lower() for text in prompt[:2] for part in sentences(text)[1:] for word in words(part)]
+    telling = {word for word in instruction if len(word) >= LONG_WORD}
+    verifiers = [json.loads(question["constraint"]), shown]
+    by_hand = [max(kind.satisfied(text, verifier) for text in DEMONSTRATIONS.values()) for verifier in verifiers]
+    return [
+        answer
+        for answer in answers
+        if is_strict(PLAIN.name, answer, shown)
+        and all(kind.satisfied(answer, verifier) <= most for verifier, most in zip(verifiers, by_hand, strict=True))
+        and not any(copies(re.sub("['’]s\\b", " is", answer), text, ECHOED_WORDS) for text in prompt)
+        and telling.isdisjoint(words(answer.lower()))
+    ]
+
+
+def follows(question: Row, answer: str) -> bool:
+    """Whether an answer follows the instruction of a question exactly."""
+    return is_strict(question["kind"], answer, json.loads(question["constraint"]))
 
 
 def build_pair(question: Row, answers: list[str], contrast: list[str], settings: CollectSettings) -> Row | str:
@@ -179,19 +206,17 @@ def build_pair(question: Row, answers: list[str], contrast: list[str], settings:
     kind, verifier = question["kind"], json.loads(question["constraint"])
     if not answers:
         return "no finished answer"
-    grades = {answer: grade(kind, answer, verifier) for answer in answers}
-    failing = [answer for answer in answers if not is_strict(kind, answer, verifier)]
-    rejectable = contrast or failing
+    passing = [answer for answer in answers if follows(question, answer)]
+    rejectable = contrast or [answer for answer in answers if answer not in passing]
     if not rejectable:
         return "every answer follows the instruction"
-    passing = {answer: value for answer, value in grades.items() if answer not in failing}
     repaired = not passing
     if repaired:
-        fixed = first_repair(kind, sorted(answers, key=lambda answer: (-grades[answer], answer)), verifier)
-        if fixed is None:
+        passing = first_repair(kind, answers, verifier)
+        if not passing:
             return "no answer follows the instruction or can be repaired"
-        passing = {fixed: grade(kind, fixed, verifier)}
-    acceptable = [answer for answer, value in passing.items() if value >= max(passing.values()) - settings.tie_margin]
+    grades = {answer: grade(kind, answer, verifier) for answer in passing}
+    acceptable = [answer for answer, value in grades.items() if value >= max(grades.values()) - settings.tie_margin]
     chosen, rejected = min(
         ((good, bad) for good in acceptable for bad in rejectable),
         key=lambda pair: (abs(len(pair[0]) - len(pair[1])), pair),
@@ -200,7 +225,7 @@ def build_pair(question: Row, answers: list[str], contrast: list[str], settings:
         "question": question["question"],
         "chosen": chosen,
         "rejected": rejected,
-        "delta_score": round(passing[chosen] - grade(kind, rejected, verifier), 4),
+        "delta_score": round(grades[chosen] - grade(kind, rejected, verifier), 4),
         "id": question["id"],
         "topic": question["topic"],
         "kind": kind,
@@ -210,59 +235,59 @@ def build_pair(question: Row, answers: list[str], contrast: list[str], settings:
     }
 
 
+def first_repair(kind: str, answers: list[str], verifier: Row) -> list[str]:
+    """The repair of the best answer that has one, or nothing; a looping answer, for one, has none."""
+    for answer in sorted(answers, key=lambda answer: (-grade(kind, answer, verifier), answer)):
+        with contextlib.suppress(ValueError):
+            return [repair(kind, answer, verifier)]
+    return []
+
+
 def contrasting_answers(question: Row, neighbours: list[tuple[Row, list[str]]], random: Random) -> list[str]:
     """Answers that follow another instruction about the same topic, drawn at random, and fail this one; may be empty.
 
-    `neighbours` are the other questions about the topic with their usable answers. Prose is contrasted with prose only, since a
-    word list or a single word would be too easy to reject.
+    `neighbours` are the other questions about the topic with the answers that follow them. Prose is contrasted with prose only,
+    since a word list or a single word would be too easy to reject.
     """
-    kind, verifier = question["kind"], json.loads(question["constraint"])
-    found = []
-    for other, answers in neighbours:
-        followed = json.loads(other["constraint"])
-        fitting = [
-            answer
-            for answer in answers
-            if is_strict(other["kind"], answer, followed) and not is_strict(kind, answer, verifier)
-        ]
-        if fitting and KINDS[other["kind"]].free_text >= KINDS[kind].free_text:
-            found.append(fitting)
+    found = [
+        [answer for answer in answers if not follows(question, answer)]
+        for other, answers in neighbours
+        if KINDS[other["kind"]].free_text >= KINDS[question["kind"]].free_text
+    ]
+    found = [fitting for fitting in found if fitting]
     return random.choice(found) if found else []
-
-
-def first_repair(kind: str, answers: list[str], verifier: Row) -> str | None:
-    """The repair of the first answer that has one; a looping answer, for one, has none."""
-    for answer in answers:
-        with contextlib.suppress(ValueError):
-            return repair(kind, answer, verifier)
-    return None
 
 
 def build_splits(
     questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int
 ) -> tuple[dict[str, list[Row]], Counter[str]]:
     """Grades and pairs all samples: ({split: rows sorted by delta_score descending, then id}, reasons for no pair)."""
-    by_question: dict[str, list[Row]] = {question["id"]: [] for question in questions}
+    sampled: dict[str, list[Row]] = {question["id"]: [] for question in questions}
     for row in samples:
-        by_question[row["id"]].append(row)
-    answers = {question["id"]: usable_answers(question, by_question[question["id"]], seed) for question in questions}
-    by_topic: dict[tuple[str, str], list[Row]] = {}
+        sampled[row["id"]].append(row)
+    by_topic: dict[str, list[Row]] = {}  # a topic is in one split only
     for question in questions:
-        by_topic.setdefault((question["split"], question["topic"]), []).append(question)
+        by_topic.setdefault(question["topic"], []).append(question)
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     reasons: Counter[str] = Counter()
-    for question in questions:
-        random, contrast, own = Random(f"{seed}/{question['id']}/contrast"), [], answers[question["id"]]
-        others = [other for other in by_topic[question["split"], question["topic"]] if other is not question]
-        if question["kind"] == PLAIN.name:
-            own = [text for other in others if KINDS[other["kind"]].free_text for text in answers[other["id"]]]
-        if random.random() < settings.contrast_share or question["kind"] == PLAIN.name:
-            contrast = contrasting_answers(question, [(other, answers[other["id"]]) for other in others], random)
-        pair = build_pair(question, own, contrast, settings)
-        if isinstance(pair, str):
-            reasons[f"{question['split']}: {pair}"] += 1
-        else:
-            splits[question["split"]].append(pair)
+    for asked in by_topic.values():
+        answers = {question["id"]: usable_answers(question, sampled[question["id"]], seed) for question in asked}
+        following = {
+            question["id"]: [answer for answer in answers[question["id"]] if follows(question, answer)]
+            for question in asked
+        }
+        unmarked = [text for question in asked for text in unmarked_answers(question, answers[question["id"]], seed)]
+        for question in asked:
+            is_plain = question["kind"] == PLAIN.name
+            random, contrast = Random(f"{seed}/{question['id']}/contrast"), []
+            if random.random() < settings.contrast_share or is_plain:
+                others = [(other, following[other["id"]]) for other in asked if other is not question]
+                contrast = contrasting_answers(question, others, random)
+            pair = build_pair(question, unmarked if is_plain else answers[question["id"]], contrast, settings)
+            if isinstance(pair, str):
+                reasons[f"{question['split']}: {pair}"] += 1
+            else:
+                splits[question["split"]].append(pair)
     for rows in splits.values():
         rows.sort(key=lambda row: (-row["delta_score"], row["id"]))
     return splits, reasons
@@ -271,92 +296,122 @@ def build_splits(
 def leakage(rows: list[Row]) -> dict[str, float]:
     """How well shallow signs tell chosen from rejected, learnt on every second pair: the share of the other pairs guessed right.
 
-    `length` guesses that the shorter, or the longer, answer is chosen, whichever is more often so in all pairs, and
-    `length_by_kind` in those of the same kind; `words` asks a bag-of-words naive Bayes classifier which answer looks more
-    like a chosen one, and `words_repaired` is that on the pairs whose chosen answer is a repair. 0.5 is chance.
+    `length` guesses that the longer, or the shorter, answer is chosen, whichever is so more often; `length_by_kind` learns that for
+    each kind apart. `words` asks a bag-of-words naive Bayes classifier which answer looks more like a chosen one, and
+    `words_repaired` is that on the pairs whose chosen answer is a repair. 0.5 is chance, and the guess of a tie.
     """
     rows = sorted(rows, key=lambda row: row["id"])
     learnt, asked = rows[::2], rows[1::2]
-    by_words = word_guesses(learnt, asked)
+
+    def longer(row: Row) -> int:
+        return int(np.sign(len(row["chosen"]) - len(row["rejected"])))
+
+    usual: Counter[str] = Counter()
+    for row in learnt:
+        usual[""] += longer(row)
+        usual[row["kind"]] += longer(row)
+    chosen, rejected = (
+        Counter(word for row in learnt for word in set(words(row[part].lower()))) for part in ("chosen", "rejected")
+    )
+
+    def likeness(text: str) -> float:
+        return math.fsum(math.log((chosen[word] + 1) / (rejected[word] + 1)) for word in set(words(text.lower())))
+
+    def right(guess: Callable[[Row], float], rows: list[Row]) -> float:
+        return round(0.5 + 0.5 * fmean(float(np.sign(guess(row))) for row in rows), 4)
+
+    def by_words(row: Row) -> float:
+        return likeness(row["chosen"]) - likeness(row["rejected"])
+
     return {
-        "length": mean(length_guesses(learnt, asked, lambda row: "")),
-        "length_by_kind": mean(length_guesses(learnt, asked, lambda row: row["kind"])),
-        "words": mean(by_words),
-        "words_repaired": mean([guess for guess, row in zip(by_words, asked, strict=True) if row["repaired"]]),
+        "length": right(lambda row: longer(row) * usual[""], asked),
+        "length_by_kind": right(lambda row: longer(row) * usual[row["kind"]], asked),
+        "words": right(by_words, asked),
+        "words_repaired": right(by_words, [row for row in asked if row["repaired"]]),
     }
 
 
-def mean(values: list[float]) -> float:
-    """The mean to four digits."""
-    return round(fmean(values), 4)
+def echoes(rows: list[Row]) -> dict[str, int]:
+    """How many of the rows have a chosen answer that holds the phrase asked for twice, or five words in a row of its question."""
+
+    def is_twice(row: Row) -> bool:
+        asked = json.loads(row["constraint"])
+        phrase = asked.get("opening", asked.get("ending", "")).lower().rstrip(".,!:")
+        return bool(phrase) and row["chosen"].lower().count(phrase) > 1
+
+    return {
+        "rows": len(rows),
+        "phrase_twice": sum(is_twice(row) for row in rows),
+        "question_echoed": sum(copies(row["chosen"], row["question"]) for row in rows),
+    }
 
 
-def length_guesses(learnt: list[Row], asked: list[Row], group: Callable[[Row], str]) -> list[float]:
-    """For each asked pair 1 where the longer answer is chosen as often as in its group, else 0; 0.5 where both are as long."""
-
-    def sign(row: Row) -> float:
-        return float(np.sign(len(row["chosen"]) - len(row["rejected"])))
-
-    longer: Counter[str] = Counter()
-    for row in learnt:
-        longer[group(row)] += int(sign(row))
-    return [0.5 + 0.5 * sign(row) * float(np.sign(longer[group(row)])) for row in asked]
-
-
-def word_guesses(learnt: list[Row], asked: list[Row]) -> list[float]:
-    """For each asked pair 1 where the words of the chosen answer are the likelier ones of a chosen answer, else 0; 0.5 in a tie."""
-    parts = ("chosen", "rejected")
-    counts = {part: Counter(word for row in learnt for word in set(words(row[part].lower()))) for part in parts}
-
-    def score(text: str) -> float:
-        return sum(
-            float(np.log((counts["chosen"][word] + 1) / (counts["rejected"][word] + 1)))
-            for word in sorted(set(words(text.lower())))
-        )
-
-    return [0.5 + 0.5 * float(np.sign(score(row["chosen"]) - score(row["rejected"]))) for row in asked]
-
-
-def card(splits: dict[str, list[Row]], reasons: Counter[str], questions: list[Row], settings: CollectSettings) -> Row:
+def card(
+    splits: dict[str, list[Row]], reasons: Counter[str], questions: list[Row], settings: CollectSettings, seed: int
+) -> Row:
     """Counts for the data card, of everything that a reader should know before trusting the data."""
-    by_kind = {}
-    for name in KINDS:
-        rows = [row for found in splits.values() for row in found if row["kind"] == name]
-        train = [row for row in splits["train"] if row["kind"] == name]
-        by_kind[name] = {
-            "train_rows": len(train),
-            "repaired_share": round(sum(row["repaired"] for row in rows) / len(rows), 4),
-            "mean_delta_score": round(sum(row["delta_score"] for row in rows) / len(rows), 4),
-        }
     train = splits["train"]
+    by_kind: dict[str, list[Row]] = {name: [] for name in KINDS}
+    for row in (row for rows in splits.values() for row in rows):
+        by_kind[row["kind"]].append(row)
     return {
         "questions": dict(Counter(question["split"] for question in questions)),
         "rows": {split: len(rows) for split, rows in splits.items()},
         "no_pair": dict(reasons),
         "distinct_delta_scores": len({row["delta_score"] for row in train}),
-        "repaired_share": round(sum(row["repaired"] for row in train) / len(train), 4),
-        "kinds": by_kind,
+        "repaired_share": round(fmean(row["repaired"] for row in train), 4),
+        "kinds": {
+            name: {
+                "train_rows": sum(row["kind"] == name for row in train),
+                "repaired_share": round(fmean(row["repaired"] for row in rows), 4),
+                "mean_delta_score": round(fmean(row["delta_score"] for row in rows), 4),
+            }
+            for name, rows in by_kind.items()
+        },
         "told_apart_by": leakage(train),
-        "settings": settings.model_dump(),
+        "chosen_as_sampled": echoes([row for row in train if not row["repaired"]]),
+        "chosen_repaired": echoes([row for row in train if row["repaired"]]),
+        "settings": settings.model_dump() | {"seed": seed},
     }
 
 
 def main() -> None:
-    """Samples what is missing, then grades and pairs everything and writes data/embedded."""
+    """Samples what is missing, or takes the committed samples; then picks the pairs and writes data/embedded."""
+    parser = argparse.ArgumentParser(prog="python -m tools.collect", description="Make data/embedded.")
+    parser.add_argument("--pairs", action="store_true", help="pick the pairs anew from samples.parquet; sample nothing")
+    only_pairs = parser.parse_args().pairs
     loaded = params.load(Params)
     settings, seed = loaded.collect, loaded.seed
-    if not (BASE / "config.json").is_file():
-        raise UserError(f"{BASE}: no model; run `dvc repro fetch_model` first")
     questions = build_questions(settings)
-    samples = sample_all(questions, settings, seed)
+    if only_pairs:
+        samples = committed_samples(settings, seed)
+    else:
+        samples = sample_all(questions, settings, seed)
+        write_parquet(EMBEDDED / "samples.parquet", pa.Table.from_pylist(samples))
+        write_json(EMBEDDED / "sampled_on.json", processor())
     splits, reasons = build_splits(questions, samples, settings, seed)
-    write_parquet(EMBEDDED / "samples.parquet", pa.Table.from_pylist(samples))
-    for split, rows in splits.items():
-        write_parquet(EMBEDDED / f"{split}.parquet", pa.Table.from_pylist(rows))
     held_out = [question for question in questions if question["split"] != "train"]
-    write_parquet(EMBEDDED / "questions.parquet", pa.Table.from_pylist(held_out))
-    write_json(EMBEDDED / "card.json", card(splits, reasons, questions, settings))
-    write_json(EMBEDDED / "sampled_on.json", processor())
+    for name, rows in (splits | {"questions": held_out}).items():
+        write_parquet(EMBEDDED / f"{name}.parquet", pa.Table.from_pylist(rows))
+    write_json(EMBEDDED / "card.json", card(splits, reasons, questions, settings, seed))
+
+
+def committed_samples(settings: CollectSettings, seed: int) -> list[Row]:
+    """All that was sampled, as data/embedded holds it.
+
+    Raises:
+        UserError: a file is missing, or params.yaml asks for other samples than these.
+    """
+    path, made = EMBEDDED / "samples.parquet", EMBEDDED / "card.json"
+    for file in (path, made):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; restore it with `git checkout {EMBEDDED}`")
+    sampled = read_json(made)["settings"]
+    for name, value in (settings.model_dump(exclude=PAIRING) | {"seed": seed}).items():
+        if value != sampled[name]:
+            wanted = f"put {sampled[name]} back, or sample anew with `make collect`"
+            raise UserError(f"params.yaml: {name} is {value}, but {path} was sampled with {sampled[name]}; {wanted}")
+    return pq.read_table(path).to_pylist()
 
 
 def processor() -> Row:
@@ -372,31 +427,35 @@ def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
 
     A chunk of the first wave has `chunk_topics` topics, one of a later, smaller wave so many that it is about as large.
     """
-    found = []
-    waves = [
-        [question for question in questions if question["kind"] != PLAIN.name and KINDS[question["kind"]].wave == wave]
-        for wave in WAVES
-    ]
-    for wave in waves:
-        topics = list(dict.fromkeys((question["split"], question["topic"]) for question in wave))
-        size = math.ceil(settings.chunk_topics * len(waves[0]) / max(1, len(wave)))
-        groups = [set(topics[i : i + size]) for i in range(0, len(topics), size)]
-        found += [
-            [question for question in wave if (question["split"], question["topic"]) in group] for group in groups
+    found: list[list[Row]] = []
+    largest = 0
+    for wave in WAVES:
+        asked = [
+            question
+            for question in questions
+            if question["kind"] != PLAIN.name and KINDS[question["kind"]].wave == wave
         ]
+        largest = largest or len(asked)
+        size = math.ceil(settings.chunk_topics * largest / max(1, len(asked)))
+        topics = list(dict.fromkeys(question["topic"] for question in asked))
+        for i in range(0, len(topics), size):
+            group = set(topics[i : i + size])
+            found.append([question for question in asked if question["topic"] in group])
     return found
 
 
 def chunk_key(chunk: list[Row], seed: int) -> str:
     """A hash of all that a chunk asks, so that answers to another wording are never taken for its own."""
-    asked = [(question["id"], question["question"], demonstration(question, seed)) for question in chunk]
+    asked = [(question["id"], question["question"], demonstration(question, seed)[0]) for question in chunk]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> list[Row]:
     """Samples all chunks that the scratch folder does not hold yet; returns all rows in order."""
+    if not (BASE / "config.json").is_file():
+        raise UserError(f"{BASE}: no model; run `dvc repro fetch_model` first")
     key = hashlib.sha256(
-        f"{settings.model_dump_json(exclude={'tie_margin', 'contrast_share'})}{seed}{sha256_file(BASE / 'model.safetensors')}".encode()
+        f"{settings.model_dump_json(exclude=PAIRING)}{seed}{sha256_file(BASE / 'model.safetensors')}".encode()
     ).hexdigest()[:16]
     folder = SCRATCH / key
     folder.mkdir(parents=True, exist_ok=True)

@@ -247,9 +247,8 @@ KINDS = {kind.name: kind for kind in (*SEEN_KINDS, *UNSEEN_KINDS, *VALIDATION_KI
 def is_strict(kind: str, answer: str, params: Params) -> bool:
     """Whether an answer follows its instruction exactly; an empty or looping answer never does."""
     answer = answer.strip()
-    if not answer or (verifiers.is_looping(answer) and kind != "repeat"):
-        return False
-    return KINDS[kind].satisfied(answer, params) == 1.0
+    is_satisfied = bool(answer) and KINDS[kind].satisfied(answer, params) == 1.0
+    return is_satisfied and (kind == "repeat" or not verifiers.is_looping(answer))
 
 
 def quality(kind: str, answer: str, params: Params) -> float:
