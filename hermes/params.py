@@ -1,9 +1,8 @@
 """The one reader of params.yaml: from YAML to the typed object that a stage defines for itself.
 
-A stage's parameters are a `Params` subclass. A plain field names a key of the top level (`seed`, `beta`, ...), one that
-is a `Settings` names a section of the selected profile (`train` means `profiles.<profile>.train`), so that the class is
-also the list of what dvc.yaml has to track for the stage; a test compares the two. The file is read as YAML 1.2, in
-which `1e-6` is a number.
+A stage's parameters are a `Params` subclass. A plain field names a key of the top level, such as `seed`. One that is a `Settings` names a
+section of the selected profile: `train` means `profiles.<profile>.train`. So the class is also the list of what dvc.yaml has to track for the
+stage; a test compares the two. The file is read as YAML 1.2, in which `1e-6` is a number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -138,6 +137,15 @@ def reject_unknown_keys(tree: dict[str, Any], path: Path = PARAMS, pipeline: Pat
         for key in body:
             if key not in allowed:
                 raise UserError(f"{path}: unknown key `{prefix}{key}`; allowed there: {', '.join(sorted(allowed))}")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys, in the order of the file."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def _explain(details: Sequence[Any], where: Mapping[str, str], settings: type[Settings]) -> list[str]:

@@ -1,10 +1,15 @@
 """Stage subset: data/raw -> data/subset, the top k pairs by `delta_score`, and reports/subset.json.
 
-Pairs are removed in this order, each removal counted under its rule: empty answer, identical answers, training question
-that is also asked in an evaluation split, exact duplicate of an earlier pair of its split, near duplicate of an earlier training
-pair (Jaccard similarity of the word 5-grams of question and chosen answer, estimated by MinHash); of the rest the k
-best by `delta_score` are kept, all where k is null. Ties at the cut go to the row that comes first in the raw file, which is stated in the
-report with the value of the cut. Rows keep their raw order, other columns than the four are carried along.
+Pairs are removed by these rules, in this order, and each removal is counted under its rule:
+
+    an empty question or answer
+    answers that are identical
+    a training question that is also asked in an evaluation split
+    an exact duplicate of an earlier pair of its split
+    a near duplicate of an earlier training pair: Jaccard similarity of the word 5-grams of question and chosen answer, by MinHash
+
+Of the rest of the training pairs the k best by `delta_score` are kept, all where k is null. Ties at the cut go to the row that comes first in
+the raw file; the report states the value of the cut. Rows keep their raw order, and other columns than the four are carried along.
 
 A malformed row (not of its source's layout, which fetch_data found and data/raw/misfits.json says; without a value; with a score
 that is no number) stops the stage. With `drop_malformed` such rows are removed before all others and counted by kind, and the report

@@ -1,19 +1,21 @@
 """Stage tokenize: data/subset + the tokenizer -> data/tokens (prompt_ids, chosen_ids, rejected_ids) and reports/data.json.
 
-The only place where training text becomes ids. With the tokenizer's own chat template (`template: null`), it is applied once to the prompt
-with its opening of the assistant's turn, and once to prompt and answer; what follows the prompt's ids, up to the token that
-ends an answer there, is the answer. A template that would render the prompt differently in front of an answer is an error, and so
-is an answer without exactly one such token or a prompt with more beginning-of-sequence tokens than its template writes.
+The only place where training text becomes ids. With `template: null` the tokenizer's own chat template is applied twice: to the prompt with its
+opening of the assistant's turn, and to prompt and answer. What follows the prompt's ids, up to the token that ends an answer, is the answer.
+Three things are errors: a template that renders the prompt differently in front of an answer, an answer without exactly one such token, and
+a prompt with more beginning-of-sequence tokens than its template writes.
 
-A template of one's own is two texts around question and answer, the first with a place for a system prompt if it has one. Ids are then made
-as TRL 0.11 made them, which the published run used: the answer's ids are those of prompt and answer together behind those of the
-prompt, and the tokenizer's end-of-sequence token is appended where they do not end in it. `overlong: truncate` is that version's rule
-too: of a pair longer than `max_length` the prompt keeps its last `max_prompt_length` tokens, and if that is not enough, both answers
-their first `max_length - max_prompt_length`. A `max_length` below or at 1.0 is a share: the length that so many of the training
-pairs do not exceed. Two things are not TRL's. It put a beginning-of-sequence token before a prompt without
-one; here the template says all. And where the text of one answer changes the last token of the prompt, and that of the other does
-not, TRL scored the other behind the whole prompt. Here a pair has one prompt, the shorter, so that the other is scored with one token
-more, the prompt's last; reports/data.json counts these pairs as `uneven_prompt_ends`.
+A template of one's own is two texts, around question and answer; the first may have a place for a system prompt. Ids are then made as TRL
+0.11 made them, which the published run used. Prompt and answer are tokenized together, and the answer's ids are those behind the prompt's. The
+end-of-sequence token is appended where they do not end in it. `overlong: truncate` is that version's rule too. Of a pair longer than
+`max_length` the prompt keeps its last `max_prompt_length` tokens. If that is not enough, both answers keep their first
+`max_length - max_prompt_length`.
+
+A `max_length` up to 1.0 is a share: the length that so many of the training pairs do not exceed.
+
+Two things are not TRL's. It put a beginning-of-sequence token before a prompt without one; here the template says all. And the text of one
+answer may change the last token of the prompt while the other's does not. TRL scored the other behind the whole prompt then. Here a pair
+has one prompt, the shorter, so the other is scored with one token more. reports/data.json counts these pairs as `uneven_prompt_ends`.
 """
 
 import math

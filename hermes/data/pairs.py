@@ -196,7 +196,10 @@ def standard_schema(source: pa.Schema, layout: Format, columns: Columns, where: 
 def standard_batches(
     batches: Iterable[list[Pair]], schema: pa.Schema, layout: Format, columns: Columns
 ) -> Iterator[tuple[pa.RecordBatch, dict[int, Misfit]]]:
-    """The rows of a table in the standard layout, and by its number in the batch each that is not of it, whose parts are null."""
+    """The rows of a table in the standard layout, batch by batch, and the rows that are not of it by their numbers in the batch.
+
+    All parts of such a row are null.
+    """
     for batch in batches:
         rows: list[Pair] = []
         misfits: dict[int, Misfit] = {}

@@ -1,12 +1,11 @@
 """Tasks of lm-eval on a model that is loaded here, one at a time, each kept in the scratch as soon as it is done.
 
-The numbers of a suite (benchmarks.py) are held against published ones, so text is treated as lm-eval does and not as in a chat
-(chat_models.py): a choice is tokenized with its prompt and has no end token, an answer ends at the task's own texts. A prompt that is
+The numbers of a suite (benchmarks.py) are held against published ones. So text is treated as lm-eval does, and not as in a chat
+(chat_models.py): a choice is tokenized with its prompt and has no end token, and an answer ends at the task's own texts. A prompt that is
 too long loses its beginning, and is counted. Prompts, batches and seeds depend on the arguments alone.
 
-The mathematics tasks are graded with antlr4 4.11, which DVC cannot live with. So these packages lie in a folder of their own,
-.venv/math (requirements-math.lock, `./setup.sh math`), that goes before .venv in the stage's process when such a task is asked, and
-nowhere else.
+The mathematics tasks are graded with antlr4 4.11, which DVC cannot live with. These packages lie in a folder of their own, .venv/math
+(requirements-math.lock, `./setup.sh math`). It goes before .venv only in the process of the stage, and only for such a task.
 """
 
 import gzip
@@ -127,7 +126,10 @@ class SuiteModel(TemplateLM):
         until, limit = [text for text in options["until"] if text], options.get("max_gen_toks", LONGEST_ANSWER)
 
         def stopped(answer: Ids) -> bool:
-            """A stop can only have come with the last token, and its tokens are no more than its bytes."""
+            """Whether the last token ends the answer, or completes one of the texts that stop it.
+
+            A text of n bytes has at most n tokens, so that only the last n tokens need to be read.
+            """
             ended = (text in self.tokenizer.decode(answer[-len(text.encode()) :]) for text in until)
             return answer[-1] in self.ends or any(ended)
 
@@ -187,8 +189,8 @@ def seed() -> None:
 def load_task(run: Run, manager: TaskManager) -> Task:
     """A task with its data, which the Hub gives where they are not here yet, and its number of examples.
 
-    lm-eval makes the documents anew each time it asks for them. They are made once here, and not taken from the cache of data sets, where
-    GPQA's would be in the order that any run of lm-eval left.
+    lm-eval makes the documents anew each time it asks for them. They are made once here. They do not come from the cache of data
+    sets either: GPQA's would have the order that some earlier run of lm-eval left there.
 
     Raises:
         UserError: the data cannot be had, or what the task is graded with is missing.

@@ -1,15 +1,15 @@
 """Checkable instructions: what each kind asks for, how an answer is graded, and how a failing one is repaired.
 
-Everything here is a pure function of its arguments, so that a grade can be recomputed from the committed answers by anyone.
-A kind turns a topic and a random generator into an instruction with parameters; its verifier returns how far an answer
-satisfies it, in [0, 1], where 1.0 means exactly satisfied; its repair edits an answer until it is.
+Everything here is a pure function of its arguments, so that anyone can recompute a grade from the committed answers. A kind turns a topic and a
+random generator into an instruction with parameters. Its verifier returns how far an answer satisfies it, in [0, 1]; 1.0 means exactly. Its
+repair edits an answer until it does.
 
 The grade of an answer, whose differences become `delta_score`, is
 
     0.85 * satisfied + 0.15 * quality
 
-where a miss earns at most a fifth of `satisfied` (so that near misses stay clearly below a pass) and quality asks whether the
-answer names its topic, has a sensible length, is not repetitive and ends like a finished text.
+A miss earns at most a fifth of `satisfied`, so that near misses stay clearly below a pass. Quality asks four things: whether the answer
+names its topic, has a sensible length, is not repetitive, and ends like a finished text.
 The idea of verifiable instructions is that of IFEval (arXiv 2311.07911); the kinds and the code are this project's own.
 """
 

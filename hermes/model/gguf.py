@@ -1,8 +1,8 @@
 """A GGUF model in process, on token ids, through llama.cpp's batch interface.
 
-Text never enters here: the caller gives token ids and gets token ids or logits back, so that a GGUF and its Hugging Face
-counterpart can be compared on exactly the same tokens. Many sequences are decoded at once, each in a slot with a stream of the
-key-value cache of its own, which is what makes sampling on two cores bearable.
+Text never enters here. The caller gives token ids and gets token ids or logits back, so that a GGUF and its Hugging Face counterpart are
+compared on exactly the same tokens. Many sequences are decoded at once. Each has a slot: a stream of its own in the key-value cache. That
+makes sampling on two cores bearable.
 
 The order in which sequences enter the slots is fixed by the arguments, so equal calls give equal bits on one kind of CPU.
 """

@@ -1,14 +1,14 @@
 """Training in several processes: the launch through Accelerate, and the batches of one process dealt out to all of them.
 
 `train.processes: n` changes how fast a run is and no more. Of an epoch's batches, in the order of one process, process p gets batch p,
-p + n, p + 2n, ..., each whole. Since n divides `train.accumulation`, the batches of an optimizer step are those of one process, and the
-mean over processes of their weighted losses is its mean over batches. Where the last batches of an epoch are not enough for all,
+p + n, p + 2n, ..., each whole. n divides `train.accumulation`, so the batches of an optimizer step are those of one process. The mean over
+processes of their weighted losses is then the step's mean over batches. Where the last batches of an epoch are not enough for all,
 those without one repeat an earlier batch at weight 0: every process has to take part in every collective operation.
 Only the masks of dropout differ, since every process draws its own.
 
 `train.distribution: ddp` keeps the whole base in every process. `fsdp` shards it over GPUs, as PEFT documents for QLoRA (its guide
-accelerate/fsdp.md): FSDP version 1, since version 2 loses what bitsandbytes packs (its issue 1945), nf4 packed into the
-compute type, and every LoRA matrix wrapped by itself. It takes GPUs, and has not run on any yet.
+accelerate/fsdp.md). It is FSDP version 1, since version 2 loses what bitsandbytes packs (its issue 1945). nf4 is packed into the compute
+type, and every LoRA matrix is wrapped by itself. It takes GPUs, and has not run on any yet.
 """
 
 import json

@@ -5,13 +5,12 @@ the pairs of the batch are laid end to end in one row,
 
     common | rest of prompt | chosen without its last token | rejected without its last token | rest of next prompt | ...
 
-where `common` is how all prompts of the batch begin (a chat template's system turn), and both branches of a pair take the
-positions that follow its prompt. A branch attends to its prompt and itself, the rejected never to the chosen. The last token of
+`common` is how all prompts of the batch begin, a chat template's system turn for example. Both branches of a pair take the positions
+that follow its prompt. A branch attends to its prompt and itself, the rejected never to the chosen. The last token of
 an answer predicts nothing, so it is no input; the last of the prompt predicts the first token of both answers. Attention runs
 in blocks of queries that name their keys, so that no pair can see another and few masked products are computed. Its forward is
-torch's scaled_dot_product_attention, on CUDA under the causal bias that keeps the flash kernel; on the CPU its backward is a few
-matrix products a block, because torch's own takes six times as long as its forward there (measured once: 8 pairs of 111 tokens,
-bfloat16, 2 threads).
+torch's scaled_dot_product_attention, on CUDA under the causal bias that keeps the flash kernel. On the CPU its backward is a few matrix
+products a block. torch's own takes six times as long as its forward there (measured once: 8 pairs of 111 tokens, bfloat16, 2 threads).
 
 `share_prefix(model)` puts this behind the seam that TRL's `add_fused_lm_head` patches in (`model(..., fused_lm_head=True)`), so that
 all losses, metrics and the trainer stay TRL's. The idea is that of prefix sharing for DPO (arXiv 2410.20305).
@@ -292,8 +291,8 @@ AttentionInterface.register(ATTENTION, shared_prefix_attention)
 class AnswerLogProbs(torch.autograd.Function):
     """Log-probabilities of labels from hidden states and a frozen output matrix, chunk by chunk.
 
-    The gradient of `log p(label)` by the hidden state, `W[label] - sum_v p_v W_v`, is taken while a chunk's logits exist, so
-    that none of them outlives its chunk and nothing is computed twice. On the CPU the softmax goes through a chunk a few rows at a time.
+    The gradient of `log p(label)` by the hidden state is `W[label] - sum_v p_v W_v`. It is taken while a chunk's logits exist, so that none
+    of them outlives its chunk and nothing is computed twice. On the CPU the softmax goes through a chunk a few rows at a time.
     """
 
     @staticmethod
@@ -339,8 +338,8 @@ class AnswerLogProbs(torch.autograd.Function):
 def share_prefix(model: PreTrainedModel) -> None:
     """Gives a causal language model the shared-prefix forward for `model(..., fused_lm_head=True)`.
 
-    The call takes TRL's padded batch (`input_ids`, `attention_mask`, `labels`) and returns a `FusedCausalLMOutput` whose per-token
-    fields have the shape (2 * pairs, length - 1), zero where nothing is scored. Without the flag the forward is the original.
+    The call takes TRL's padded batch (`input_ids`, `attention_mask`, `labels`) and returns a `FusedCausalLMOutput`. Its fields a token have
+    the shape (2 * pairs, length - 1), zero where nothing is scored. Without the flag the forward is the original.
     Call it before wrapping the model with PEFT, or on the model inside.
 
     Raises:
