@@ -1,8 +1,8 @@
 """The one reader of params.yaml: from YAML to the typed object that a stage defines for itself.
 
 A stage's parameters are a `Params` subclass. A plain field names a key of the top level, such as `seed`. One that is a `Settings` names a
-section of the selected profile: `train` means `profiles.<profile>.train`. So the class is also the list of what dvc.yaml has to track for the
-stage; a test compares the two. The file is read as YAML 1.2, in which `1e-6` is a number.
+section of the selected profile: `train` means `profiles.<profile>.train`. So the class is also the list of what dvc.yaml has to track for
+the stage; a test compares the two. The file is read as YAML 1.2, in which `1e-6` is a number.
 """
 
 from collections.abc import Mapping, Sequence

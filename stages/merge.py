@@ -1,9 +1,10 @@
 """Stage merge: models/base + models/adapter -> models/merged, sharded safetensors with tokenizer, template and generation config.
 
-Each adapted matrix becomes `W + scaling * B @ A`: the product in float32, then one rounding to W's type. PEFT's merge does the same. W is the base as it is stored (`base: bf16`), or as the adapter met it in training, quantized to nf4 and dequantized (`base: nf4`).
-Tensors are read, merged and written one at a time (hermes/model/safetensors_stream.py); what no adapter touches is copied. Everything
-beside the weights is carried over from the base and checked to be equal. One thing is added: generation also ends where the chat
-template ends an answer. models/merged/merge.json says how much of the changes the rounding swallowed.
+Each adapted matrix becomes `W + scaling * B @ A`: the product in float32, then one rounding to W's type. PEFT's merge does the same. W is
+the base as it is stored (`base: bf16`), or as the adapter met it in training, quantized to nf4 and dequantized (`base: nf4`). Tensors are
+read, merged and written one at a time (hermes/model/safetensors_stream.py); what no adapter touches is copied. Everything beside the
+weights is carried over from the base and checked to be equal. One thing is added: generation also ends where the chat template ends an
+answer. models/merged/merge.json says how much of the changes the rounding swallowed.
 """
 
 import shutil

@@ -1,9 +1,9 @@
 """Stage quantize: models/merged -> models/gguf: a GGUF file for each type, and quantize.json, which describes them.
 
-llama.cpp's own converter writes the f16 GGUF from the safetensors, and llama.cpp itself quantizes it to the smaller types. Converted fine-tunes
-have been published with wrong token ids or templates. So what the file says about itself is compared with the tokenizer of the merged model:
-token ids, end and padding tokens, pre-tokenizer and chat template. Tensors whose rows do not fit the blocks of a type fall back to another,
-which is counted and reported. What happened to the weights is measured apart from what it does to answers.
+llama.cpp's own converter writes the f16 GGUF from the safetensors, and llama.cpp itself quantizes it to the smaller types. Converted
+fine-tunes have been published with wrong token ids or templates. So what the file says about itself is compared with the tokenizer of the
+merged model: token ids, end and padding tokens, pre-tokenizer and chat template. Tensors whose rows do not fit the blocks of a type fall
+back to another, which is counted and reported. What happened to the weights is measured apart from what it does to answers.
 """
 
 from collections import Counter

@@ -8,8 +8,9 @@ Pairs are removed by these rules, in this order, and each removal is counted und
     an exact duplicate of an earlier pair of its split
     a near duplicate of an earlier training pair: Jaccard similarity of the word 5-grams of question and chosen answer, by MinHash
 
-Of the rest of the training pairs the k best by `delta_score` are kept, all where k is null. Ties at the cut go to the row that comes first in
-the raw file; the report states the value of the cut. Rows keep their raw order, and other columns than the four are carried along.
+Of the rest of the training pairs the k best by `delta_score` are kept, all where k is null. Ties at the cut go to the row that comes
+first in the raw file; the report states the value of the cut. Rows keep their raw order, and other columns than the four are carried
+along.
 
 A malformed row (not of its source's layout, which fetch_data found and data/raw/misfits.json says; without a value; with a score
 that is no number) stops the stage. With `drop_malformed` such rows are removed before all others and counted by kind, and the report

@@ -1,14 +1,14 @@
 """Stage tokenize: data/subset + the tokenizer -> data/tokens (prompt_ids, chosen_ids, rejected_ids) and reports/data.json.
 
-The only place where training text becomes ids. With `template: null` the tokenizer's own chat template is applied twice: to the prompt with its
-opening of the assistant's turn, and to prompt and answer. What follows the prompt's ids, up to the token that ends an answer, is the answer.
-Three things are errors: a template that renders the prompt differently in front of an answer, an answer without exactly one such token, and
-a prompt with more beginning-of-sequence tokens than its template writes.
+The only place where training text becomes ids. With `template: null` the tokenizer's own chat template is applied twice: to the prompt
+with its opening of the assistant's turn, and to prompt and answer. What follows the prompt's ids, up to the token that ends an answer, is
+the answer. Three things are errors: a template that renders the prompt differently in front of an answer, an answer without exactly one
+such token, and a prompt with more beginning-of-sequence tokens than its template writes.
 
 A template of one's own is two texts, around question and answer; the first may have a place for a system prompt. Ids are then made as TRL
-0.11 made them, which the published run used. Prompt and answer are tokenized together, and the answer's ids are those behind the prompt's. The
-end-of-sequence token is appended where they do not end in it. `overlong: truncate` is that version's rule too. Of a pair longer than
-`max_length` the prompt keeps its last `max_prompt_length` tokens. If that is not enough, both answers keep their first
+0.11 made them, which the published run used. Prompt and answer are tokenized together, and the answer's ids are those behind the
+prompt's. The end-of-sequence token is appended where they do not end in it. `overlong: truncate` is that version's rule too. Of a pair
+longer than `max_length` the prompt keeps its last `max_prompt_length` tokens. If that is not enough, both answers keep their first
 `max_length - max_prompt_length`.
 
 A `max_length` up to 1.0 is a share: the length that so many of the training pairs do not exceed.

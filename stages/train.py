@@ -6,8 +6,8 @@ updates of a bfloat16 adapter round away at small learning rates; dropout is wha
 
 With `processes` above 1 the stage launches itself that many times (hermes/training/distributed.py): the same steps, faster.
 
-Checkpoints go to a scratch folder. Its name is a hash of all inputs, code and package versions included. So a killed run resumes to the same
-bits, and never from another run's state. The folder is removed when the adapter is written.
+Checkpoints go to a scratch folder. Its name is a hash of all inputs, code and package versions included. So a killed run resumes to the
+same bits, and never from another run's state. The folder is removed when the adapter is written.
 """
 
 import csv

@@ -1,8 +1,8 @@
 """Checkable instructions: what each kind asks for, how an answer is graded, and how a failing one is repaired.
 
-Everything here is a pure function of its arguments, so that anyone can recompute a grade from the committed answers. A kind turns a topic and a
-random generator into an instruction with parameters. Its verifier returns how far an answer satisfies it, in [0, 1]; 1.0 means exactly. Its
-repair edits an answer until it does.
+Everything here is a pure function of its arguments, so that anyone can recompute a grade from the committed answers. A kind turns a topic
+and a random generator into an instruction with parameters. Its verifier returns how far an answer satisfies it, in [0, 1]; 1.0 means
+exactly. Its repair edits an answer until it does.
 
 The grade of an answer, whose differences become `delta_score`, is
 

@@ -1,7 +1,8 @@
 """Loading the frozen base exactly alike in reference and training, and the torch settings that make runs repeat.
 
-The nf4 quantization is bitsandbytes' (QLoRA, arXiv 2305.14314). On CPUs with AVX-512 bfloat16, bitsandbytes repacks a layer's weights at its
-first evaluation, for good. From then on gradients below it are wrong, without an error. The repacking is switched off here for every layer.
+The nf4 quantization is bitsandbytes' (QLoRA, arXiv 2305.14314). On CPUs with AVX-512 bfloat16, bitsandbytes repacks a layer's weights at
+its first evaluation, for good. From then on gradients below it are wrong, without an error. The repacking is switched off here for every
+layer.
 """
 
 import os
