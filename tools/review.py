@@ -28,8 +28,8 @@ from hermes.console import UserError, run_stage
 from hermes.evaluation.intervals import paired_gain
 from hermes.pages import figures
 from hermes.pages.figures import Curves
-from hermes.pages.render import percent, points, render, setting
-from hermes.pages.results import Row, flatten, parse_answers, parse_curves, shown_params
+from hermes.pages.render import percent, points, render, render_html, setting
+from hermes.pages.results import Row, flatten, parse_answers, parse_curves, parsed, shown_params
 
 OUTPUT = Path("reports/review")
 WORKING_TREE = "working tree"
@@ -314,8 +314,8 @@ def write_pages(name: str, runs: Sequence[Run], content: Mapping[str, Any]) -> N
     curves = OUTPUT / f"{name}.png"
     with complete_file(curves) as temporary:
         figures.save(figures.overlaid_curves([(run.name, run.history, run.validation) for run in runs]), temporary)
-    for ending in ("html", "md"):
-        render(f"{name}.{ending}.j2", OUTPUT / f"{name}.{ending}", {**content, "curves": curves})
+    render(f"{name}.md.j2", OUTPUT / f"{name}.md", {**content, "curves": curves})
+    render_html(OUTPUT / f"{name}.md")
 
 
 def main() -> None:

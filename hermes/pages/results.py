@@ -3,10 +3,10 @@
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hermes import params
 from hermes.artifacts import read_json
@@ -18,6 +18,7 @@ EVALUATION, QUANTIZE = Path("data/evaluation"), Path("models/gguf/quantize.json"
 SUITES = EVALUATION / "suites.json"
 TASKS = ("strict", "preference", "perplexity", "failures")
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,29 +49,63 @@ def read_inputs() -> Inputs:
     """
     tree = params.read_yaml(params.PARAMS)
     profile = params.selected_profile(tree)
-    quantize = read_json(QUANTIZE)
-    comparison = read_json(EVALUATION / "comparison.json")
+    quantize = read_mapping(QUANTIZE)
+    comparison = read_mapping(EVALUATION / "comparison.json")
     ggufs = sorted(set(quantize["files"]) & set(comparison), key=lambda name: (-quantize["files"][name]["bytes"], name))
     models = ["base", "merged", *ggufs]
+    train = REPORTS / "train"
+    summary, history = read_mapping(train / "summary.json"), read_curves(train / "history.csv")
+    if len(history.get("step", ())) != summary["steps"]:
+        raise UserError(f"{train}/history.csv: not the {summary['steps']} steps of summary.json; run `dvc repro --force train`")
     return Inputs(
         profile=profile,
         params=flatten(shown_params(tree, profile)),
-        subset=read_json(REPORTS / "subset.json"),
-        data=read_json(REPORTS / "data.json"),
-        history=parse_curves(read_text(REPORTS / "train" / "history.csv")),
-        validation=parse_curves(read_text(REPORTS / "train" / "evaluation.csv")),
-        summary=read_json(REPORTS / "train" / "summary.json"),
+        subset=read_mapping(REPORTS / "subset.json"),
+        data=read_mapping(REPORTS / "data.json"),
+        history=history,
+        validation=read_curves(train / "evaluation.csv"),
+        summary=summary,
         quantize=quantize,
         comparison=comparison,
-        divergence=read_json(EVALUATION / "divergence.json"),
-        merge=read_json(EVALUATION / "merge.json"),
-        suites=read_json(SUITES) if SUITES.is_file() else {},
-        results={name: dict.fromkeys(TASKS) | read_json(EVALUATION / f"{name}.json") for name in models},
+        divergence=read_mapping(EVALUATION / "divergence.json"),
+        merge=read_mapping(EVALUATION / "merge.json"),
+        suites=read_mapping(SUITES) if SUITES.is_file() else {},
+        results={name: dict.fromkeys(TASKS) | read_mapping(EVALUATION / f"{name}.json") for name in models},
         answers={
-            name: parse_answers(read_text(EVALUATION / f"{name}.jsonl"))
+            name: parsed(parse_answers, read_text(path := EVALUATION / f"{name}.jsonl"), str(path))
             for name in dict.fromkeys(["base", "merged", models[-1]])
         },
     )
+
+
+def read_mapping(path: Path) -> Row:
+    """A JSON file that holds names and their values.
+
+    Raises:
+        UserError: it is missing, or it holds something else.
+    """
+    return parsed(dict, read_json(path), str(path))
+
+
+def read_curves(path: Path) -> dict[str, list[float]]:
+    """The columns of a CSV file of numbers.
+
+    Raises:
+        UserError: it is missing, or it holds something else.
+    """
+    return parsed(parse_curves, read_text(path), str(path))
+
+
+def parsed(parse: Callable[[Any], T], found: Any, name: str) -> T:
+    """What `parse` makes of what a file holds.
+
+    Raises:
+        UserError: it is not what a stage writes there; names the file.
+    """
+    try:
+        return parse(found)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name}: not what a stage wrote ({error}); delete it and run `dvc repro`") from None
 
 
 def read_text(path: Path) -> str:
