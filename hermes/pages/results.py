@@ -56,7 +56,9 @@ def read_inputs() -> Inputs:
     train = REPORTS / "train"
     summary, history = read_mapping(train / "summary.json"), read_curves(train / "history.csv")
     if len(history.get("step", ())) != summary["steps"]:
-        raise UserError(f"{train}/history.csv: not the {summary['steps']} steps of summary.json; run `dvc repro --force train`")
+        raise UserError(
+            f"{train}/history.csv: not the {summary['steps']} steps of summary.json; run `dvc repro --force train`"
+        )
     return Inputs(
         profile=profile,
         params=flatten(shown_params(tree, profile)),
