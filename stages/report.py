@@ -7,7 +7,7 @@ carries it and a review needs no cache; logs of benchmark suites stay behind, be
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from hermes.artifacts import complete_folder, write_json
 from hermes.console import UserError, run_stage
 from hermes.pages import figures, published_run
 from hermes.pages.figures import KindGain, QuantizedFile
-from hermes.pages.render import interval, number, percent, points, render, render_html
-from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, read_inputs
+from hermes.pages.render import interval, percent, points, render, render_html
+from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, flips, pair, read_inputs
 
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
@@ -33,23 +33,9 @@ class Share:
 
     name: str
     what: str
-    meaning: str
     gain: Mapping[str, Any]
     before: float
     after: float
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A line of the table at the top of the page."""
-
-    name: str
-    meaning: str
-    before: str
-    after: str
-    change: str
-    interval: str
-    n: str
 
 
 @dataclass(frozen=True)
@@ -94,36 +80,20 @@ def kind_gains(inputs: Inputs) -> list[KindGain]:
     if not inputs.comparison["merged"]["strict"]:
         return []
     base, merged = inputs.results["base"]["strict"]["by_kind"], inputs.results["merged"]["strict"]["by_kind"]
-    rows = []
+    rows, pairs = [], pair(inputs.answers["base"], inputs.answers["merged"])
     for kind, gain in inputs.comparison["merged"]["by_kind"].items():
-        fixed, broken = flips([row for row in paired_answers(inputs, "base", "merged") if row[0]["kind"] == kind])
+        fixed, broken = flips([row for row in pairs if row[0]["kind"] == kind])
         before, after = base[kind]["accuracy"], merged[kind]["accuracy"]
         counts = {"fixed": len(fixed), "broken": len(broken)}
         rows.append(KindGain(kind, merged[kind]["seen"], before, after, **gain, **counts))
     return sorted(rows, key=lambda row: (-row.points, row.kind))
 
 
-def paired_answers(inputs: Inputs, before: str, after: str) -> list[tuple[Row, Row]]:
-    """The rows of the questions that both models were asked, in the order of ids."""
-    return [
-        (row, inputs.answers[after][id]) for id, row in inputs.answers[before].items() if id in inputs.answers[after]
-    ]
-
-
-def flips(pairs: Iterable[tuple[Row, Row]]) -> tuple[list[Row], list[Row]]:
-    """(fixed, broken): the rows of the second model where only it, or only the first, follows the instruction."""
-    pairs = list(pairs)
-    fixed = [after for before, after in pairs if after["strict"] and not before["strict"]]
-    broken = [after for before, after in pairs if before["strict"] and not after["strict"]]
-    return fixed, broken
-
-
 def samples(inputs: Inputs, kinds: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
     """For every kind the first question that training fixed, and the first that it broke, in the order of ids."""
-    fixed, broken = flips(paired_answers(inputs, "base", "merged"))
     chosen = []
-    for rows in (fixed, broken):
-        firsts = {row["kind"]: row for row in reversed(rows)}
+    for pairs in flips(pair(inputs.answers["base"], inputs.answers["merged"])):
+        firsts = {row["kind"]: row for _, row in reversed(pairs)}
         chosen.append([_sample(inputs, firsts[kind]) for kind in kinds if kind in firsts])
     return chosen[0], chosen[1]
 
@@ -191,34 +161,19 @@ def headline(gain: Mapping[str, Any], before: float, after: float, what: str) ->
     return f"Training may not have changed {what} {span}: the interval includes no change."
 
 
-def shares(inputs: Inputs) -> Iterator[Share]:
+def shares(inputs: Inputs) -> list[Share]:
     """The shares that were measured: instructions followed, the same on unseen kinds, preferences."""
-    gain, base, merged = inputs.comparison["merged"], inputs.results["base"], inputs.results["merged"]
-    for key, name, what, meaning in (
-        (
-            "seen",
-            "instructions followed",
-            "the share of instructions followed exactly",
-            "the share of answers that do exactly what their question asks, on subjects that training never contained; "
-            "a program decides",
-        ),
-        (
-            "unseen",
-            "unseen kinds followed",
-            "the same share, on kinds of instruction never trained on,",
-            "the same share for kinds of instruction that training never contained",
-        ),
+    gain, models, found = inputs.comparison["merged"], (inputs.results["base"], inputs.results["merged"]), []
+    for name, part, key, what in (
+        ("instructions followed", "seen", "strict", "the share of instructions followed exactly"),
+        ("unseen kinds followed", "unseen", "unseen", "the same share, on kinds of instruction never trained on,"),
     ):
-        if found := gain["strict" if key == "seen" else "unseen"]:
-            before, after = (result["strict"][key]["accuracy"] for result in (base, merged))
-            yield Share(name, what, meaning, found, before, after)
-    if merged["preference"]:
+        if gain[key]:
+            found.append(Share(name, what, gain[key], *(model["strict"][part]["accuracy"] for model in models)))
+    if models[1]["preference"]:
         what = "the share of held-out pairs whose chosen answer is the likelier one"
-        meaning = (
-            "the share of pairs kept from training whose chosen answer the model finds likelier than the rejected one"
-        )
-        before, after = (result["preference"]["accuracy"] for result in (base, merged))
-        yield Share("preferences", what, meaning, gain["preference"], before, after)
+        found.append(Share("preferences", what, gain["preference"], *(row["preference"]["accuracy"] for row in models)))
+    return found
 
 
 def headlines(inputs: Inputs) -> list[str]:
@@ -226,41 +181,9 @@ def headlines(inputs: Inputs) -> list[str]:
     return [headline(share.gain, share.before, share.after, share.what) for share in shares(inputs)]
 
 
-def measures(inputs: Inputs, files: Sequence[QuantizedFile]) -> list[Measure]:
-    """The table at the top: the shares, the perplexity, and what is left of the first share in the smallest evaluated file."""
-    rows = [
-        Measure(
-            name=share.name,
-            meaning=share.meaning,
-            before=percent(share.before),
-            after=percent(share.after),
-            change=f"{points(share.gain['points'])} points",
-            interval=interval(share.gain),
-            n=f"{share.gain['n']:,}",
-        )
-        for share in shares(inputs)
-    ]
-    before, after = (inputs.results[name]["perplexity"] for name in ("base", "merged"))
-    if before and after:
-        meaning = (
-            "how surprised the model is by plain answers kept from training; lower is better, and 1 is never surprised"
-        )
-        change = percent(after["value"] / before["value"] - 1)
-        values = number(before["value"]), number(after["value"])
-        rows.append(Measure("perplexity", meaning, *values, change, "–", f"{after['tokens']:,} tokens"))
-    small = next((file for file in reversed(files) if file.against_merged), None)
-    if small and small.against_merged:
-        gain, trained = small.against_merged, inputs.results["merged"][main_score(inputs)]
-        meaning = f"{rows[0].name} by the trained model (before) and by its smallest GGUF file, of {small.bytes / 1e6:,.0f} MB (after)"
-        values = percent(trained.get("seen", trained)["accuracy"]), percent(small.score)
-        change = f"{points(gain['points'])} points"
-        rows.append(Measure(small.name, meaning, *values, change, interval(gain), f"{gain['n']:,}"))
-    return rows
-
-
 def first_look(inputs: Inputs) -> Row | None:
     """Where the main share rests on few questions: how many, the width of its interval, and the command for the whole run."""
-    found = next(shares(inputs), None)
+    found = next(iter(shares(inputs)), None)
     if found is None or found.gain["n"] >= FEW:
         return None
     part = inputs.profile != WHOLE and inputs.params.get("data.source") == "embedded"
@@ -278,7 +201,8 @@ def page(inputs: Inputs) -> Row:
         "params": inputs.params,
         "first_look": first_look(inputs),
         "headline": headlines(inputs),
-        "measures": measures(inputs, files),
+        "shares": shares(inputs),
+        "smallest": next((file for file in reversed(files) if file.against_merged), None),
         "deviations": published_run.deviations(inputs.params),
         "published_base": published_run.BASE,
         "published_data": published_run.DATA,

@@ -1,7 +1,7 @@
 """The published run: its settings and its loss curve, which the report of another run sets beside its own."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 BASE = "yuvraj17/Llama3-8B-SuperNova-Spectrum-dare_ties"
 DATA = "mlabonne/chatml-OpenHermes2.5-dpo-binarized-alpha"
@@ -40,19 +40,10 @@ LOSSES = (
 )  # fmt: skip
 
 
-class Deviation(NamedTuple):
-    """A setting that a run and the published one do not share."""
-
-    key: str
-    here: Any
-    published: Any
-    meaning: str
-
-
-def deviations(params: Mapping[str, Any]) -> list[Deviation]:
-    """The settings of a run, by dotted keys, that are not those of the published run."""
-    rows = [Deviation(key, params[key], *published) for key, published in SETTINGS.items() if key in params]
-    return [row for row in rows if row.here != row.published]
+def deviations(params: Mapping[str, Any]) -> list[tuple[str, Any, Any, str]]:
+    """The settings of a run, by dotted keys, that are not those of the published run: (key, here, there, what it is)."""
+    rows = [(key, params[key], value, meaning) for key, (value, meaning) in SETTINGS.items() if key in params]
+    return [row for row in rows if row[1] != row[2]]
 
 
 def curve_difference(losses: Sequence[float]) -> dict[str, float]:
