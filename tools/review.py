@@ -9,12 +9,11 @@ models were asked the same questions, so their difference is paired question by 
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException, NotDvcRepoError
@@ -29,13 +28,14 @@ from hermes.console import UserError
 from hermes.evaluation.intervals import paired_gain
 from hermes.pages import figures
 from hermes.pages.figures import Curves
-from hermes.pages.render import clean, percent, points, render, setting
-from hermes.pages.results import Row, flatten, parse_answers, parse_curves, shown_params
-from hermes.run import run_stage
+from hermes.pages.render import clean, percent, points, render, render_html, setting
+from hermes.pages.results import Row, flatten, flips, pair, parse_answers, parse_curves, parse_mapping, shown_params
+from hermes.run import run
 
 OUTPUT = Path("reports/review")
 WORKING_TREE = "working tree"
 ABSENT = "(not there)"
+T = TypeVar("T")
 SHOWN_ANSWERS = 60  # of each sort; the rest is counted
 
 
@@ -108,10 +108,7 @@ def open_revision(name: str | None) -> Revision:
         commit = repo.get_rev()
     except NotDvcRepoError:
         raise UserError(f"`{clean(name)}` holds no DVC project; run this from the root of the repository") from None
-    except (
-        DvcException,
-        AttributeError,
-    ) as error:  # the latter for what is in git and is no commit, such as HEAD^{tree}
+    except (DvcException, AttributeError) as error:  # the latter for what git has and is no commit, such as HEAD^{tree}
         why = clean(str(error)) if isinstance(error, DvcException) else "it names a file or folder"
         raise UserError(
             f"`{clean(name)}` is no commit, branch, tag or experiment here ({why}); `dvc exp show` lists the experiments"
@@ -133,34 +130,32 @@ def load_run(revision: Revision) -> Run:
     Raises:
         UserError: a report is missing or malformed.
     """
-    tree = _parse_params(revision)
+    tree = read(revision, "params.yaml", parse_params)
     return Run(
         name=revision.name,
         commit=revision.commit,
         params=flatten(shown_params(tree, params.selected_profile(tree))),
-        metrics=flatten(read_json(revision, "reports/metrics.json")),
-        history=parse_curves(revision.read("reports/train/history.csv")),
-        validation=parse_curves(revision.read("reports/train/evaluation.csv")),
+        metrics=flatten(read(revision, "reports/metrics.json", parse_mapping)),
+        history=read(revision, "reports/train/history.csv", parse_curves),
+        validation=read(revision, "reports/train/evaluation.csv", parse_curves),
     )
 
 
-def _parse_params(revision: Revision) -> dict[str, Any]:
-    try:
-        return dict(YAML(typ="safe", pure=True).load(revision.read("params.yaml")))
-    except (YAMLError, TypeError, ValueError):
-        raise UserError(f"`{revision.name}`: params.yaml is no mapping of keys in valid YAML") from None
+def parse_params(text: str) -> dict[str, Any]:
+    """The parameters of a text in YAML."""
+    return dict(YAML(typ="safe", pure=True).load(text))
 
 
-def read_json(revision: Revision, path: str) -> Any:
-    """A JSON report of a revision.
+def read(revision: Revision, path: str, parse: Callable[[str], T]) -> T:
+    """What `parse` makes of a file of a revision.
 
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: it is missing, or not what it should be.
     """
     try:
-        return json.loads(revision.read(path))
-    except ValueError as error:
-        raise UserError(f"`{revision.name}`: {path} is not valid JSON ({error})") from None
+        return parse(revision.read(path))
+    except (YAMLError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"`{revision.name}`: {path} cannot be read ({' '.join(str(error).split())})") from None
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
@@ -178,18 +173,11 @@ def side_by_side(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Ch
 def compare_answers(before: Mapping[str, Row], after: Mapping[str, Row]) -> AnswerChanges:
     """Sorts the answers of two models by what changed; a question counts as the same if its id and text are."""
     pairs = pair(before, after)
-    broken = [(old, new) for old, new in pairs if old["strict"] and not new["strict"]]
-    fixed = [(old, new) for old, new in pairs if new["strict"] and not old["strict"]]
+    fixed, broken = flips(pairs)
     kept = [(old, new) for old, new in pairs if old["strict"] == new["strict"]]
     reworded = sum(old["answer"] != new["answer"] for old, new in kept)
     unpaired = len(before) + len(after) - 2 * len(pairs)
     return AnswerChanges(broken, fixed, reworded, len(kept) - reworded, unpaired)
-
-
-def pair(before: Mapping[str, Row], after: Mapping[str, Row]) -> list[tuple[Row, Row]]:
-    """The rows of questions that both models were asked, in the order of ids."""
-    shared = (id for id in before if id in after and before[id]["question"] == after[id]["question"])
-    return [(before[id], after[id]) for id in shared]
 
 
 def strict_gain(before: Mapping[str, Row], after: Mapping[str, Row], seen: bool) -> dict[str, Any] | None:
@@ -210,9 +198,9 @@ def strict_gain(before: Mapping[str, Row], after: Mapping[str, Row], seen: bool)
 
 def quantization(revision: Revision) -> dict[str, dict[str, float | None]]:
     """Size, divergence and strict accuracy of each GGUF of a revision, from the largest to the smallest; None: not measured."""
-    files = read_json(revision, "reports/quantize.json")["files"]
-    divergence = read_json(revision, "reports/eval/divergence.json")
-    strict = read_json(revision, "reports/metrics.json").get("strict_accuracy", {})
+    files = read(revision, "reports/quantize.json", parse_mapping)["files"]
+    divergence = read(revision, "reports/eval/divergence.json", parse_mapping)
+    strict = read(revision, "reports/metrics.json", parse_mapping).get("strict_accuracy", {})
     return {
         name: {
             "megabytes": files[name]["bytes"] / 1e6,
@@ -233,7 +221,7 @@ def review(base: str, head: str | None = None) -> list[str]:
     """
     revisions = [open_revision(base), open_revision(head)]
     before, after = (load_run(revision) for revision in revisions)
-    old_answers, new_answers = (parse_answers(revision.read("reports/eval/merged.jsonl")) for revision in revisions)
+    old_answers, new_answers = (read(revision, "reports/eval/merged.jsonl", parse_answers) for revision in revisions)
     old_files, new_files = (quantization(revision) for revision in revisions)
     content = {
         "base": before,
@@ -322,8 +310,8 @@ def write_pages(name: str, runs: Sequence[Run], content: Mapping[str, Any]) -> N
     curves = OUTPUT / f"{name}.png"
     with complete_file(curves) as temporary:
         figures.save(figures.overlaid_curves([(run.name, run.history, run.validation) for run in runs]), temporary)
-    for ending in ("html", "md"):
-        render(f"{name}.{ending}.j2", OUTPUT / f"{name}.{ending}", {**content, "curves": curves})
+    render(f"{name}.md.j2", OUTPUT / f"{name}.md", {**content, "curves": curves})
+    render_html(OUTPUT / f"{name}.md")
 
 
 def main() -> None:
@@ -340,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage("review", main)
+    run("review", main)

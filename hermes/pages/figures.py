@@ -4,6 +4,7 @@ Each function takes plain rows and returns a matplotlib figure; `save` writes it
 version. The machine's own matplotlib settings are ignored.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": PAPER,
     "grid.color": GRID,
     "grid.linewidth": 0.7,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.facecolor": PAPER,
     "legend.fontsize": 8,
     "text.color": INK,
     "text.parse_math": False,  # a model or experiment may be named with a dollar sign
@@ -47,6 +49,7 @@ STYLE: dict[Any, Any] = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
 }
+POINT: dict[str, Any] = {"ms": 4.5, "mec": PAPER, "lw": 0.9}
 PANELS = (
     ("Preference loss", ("preference_loss",)),
     ("Reward margin", ("rewards/margins",)),
@@ -84,10 +87,10 @@ class QuantizedFile:
     fallback: int
     weight_error: float
     weight_stretch: float
-    matrices: Mapping[str, int]
+    matrices_by_type: Mapping[str, int]
     mean_kl: float | None
     top1_agreement: float | None
-    strict: float | None
+    score: float | None
     against_merged: Mapping[str, float] | None
     sha256: str
 
@@ -99,7 +102,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def training_curves(history: Curves, validation: Curves, published: Sequence[float] = ()) -> Figure:
-    """Six panels over the optimizer steps; the validation split is drawn as points.
+    """Six panels over the optimizer steps; the validation split is drawn as points, the loss of an untrained policy as a line.
 
     Args:
         history: one value per optimizer step for `step` and each measured name.
@@ -115,9 +118,9 @@ def training_curves(history: Curves, validation: Curves, published: Sequence[flo
                 label = name.removeprefix("rewards/") if len(names) > 1 else "train"
                 _draw_curve(axes, history, name, colour, label)
                 if name in validation:
-                    axes.plot(
-                        validation["step"], validation[name], "o", color=ORANGE, ms=4.5, mec=PAPER, label="validation"
-                    )
+                    axes.plot(validation["step"], validation[name], "o--", color=ORANGE, **POINT, label="validation")
+            if names == ("preference_loss",) and abs(history["preference_loss"][0] - math.log(2)) < 0.01:
+                axes.axhline(math.log(2), color=INK, lw=0.8, ls=":", label="ln 2, before training")
             _label_panel(axes, title, percent=names[0] == "rewards/accuracies")
             if len(axes.get_legend_handles_labels()[0]) > 1:
                 axes.legend()
@@ -139,7 +142,7 @@ def overlaid_curves(runs: Sequence[tuple[str, Curves, Curves]]) -> Figure:
                 colour = RUN_COLOURS[i % len(RUN_COLOURS)]
                 _draw_curve(axes, history, name, colour, run, style=("-", "--", ":")[i // len(RUN_COLOURS) % 3])
                 if name in validation:
-                    axes.plot(validation["step"], validation[name], "o", color=colour, ms=4.5, mec=PAPER)
+                    axes.plot(validation["step"], validation[name], "o--", color=colour, **POINT)
             _label_panel(axes, title, percent=name == "rewards/accuracies")
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)))
@@ -158,7 +161,9 @@ def gains_by_kind(rows: Sequence[KindGain]) -> Figure:
             left.plot(row.after, y, "o", color=BLUE if row.seen else ORANGE, ms=7, zorder=4)
             right.plot([row.low, row.high], [y, y], "-", color=colour, lw=2)
             right.plot(row.points, y, "o", color=colour, ms=5.5)
-        left.set_yticks(range(len(rows)), [row.kind if row.seen else f"{row.kind} (unseen)" for row in rows])
+        left.set_yticks(
+            range(len(rows)), [row.kind.replace("_", " ") + ("" if row.seen else " (unseen)") for row in rows]
+        )
         left.set_ylim(len(rows) - 0.4, -0.6)
         left.set_xlim(-0.03, 1.03)
         left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -173,16 +178,15 @@ def gains_by_kind(rows: Sequence[KindGain]) -> Figure:
         return figure
 
 
-def quantization_tradeoff(files: Sequence[QuantizedFile]) -> Figure:
-    """Distance from the merged model, and change in strict accuracy with its paired interval, for each GGUF that was evaluated."""
+def quantization_tradeoff(files: Sequence[QuantizedFile], score: str) -> Figure:
+    """Distance from the merged model, and change of the named score with its paired interval, for each GGUF that was evaluated."""
     with _style():
         figure = _figure(height=3.1)
         left, right = figure.subplots(1, 2)
-        files = [file for file in files if file.mean_kl is not None]
-        distances = [file.mean_kl or 0.0 for file in files]
+        distances = [math.nan if file.mean_kl is None else file.mean_kl for file in files]
         left.plot(distances, "o-", color=BLUE, ms=7, lw=1.2)
         left.set_title("Mean KL from merged, nats per token")
-        if distances and min(distances) > 0:
+        if min(distances) > 0:
             left.set_yscale("log")
             left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         right.axhline(0, color=INK, lw=0.8)
@@ -192,7 +196,7 @@ def quantization_tradeoff(files: Sequence[QuantizedFile]) -> Figure:
             colour = GREEN if gain["low"] > 0 else RED if gain["high"] < 0 else MUTED
             right.plot([x, x], [gain["low"], gain["high"]], "-", color=colour, lw=2.5)
             right.plot(x, gain["points"], "o", color=colour, ms=7)
-        right.set_title("Strict accuracy against merged, points")
+        right.set_title(f"{score} against merged, points")
         for axes in (left, right):
             axes.set_xticks(range(len(files)), [f"{file.name}\n{file.bytes / 1e6:,.0f} MB" for file in files])
             axes.set_xlim(-0.5, len(files) - 0.5)
@@ -217,7 +221,7 @@ def _draw_curve(axes: Axes, curves: Curves, name: str, colour: str, label: str, 
         return
     steps, values = curves["step"], curves[name]
     window = len(values) // 25
-    if window < 2:
+    if window < 2 or name == "learning_rate":  # which is exact
         axes.plot(steps, values, style, color=colour, lw=1.4, label=label)
         return
     axes.plot(steps, values, style, color=colour, lw=0.6, alpha=0.3)

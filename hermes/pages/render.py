@@ -1,20 +1,31 @@
-"""Pages from templates: how numbers and the texts of others are written there."""
+"""Pages from templates: a template becomes Markdown, and the Markdown one HTML file without scripts or links outward.
+
+Everything that a template shows is data, unless a filter here says otherwise: `markdown` escapes it, so that neither a
+model's answer nor a user's name is markup. Control characters and direction marks never reach a page.
+"""
 
 import base64
+import html
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from hermes.artifacts import complete_file
-from hermes.pages.results import (
-    Row,
-)
+from hermes.pages.results import Row
 
 TEMPLATES = Path(__file__).parent / "templates"
+PARSER = MarkdownIt("commonmark", {"html": False}).enable("table")
+NAMES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+INLINE = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.")
+BLOCK = re.compile(r"^(?: ?\d{1,9}(?=[.)](?: |$))| ?(?=(?:#{1,6}|[+-])(?: |$)|:?-+:? ?$|=+ ?$))")
+DIRECTIONS = "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
 
 
 def scores(result: Row) -> list[str]:
@@ -45,18 +56,19 @@ def sizes(result: Row) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """The templates: HTML escapes all it is given; Markdown escapes through the `md` filter."""
+    """The templates, which escape whatever they show."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else markdown(value),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (percent, points, interval, margin, number, difference, setting, count, words, clean, data_uri)
-    made.globals |= {"scores": scores, "sizes": sizes}
-    made.filters |= {filter.__name__: filter for filter in filters} | {"md": markdown}
+    filters = (percent, points, interval, margin, number, difference, setting, count, words, code, lines, gain, shell)
+    made.globals |= {"scores": scores, "sizes": sizes, "answer": answer}
+    made.filters |= {filter.__name__: filter for filter in filters}
     return made
 
 
@@ -70,9 +82,17 @@ def points(value: float) -> str:
     return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"
 
 
-def interval(gain: Mapping[str, float]) -> str:
+def interval(gain: Mapping[str, float] | None) -> str:
     """The interval of a paired gain, in points."""
-    return f"{points(gain['low'])} to {points(gain['high'])}"
+    return f"{points(gain['low'])} to {points(gain['high'])}" if gain else "–"
+
+
+def gain(found: Mapping[str, float] | None) -> str:
+    """A paired gain in points, bold where its interval leaves out zero."""
+    if not found:
+        return "–"
+    shown = points(found["points"])
+    return Markup(f"**{shown}**") if found["low"] > 0 or found["high"] < 0 else shown
 
 
 def margin(score: Mapping[str, float]) -> str:
@@ -94,7 +114,7 @@ def setting(value: Any) -> str:
     """A parameter as it is written in params.yaml."""
     if isinstance(value, list | tuple):
         return ", ".join(map(setting, value)) or "[]"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and "\n" not in value else json.dumps(value, ensure_ascii=False)
 
 
 def count(value: int) -> str:
@@ -109,24 +129,70 @@ def words(name: str) -> str:
 
 def clean(text: str) -> str:
     """A text without the control characters and direction marks that a page could be rearranged with."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text
+    return re.sub(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f{DIRECTIONS}]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def markdown(value: Any) -> Markup:
+    """A text in one line that shows as it is: nothing in it is markup, HTML, a link or a cell of a table."""
+    text = re.sub(r"[&<>]", lambda found: NAMES[found[0]], re.sub(r"\s+", " ", clean(str(value))))
+    return Markup(BLOCK.sub(r"\g<0>\\", INLINE.sub(r"\\\g<0>", text)))
+
+
+def lines(text: str, before: str = "") -> Markup:
+    """A text of several lines that shows as it is, indentation included; each line has `before` in front of it."""
+    rows = [row.rstrip().expandtabs(4) for row in clean(text.strip("\n").rstrip()).split("\n")]
+    made = [Markup("&nbsp;" * (len(row) - len(row.lstrip()))) + markdown(row) for row in rows]
+    ends = ["\\" if row and after else "" for row, after in zip(made, [*made[1:], ""], strict=True)]
+    return Markup("\n".join(f"{before}{row}{end}".rstrip() for row, end in zip(made, ends, strict=True)))
+
+
+def code(value: Any) -> Markup:
+    """A text in one line as code, also inside a cell of a table."""
+    text = " ".join(clean(str(value)).split()).replace("|", "\\|") or " "
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return Markup(f"{fence}{space}{text}{space}{fence}")
+
+
+def shell(value: str) -> Markup:
+    """A text as one word of a shell's command, in one line of a block of code."""
+    return Markup(shlex.quote(" ".join(clean(value).split())))
+
+
+def answer(model: str, row: Row) -> Markup:
+    """What a model answered, and whether that passes."""
+    verdict = ("✓ passes" if row["strict"] else "✗ fails") + ("" if row["finished"] else ", unfinished")
+    return Markup(
+        f"**{markdown(model.strip())}** {verdict}\n\n{lines(row['answer'], '> ') if row['answer'].strip() else '> (empty)'}\n"
     )
 
 
-def markdown(value: Any) -> str:
-    """A text that shows as it is inside a cell of a Markdown table: nothing in it is markup, HTML or a new cell."""
-    text = re.sub(r"[&<>]", lambda found: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[found[0]], clean(str(value)))
-    text = re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
-    return "<br>".join(text.strip().splitlines())
-
-
-def data_uri(path: Path) -> str:
-    """A PNG as the text of a `src` attribute."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
 def render(template: str, target: Path, content: Mapping[str, Any]) -> None:
-    """Writes a page: a template of hermes/pages/templates filled with its content."""
+    """Writes a Markdown page: a template of hermes/pages/templates filled with its content."""
     with complete_file(target) as temporary:
-        temporary.write_text(environment().get_template(template).render(content))
+        temporary.write_text(clean(environment().get_template(template).render(content)))
+
+
+def render_html(page: Path) -> None:
+    """Writes a Markdown page as HTML beside it, its pictures inside; links lead to the sections."""
+    tokens = PARSER.parse(page.read_text())
+    headings: dict[str, tuple[str, str]] = {}
+    for token, text in zip(tokens, [*tokens[1:], None], strict=True):
+        if token.type == "heading_open" and text:
+            title = "".join(part.content for part in text.children or ())
+            slug = re.sub(r"\W+", "-", title.lower()).strip("-")
+            name = slug if slug not in headings else f"{slug}-{len(headings)}"
+            token.attrSet("id", name)
+            headings[name] = (token.tag, html.escape(title))
+        for part in token.children or ():
+            if part.type == "image":
+                picture = base64.b64encode((page.parent / str(part.attrs["src"])).read_bytes()).decode()
+                part.attrSet("src", f"data:image/png;base64,{picture}")
+    body = PARSER.renderer.render(tokens, PARSER.options, {})
+    body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, (tag, title) in headings.items() if tag == "h2")
+    before, heading, after = body.partition("<h2")
+    title = next((title for tag, title in headings.values() if tag == "h1"), "")
+    content = {"title": Markup(title), "body": Markup(f"{before}<nav>{links}</nav>\n{heading}{after}")}
+    with complete_file(page.with_suffix(".html")) as temporary:
+        temporary.write_text(environment().get_template("base.html.j2").render(content))

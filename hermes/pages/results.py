@@ -3,13 +3,12 @@
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hermes import params
-from hermes.artifacts import read_json
 from hermes.console import UserError
 from hermes.pages.figures import Curves
 
@@ -18,6 +17,7 @@ EVALUATION, QUANTIZE = Path("data/evaluation"), Path("models/gguf/quantize.json"
 SUITES = EVALUATION / "suites.json"
 TASKS = ("strict", "preference", "perplexity", "failures")
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,41 +48,54 @@ def read_inputs() -> Inputs:
     """
     tree = params.read_yaml(params.PARAMS)
     profile = params.selected_profile(tree)
-    quantize = read_json(QUANTIZE)
-    comparison = read_json(EVALUATION / "comparison.json")
+    quantize = read(QUANTIZE, parse_mapping)
+    comparison = read(EVALUATION / "comparison.json", parse_mapping)
     ggufs = sorted(set(quantize["files"]) & set(comparison), key=lambda name: (-quantize["files"][name]["bytes"], name))
     models = ["base", "merged", *ggufs]
+    train = REPORTS / "train"
+    summary, history = read(train / "summary.json", parse_mapping), read(train / "history.csv", parse_curves)
+    if len(history.get("step", ())) != summary["steps"]:
+        raise UserError(
+            f"{train}/history.csv: not the {summary['steps']} steps of summary.json; run `dvc repro --force train`"
+        )
     return Inputs(
         profile=profile,
         params=flatten(shown_params(tree, profile)),
-        subset=read_json(REPORTS / "subset.json"),
-        data=read_json(REPORTS / "data.json"),
-        history=parse_curves(read_text(REPORTS / "train" / "history.csv")),
-        validation=parse_curves(read_text(REPORTS / "train" / "evaluation.csv")),
-        summary=read_json(REPORTS / "train" / "summary.json"),
+        subset=read(REPORTS / "subset.json", parse_mapping),
+        data=read(REPORTS / "data.json", parse_mapping),
+        history=history,
+        validation=read(train / "evaluation.csv", parse_curves),
+        summary=summary,
         quantize=quantize,
         comparison=comparison,
-        divergence=read_json(EVALUATION / "divergence.json"),
-        merge=read_json(EVALUATION / "merge.json"),
-        suites=read_json(SUITES) if SUITES.is_file() else {},
-        results={name: dict.fromkeys(TASKS) | read_json(EVALUATION / f"{name}.json") for name in models},
+        divergence=read(EVALUATION / "divergence.json", parse_mapping),
+        merge=read(EVALUATION / "merge.json", parse_mapping),
+        suites=read(SUITES, parse_mapping) if SUITES.is_file() else {},
+        results={name: dict.fromkeys(TASKS) | read(EVALUATION / f"{name}.json", parse_mapping) for name in models},
         answers={
-            name: parse_answers(read_text(EVALUATION / f"{name}.jsonl"))
+            name: read(EVALUATION / f"{name}.jsonl", parse_answers)
             for name in dict.fromkeys(["base", "merged", models[-1]])
         },
     )
 
 
-def read_text(path: Path) -> str:
-    """The text of a file that a stage wrote.
+def read(path: Path, parse: Callable[[str], T]) -> T:
+    """What `parse` makes of a file that a stage wrote.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is not what a stage writes.
     """
     try:
-        return path.read_text()
+        return parse(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not what a stage wrote ({error}); delete it and run `dvc repro`") from None
+
+
+def parse_mapping(text: str) -> Row:
+    """A JSON object."""
+    return dict(json.loads(text))
 
 
 def parse_curves(text: str) -> dict[str, list[float]]:
@@ -110,3 +123,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
+
+
+def pair(before: Mapping[str, Row], after: Mapping[str, Row]) -> list[tuple[Row, Row]]:
+    """The rows of questions that both models were asked, in the order of ids."""
+    shared = (id for id in before if id in after and before[id]["question"] == after[id]["question"])
+    return [(before[id], after[id]) for id in shared]
+
+
+def flips(pairs: Sequence[tuple[Row, Row]]) -> tuple[list[tuple[Row, Row]], list[tuple[Row, Row]]]:
+    """(fixed, broken): the pairs in which only the second model follows the instruction, or only the first."""
+    fixed = [(old, new) for old, new in pairs if new["strict"] and not old["strict"]]
+    broken = [(old, new) for old, new in pairs if old["strict"] and not new["strict"]]
+    return fixed, broken

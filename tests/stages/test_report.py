@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
@@ -10,12 +12,13 @@ from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
+from ruamel.yaml import YAML
 
 from hermes.console import UserError
 from hermes.evaluation.benchmarks import SUITES, summary
-from hermes.pages import render, results
+from hermes.pages import figures, render, results
 from hermes.pages.figures import _moving_mean
-from hermes.pages.published_run import BASE
+from hermes.pages.published_run import BASE, SETTINGS, deviations
 from stages import report
 
 KINDS = {"lowercase": True, "bullets": True, "json": True, "end_with": True, "brackets": False, "avoid_word": False}
@@ -304,6 +307,126 @@ def test_an_answer_with_markup_stays_in_its_markdown_cell(built: Path) -> None:
     ]
 
 
+def test_a_name_with_markup_is_shown_and_not_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = "x' <b>\u202e[y](https://example.com) ![z](data:image/png;base64,AA) `c` | *d*\n\n# e\n\n```"
+    write_reports(tmp_path)
+    params = YAML(typ="safe", pure=True).load(tmp_path / "params.yaml")
+    params |= {"profile": evil, "profiles": {evil: {"train": {evil: evil, "learning_rate": 5e-6}}}}
+    _json(tmp_path / "params.yaml", params)
+    for name in ("reports/subset", "reports/data"):
+        path = tmp_path / f"{name}.json"
+        found = json.loads(path.read_text())
+        found["train"]["removed" if "subset" in name else "dropped"][evil] = 0 if "data" in name else 5
+        found["train"]["read"] += 5 if "subset" in name else 0
+        _json(path, found)
+    path = tmp_path / "models/gguf/quantize.json"
+    _json(path, json.loads(path.read_text()) | {"metadata": {evil: evil}})
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    text, page = report.MARKDOWN.read_text(), Page(report.HTML.read_text())
+    assert "\u202e" not in text + page.text
+    assert page.tags.count("img") == 3
+    assert page.tags.count("h1") == 1
+    assert not {"b", "del"} & set(page.tags)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert "![z](data:image/png;base64,AA) `c` | *d* # e ```" in page.text
+    rendered = Page(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(text))
+    assert [link for link in rendered.links if not link.startswith("figures/")] == []
+    assert "b" not in rendered.tags
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# a\n## b",
+        "- a\n- b\n\n1. c\n2) d",
+        "a\n---\nb\n===",
+        "```\ncode\n```",
+        "    a\n        b\n\tc",
+        "> q\n+ r\n* s",
+        "a | b\n:-: | :-:\nc | d",
+        "a\nb\\\nc  \nd",
+        "[a]: https://a.b\n\n[a]\n<https://a.b> https://a.b www.a.b",
+        "&amp; &#42; <!-- x --> <b>c</b>\n~~~\n~~d~~",
+    ],
+)
+def test_every_line_of_an_answer_is_text(text: str) -> None:
+    page = Page(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(render.lines(text, "> ")))
+    assert set(page.tags) == {"blockquote", "p"} | ({"br"} & set(page.tags))
+    shown = [" ".join(line.split()) for line in page.text.replace("\xa0", " ").splitlines() if line.strip()]
+    assert shown == [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    for line in text.expandtabs(4).splitlines():
+        if line.strip():
+            assert line.rstrip() in page.text.replace("\xa0", " ")
+
+
+def test_few_questions_make_a_first_look_which_names_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_line() -> str:
+        report.main()
+        return report.MARKDOWN.read_text().splitlines()[2]
+
+    write_reports(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert first_line().startswith("**A first look: 40 questions are too few to conclude anything.**")
+    assert "18 points wide" in first_line()
+    assert "make repro PROFILE" not in first_line()
+    text = Path("params.yaml").read_text().replace("profile: cpu", "profile: other").replace("  cpu:\n", "  other:\n")
+    Path("params.yaml").write_text(text.replace("    train:\n", "    data: {source: embedded}\n    train:\n", 1))
+    assert "The whole run is `make repro PROFILE=cpu`." in first_line()
+    path = Path("data/evaluation/comparison.json")
+    comparison = json.loads(path.read_text())
+    comparison["merged"]["strict"]["n"] = 200
+    _json(path, comparison)
+    assert "first look" not in first_line()
+
+
+def test_settings_that_the_published_run_does_not_share_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_reports(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    assert "| `train.learning_rate` | 5e-06 | 5e-05 |" in report.MARKDOWN.read_text()
+    assert "| `train.epochs` |" not in report.MARKDOWN.read_text().split("## Parameters")[0]
+
+
+def test_the_published_settings_are_those_of_its_profile() -> None:
+    tree = YAML(typ="safe", pure=True).load(Path(__file__).parents[2] / "params.yaml")
+    shown = results.flatten(results.shown_params(tree, "a40_published"))
+    assert {key: shown[key] for key in SETTINGS} == {key: value for key, (value, _) in SETTINGS.items()}
+    assert deviations(shown) == []
+
+
+@pytest.mark.parametrize(("first", "wanted"), [(math.log(2), True), (1.0, False)])
+def test_the_loss_of_an_untrained_policy_is_drawn_where_the_run_begins_there(first: float, wanted: bool) -> None:
+    history = {key: [0.0, 1.0] for key in ("rewards/margins", "grad_norm", "learning_rate")}
+    figure = figures.training_curves({**history, "step": [1, 2], "preference_loss": [first, 0.5]}, {})
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert ("ln 2, before training" in labels) is wanted
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("reports/train/history.csv", lambda text: text[: len(text) // 2], "not the 120 steps"),
+        ("reports/train/history.csv", lambda text: "", "not the 120 steps"),
+        ("reports/train/history.csv", lambda text: text.replace("\n1,", "\none,"), "not what a stage wrote"),
+        ("data/evaluation/merged.jsonl", lambda text: text[:-9], "not what a stage wrote"),
+        ("data/evaluation/comparison.json", lambda text: "[1]", "not what a stage wrote"),
+    ],
+)
+def test_a_damaged_input_is_named_in_one_line(
+    file: str, damage: Callable[[str], str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_reports(tmp_path)
+    (tmp_path / file).write_text(damage((tmp_path / file).read_text()))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{file}: {message}.*run `dvc repro"):
+        report.main()
+
+
 def test_control_characters_of_an_answer_are_replaced() -> None:
     assert render.clean("a\x00b\u202ec\nd") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c\nd"
 
@@ -428,8 +551,48 @@ def test_a_run_that_measured_preference_alone_is_reported_without_the_rest(
     assert set(json.loads(report.METRICS.read_text())) == {"preference_accuracy", "preference_gain", "gguf_kl", "train"}
     assert "the share of held-out pairs whose chosen answer is the likelier one from" in page.text
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
-    assert "kinds" not in page.ids
-    assert "By kind" not in report.MARKDOWN.read_text()
+    assert "before-and-after-by-kind-of-instruction" not in page.ids
+    assert sorted(path.name for path in report.FIGURES.iterdir()) == ["quantization.png", "training.png"]
+    assert [file.score for file in report.quantized_files(results.read_inputs())] == [
+        json.loads((evaluation / f"{name}.json").read_text())["preference"]["accuracy"]
+        for name in ("f16", "Q8_0", "Q4_K_M")
+    ]
+
+
+def test_a_run_that_measured_nothing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_reports(tmp_path)
+    evaluation = tmp_path / "data/evaluation"
+    for name in MODELS:
+        _json(evaluation / f"{name}.json", {"model": name})
+        (evaluation / f"{name}.jsonl").write_text("")
+    nothing: dict[str, Any] = {"strict": None, "unseen": None, "preference": None, "by_kind": {}, "against": "base"}
+    _json(evaluation / "comparison.json", dict.fromkeys(("merged", *FILES), nothing))
+    _json(evaluation / "divergence.json", {})
+    merge = json.loads((evaluation / "merge.json").read_text())
+    _json(evaluation / "merge.json", {"rounding": merge["rounding"]})
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    assert "so no gain is known" in report.MARKDOWN.read_text()
+    assert [path.name for path in report.FIGURES.iterdir()] == ["training.png"]
+
+
+@pytest.mark.parametrize("kept", [[], ["Q8_0"]])
+def test_a_run_with_one_gguf_file_or_none_evaluated_is_reported(
+    kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_reports(tmp_path)
+    for name in ("comparison", "divergence"):
+        path = tmp_path / f"data/evaluation/{name}.json"
+        found = json.loads(path.read_text())
+        _json(path, {key: value for key, value in found.items() if key not in FILES or key in kept})
+    path = tmp_path / "models/gguf/quantize.json"
+    found = json.loads(path.read_text())
+    _json(path, found | {"files": {name: found["files"][name] for name in kept}})
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    page = Page(report.HTML.read_text())
+    assert page.tags.count("img") == 2 + len(kept)
+    assert [name for name in FILES if f"| {name} | " in report.MARKDOWN.read_text().split("##")[0]] == kept
 
 
 def test_a_file_that_was_not_evaluated_is_listed_by_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,7 +657,7 @@ def test_the_published_curve_is_drawn_beside_that_of_a_run_on_its_base(
     monkeypatch.chdir(tmp_path)
     report.main()
     figure = Path("reports/figures/training.png").read_bytes()
-    assert "published run" not in report.MARKDOWN.read_text()
+    assert "in the published run" not in report.MARKDOWN.read_text()
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(
         text.replace("    quantize:\n", f"    model: {{source: {BASE}}}\n    quantize:\n", 1)
@@ -538,13 +701,11 @@ def test_suites_are_shown_with_their_differences_and_only_where_there_are_any(
     report.main()
     text, page = report.MARKDOWN.read_text(), Page(report.HTML.read_text())
     # Four benchmarks of 8, 7, 1 and 18 tasks whose errors are 1 %: 0.25 x sqrt(1/8 + 1/7 + 1 + 1/18) x 1.96 = 0.6.
-    assert "| base | 40.0% ± 0.6 | – | 40.0%" in text
-    assert (
-        "| merged | 45.0% ± 0.6 | +5.0 (+5.0 to +5.0) | 45.0% ± 0.7 | 45.0% ± 0.7 | 45.0% ± 2.0 | 45.0% ± 0.5 |" in text
-    )
-    assert "| n | 3,400 |  | 800 | 700 | 100 | 1,800 | " in text
+    assert "| base | 40.0% ± 0.6 | – | – | 40.0%" in text
+    scores = "45.0% ± 0.7 | 45.0% ± 0.7 | 45.0% ± 2.0 | 45.0% ± 0.5 |"
+    assert f"| merged | 45.0% ± 0.6 | **+5.0** | +5.0 to +5.0 | {scores}" in text
+    assert "| n | 3,400 | | | 800 | 700 | 100 | 1,800 | " in text
     assert "| n | cut requests |" in text
-    assert "<th>cut requests</th>" in report.HTML.read_text()
     clipped = "A gain counts what the averages clip below chance."
     assert clipped in text
     assert clipped in page.text
@@ -554,7 +715,7 @@ def test_suites_are_shown_with_their_differences_and_only_where_there_are_any(
         assert all(line in text for line in suite.differs)
         assert all(line in " ".join(page.text.split()) for line in suite.differs)
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
-    assert "suites" in page.ids
+    assert "benchmark-suites" in page.ids
     averages = json.loads(report.METRICS.read_text())["suites"]["nous"]
     assert averages == {name: found["nous"]["models"][name]["average"]["score"] for name in MODELS}
     assert Path("reports/eval/suites.json").is_file()
