@@ -18,7 +18,7 @@ TIMINGS = Path("timings")
 
 
 def run_stage(name: str, main: Callable[[], None]) -> None:
-    """Checks all of params.yaml, runs a stage's `main` as `run` does, and records its time beside the outputs.
+    """Checks all of params.yaml, runs a stage's `main` as `run_tool` does, and records its time beside the outputs.
 
     DVC removes a stage's outputs before it starts the stage, so a failure under DVC says how to get them back.
 
@@ -32,11 +32,11 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
 
     started = datetime.now(UTC)
     clock = time.monotonic()
-    run(name, checked, " [earlier outputs: .venv/bin/dvc checkout && git checkout reports]" if under_dvc() else "")
+    run_tool(name, checked, " [earlier outputs: .venv/bin/dvc checkout && git checkout reports]" if under_dvc() else "")
     record_timing(name, started, time.monotonic() - clock)
 
 
-def run(name: str, main: Callable[[], int | None], hint: str = "") -> None:
+def run_tool(name: str, main: Callable[[], int | None], hint: str = "") -> None:
     """Runs the `main` of a program; a mistake of the user is one line and exit code 1, any other error keeps its traceback.
 
     `HERMES_TRACEBACK=1` shows the traceback of a mistake too. Where `main` returns an exit code, the process ends with it.

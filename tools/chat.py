@@ -28,7 +28,7 @@ from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
-from hermes.run import run
+from hermes.run import run_tool
 
 BASE, MERGED, GGUF, SCRATCH = Path("models/base"), Path("models/merged"), Path("models/gguf"), Path(".scratch/chat")
 CONTEXT, MAX_NEW_TOKENS = 2048, 256
@@ -210,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run("chat", main)
+    run_tool("chat", main)

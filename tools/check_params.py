@@ -15,7 +15,7 @@ from typing import Any
 
 from hermes.artifacts import write_json
 from hermes.params import PARAMS
-from hermes.run import run
+from hermes.run import run_tool
 from hermes.settings import experiment
 from hermes.settings.experiment import Experiment
 
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run("check-params", main)
+    run_tool("check-params", main)

@@ -50,7 +50,7 @@ from hermes.instructions.topics import split_topics
 from hermes.instructions.verifiers import sentences, words
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
-from hermes.run import run
+from hermes.run import run_tool
 from hermes.settings.untracked import CollectSettings
 
 EMBEDDED = Path("data/embedded")
@@ -476,4 +476,4 @@ def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> li
 
 
 if __name__ == "__main__":
-    run("collect", main)
+    run_tool("collect", main)

@@ -27,7 +27,7 @@ from pydantic import PositiveInt, ValidationError, model_validator
 from hermes import hub, params
 from hermes.artifacts import complete_file, complete_folder, scratch_folder, sha256_file, write_json
 from hermes.console import UserError
-from hermes.run import run
+from hermes.run import run_tool
 from hermes.settings.sources import is_folder
 from stages import fetch_model
 
@@ -164,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run("merge-base", main)
+    run_tool("merge-base", main)

@@ -33,7 +33,7 @@ from hermes.artifacts import complete_folder, read_json, scratch_folder, sha256_
 from hermes.console import UserError
 from hermes.pages.render import render
 from hermes.pages.results import Inputs, read_inputs
-from hermes.run import run
+from hermes.run import run_tool
 from stages.report import page
 from tools.doctor import git
 from tools.dvc_runs import only_one
@@ -387,4 +387,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run("publish", main)
+    run_tool("publish", main)

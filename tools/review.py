@@ -30,7 +30,7 @@ from hermes.pages import figures
 from hermes.pages.figures import Curves
 from hermes.pages.render import clean, percent, points, render, render_html, setting
 from hermes.pages.results import Row, flatten, flips, pair, parse_answers, parse_curves, parse_mapping, shown_params
-from hermes.run import run
+from hermes.run import run_tool
 
 OUTPUT = Path("reports/review")
 WORKING_TREE = "working tree"
@@ -328,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run("review", main)
+    run_tool("review", main)
