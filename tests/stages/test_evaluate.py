@@ -168,7 +168,7 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
         monkeypatch.setattr(module, name, memory.watched(getattr(module, name)))
     evaluate.main()
     every = ["base", "merged", "f16"]
-    assert memory.opened == [*every, *every, "merged", "merged", "f16", "base", "base", "base"]
+    assert memory.opened == [*every, "merged", *every, "base", "base", "base"]
     assert memory.held() == 0
     found = json.loads(Path("data/evaluation/merge.json").read_text())
     assert found["rounding"] == {"base": "bf16"}
