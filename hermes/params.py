@@ -6,6 +6,7 @@ also the list of what dvc.yaml has to track for the stage; a test compares the t
 which `1e-6` is a number.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,6 +112,15 @@ def reject_unknown_keys(tree: dict[str, Any], path: Path = PARAMS, pipeline: Pat
         for key in body:
             if key not in allowed:
                 raise UserError(f"{path}: unknown key `{prefix}{key}`; allowed there: {', '.join(sorted(allowed))}")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys, in the order of the file."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def _explain(detail: Any, where: dict[str, str], params: type[Params]) -> str:

@@ -29,7 +29,7 @@ from hermes.evaluation.intervals import paired_gain
 from hermes.pages import figures
 from hermes.pages.figures import Curves
 from hermes.pages.render import percent, points, render, setting
-from hermes.pages.results import Row, flatten, parse_answers, parse_curves, shown_params
+from hermes.pages.results import Row, parse_answers, parse_curves, shown_params
 
 OUTPUT = Path("reports/review")
 WORKING_TREE = "working tree"
@@ -129,8 +129,8 @@ def load_run(revision: Revision) -> Run:
     return Run(
         name=revision.name,
         commit=revision.commit,
-        params=flatten(shown_params(tree, params.selected_profile(tree))),
-        metrics=flatten(read_json(revision, "reports/metrics.json")),
+        params=params.flatten(shown_params(tree, params.selected_profile(tree))),
+        metrics=params.flatten(read_json(revision, "reports/metrics.json")),
         history=parse_curves(revision.read("reports/train/history.csv")),
         validation=parse_curves(revision.read("reports/train/evaluation.csv")),
     )

@@ -54,7 +54,7 @@ def read_inputs() -> Inputs:
     models = ["base", "merged", *ggufs]
     return Inputs(
         profile=profile,
-        params=flatten(shown_params(tree, profile)),
+        params=params.flatten(shown_params(tree, profile)),
         subset=read_json(REPORTS / "subset.json"),
         data=read_json(REPORTS / "data.json"),
         history=parse_curves(read_text(REPORTS / "train" / "history.csv")),
@@ -101,12 +101,3 @@ def shown_params(tree: Mapping[str, Any], profile: str) -> dict[str, Any]:
     """The parameters that a run rests on: the top level, then the sections of the selected profile."""
     top = {key: value for key, value in tree.items() if key not in params.UNTRACKED}
     return {"profile": profile, **top, **tree["profiles"][profile]}
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys, in the order of the file."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
