@@ -6,9 +6,9 @@ also the list of what dvc.yaml has to track for the stage; a test compares the t
 which `1e-6` is a number.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from hermes.console import UserError
 
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
+SHOWN = 120  # characters of a value that a message quotes
 UNTRACKED = {"profile", "profiles", "collect", "wandb"}  # top-level keys that shape no stage's output by themselves
 
 
@@ -30,7 +31,19 @@ class Params(Settings):
     """All that one stage may know: fields are top-level keys or sections of the profile (module docstring)."""
 
 
+S = TypeVar("S", bound=Settings)
 P = TypeVar("P", bound=Params)
+
+
+def each_once(values: list[Any]) -> list[Any]:
+    """A list as it is.
+
+    Raises:
+        ValueError: something is in it twice.
+    """
+    if twice := next((value for value in values if values.count(value) > 1), None):
+        raise ValueError(f"{twice} is in it twice; name it once")
+    return values
 
 
 def load(params: type[P], path: Path = PARAMS) -> P:
@@ -45,19 +58,32 @@ def load(params: type[P], path: Path = PARAMS) -> P:
     sections = tree["profiles"][profile]
     values: dict[str, Any] = {}
     where: dict[str, str] = {}
-    for name, field in params.model_fields.items():
-        is_section = (
-            isinstance(field.annotation, type) and issubclass(field.annotation, Settings) and name not in UNTRACKED
-        )
+    for name in params.model_fields:
+        is_section = is_settings(params, name) and name not in UNTRACKED
         where[name] = f"profiles.{profile}.{name}" if is_section else name
         source = sections if is_section else tree
         if name not in source:
             raise UserError(f"{path}: key `{where[name]}` is missing")
         values[name] = source[name]
+    return validated(params, values, where, path)
+
+
+def is_settings(settings: type[Settings], name: str) -> bool:
+    """Whether a field holds settings of its own."""
+    annotation = settings.model_fields[name].annotation
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
+
+
+def validated(settings: type[S], values: Mapping[str, Any], where: Mapping[str, str], path: Path = PARAMS) -> S:
+    """Values as the typed object; `where` says how params.yaml calls each field.
+
+    Raises:
+        UserError: all that is wrong with them, in one line.
+    """
     try:
-        return params.model_validate(values)
+        return settings.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {'; '.join(_explain(detail, where, params) for detail in error.errors())}") from None
+        raise UserError(f"{path}: {'; '.join(_explain(error.errors(), where, settings))}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -70,7 +96,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; run this from the root of the repository")
     try:
         tree = YAML(typ="safe", pure=True).load(path)
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:  # int() refuses thousands of digits
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
@@ -123,14 +149,42 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _explain(detail: Any, where: dict[str, str], params: type[Params]) -> str:
-    first, *rest = detail["loc"] or ("?",)
-    key = ".".join([where.get(str(first), str(first)), *map(str, rest)])
-    if detail["type"] == "extra_forbidden":
-        allowed: Any = params
-        for name in detail["loc"][:-1]:
-            allowed = allowed.model_fields[name].annotation
-        return f"unknown key `{key}`; allowed there: {', '.join(sorted(allowed.model_fields))}"
-    if detail["type"] == "missing":
-        return f"key `{key}` is missing"
-    return f"`{key}` is {detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}"
+def _explain(details: Sequence[Any], where: Mapping[str, str], settings: type[Settings]) -> list[str]:
+    """One sentence for each key; where a key may hold one of several types, what each of them says."""
+    found: dict[str, list[str]] = {}
+    for detail in details:
+        parts, holder = _keys(detail["loc"], settings)
+        first, *rest = parts or ["?"]
+        key = ".".join([where.get(first, first), *rest])
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden" and holder is not None:
+            found[f"unknown key `{key}`; allowed there: {', '.join(sorted(holder.model_fields))}"] = []
+        elif detail["type"] == "missing":
+            found[f"key `{key}` is missing"] = []
+        elif not parts or (isinstance(detail["input"], dict) and detail["type"] == "value_error"):
+            found[f"`{key}`: {message}" if parts else message] = []
+        else:
+            found.setdefault(f"`{key}` is {_shown(detail['input'])}: ", []).append(message)
+    return [start + " or ".join(dict.fromkeys(messages)) for start, messages in found.items()]
+
+
+def _keys(loc: Sequence[Any], settings: type[Settings]) -> tuple[list[str], type[Settings] | None]:
+    """The keys of a place in the file, without the names of types that pydantic puts between; and the settings that hold the last."""
+    keys: list[str] = []
+    holder: Any = settings
+    inside: Any = settings
+    for part in loc:
+        if isinstance(inside, type) and issubclass(inside, Settings):
+            holder, keys = inside, [*keys, str(part)]
+            inside = inside.model_fields[part].annotation if part in inside.model_fields else None
+            inside = next((a for a in get_args(inside) if isinstance(a, type) and issubclass(a, Settings)), inside)
+        elif isinstance(part, int) or get_origin(inside) is dict:
+            keys.append(str(part))
+            inside = get_args(inside)[-1] if get_args(inside) else None
+    return keys, holder
+
+
+def _shown(value: Any) -> str:
+    """A value as a message quotes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -16,27 +16,29 @@ import shutil
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from datasets.utils.logging import disable_progress_bar
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from pydantic import Field, NonNegativeInt, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, read_json, scratch_folder, write_json
-from hermes.console import UserError, run_stage
+from hermes.console import UserError
 from hermes.data.chat_text import Forged, answer_ids, check_plain, prompt_ids
 from hermes.evaluation import benchmarks, run_benchmarks
-from hermes.evaluation.chat_models import Batching, ChatModel, HuggingFaceChat, Ids, opened, release, score
+from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, release, score
 from hermes.evaluation.intervals import paired_gain
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
-from hermes.model.base import BaseSettings, load, load_base, set_determinism
+from hermes.model.base import load, load_base, set_determinism
+from hermes.run import run_stage
+from hermes.settings.base import BaseSettings
+from hermes.settings.evaluate import EvaluateSettings
 
 BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
 ADAPTER = Path("models/adapter")
@@ -48,25 +50,6 @@ SUBSET, OUTPUT, TASKS = (
 NEEDED = {"instructions": Path("data/raw/questions.parquet"), "plain": Path("data/raw/plain.jsonl")}
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
-
-
-class EvaluateSettings(Batching):
-    """What is asked, of which split, and how it is batched."""
-
-    split: Literal["validation", "test"]
-    tasks: Annotated[list[Literal["instructions", "preference", "plain"]], Field(min_length=1)]
-    suites: list[benchmarks.SuiteName]
-    types: list[str]
-    divergence_pairs: NonNegativeInt
-
-    @model_validator(mode="after")
-    def _answers_fit(self) -> "EvaluateSettings":
-        longest = {"`max_new_tokens`": self.max_new_tokens}
-        longest |= {f"the longest answer of `{name}`": benchmarks.SUITES[name].longest_answer for name in self.suites}
-        for what, tokens in longest.items():
-            if tokens >= self.context:
-                raise ValueError(f"{what} ({tokens} tokens) leaves no room for a prompt in `context` ({self.context})")
-        return self
 
 
 class Params(params.Params):
@@ -101,7 +84,7 @@ def forged_pairs(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase)
 
 def run_tasks(model: ChatModel, settings: EvaluateSettings) -> dict[str, Answers]:
     """lm-eval's logged samples of every task, in the order of the documents."""
-    metadata: dict[str, Any] = {"split": settings.split}
+    metadata: dict[str, Any] = {"split": settings.split, "questions_per_kind": settings.questions_per_kind}
     if "preference" in settings.tasks:
         metadata["left_out"] = forged_pairs(settings, model.tokenizer)
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
@@ -364,11 +347,11 @@ def main() -> None:
     disable_progress_bar()
     set_determinism(settings.threads)
     tokenizer = AutoTokenizer.from_pretrained(MERGED)
-    names = ["base", "merged", *settings.types]
+    names: list[str] = ["base", "merged", *settings.types]
     for task, file in NEEDED.items():
         if task in settings.tasks and not file.is_file():
             raise UserError(f"{file}: no such file, which the task {task} asks; take it out of `evaluate.tasks`")
-    for name in settings.types:
+    for name in names[2:]:
         if not (GGUF / f"{name}.gguf").is_file():
             raise UserError(
                 f"params.yaml: `evaluate.types` names {name}, which is not in {GGUF}; add it to `quantize.types`"

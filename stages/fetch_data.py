@@ -12,54 +12,26 @@ rows, says why; stages/subset.py stops at it or leaves it out. Only where no row
 
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import get_dataset_config_names, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from huggingface_hub import metadata_load
-from pydantic import field_validator, model_validator
 
 from hermes import hub, params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json
-from hermes.console import UserError, run_stage
-from hermes.data.pairs import Columns, Format, Misfit, standard_batches, standard_schema
+from hermes.console import UserError
+from hermes.data.pairs import Misfit, standard_batches, standard_schema
 from hermes.data.tables import ENDINGS, opened
+from hermes.run import run_stage
+from hermes.settings.data import DataSettings
 
 RAW, EMBEDDED = Path("data/raw"), Path("data/embedded")
 MISFITS = "misfits.json"
-Split = Literal["train", "validation", "test"]
 Misfits = dict[str, dict[int, Misfit]]  # by split and number of the row
 CARD = "README.md"
 CARD_KEYS = ("license", "license_name", "pretty_name", "authors")
-
-
-class DataSettings(params.Settings):
-    """Where the preference pairs come from, and how they are laid out there."""
-
-    source: str
-    revision: str | None
-    config: str | None
-    splits: dict[Split, str]
-    format: Format
-    columns: Columns
-
-    @field_validator("splits")
-    @classmethod
-    def _has_all(cls, splits: dict[Split, str]) -> dict[Split, str]:
-        if missing := sorted(set(get_args(Split)) - set(splits)):
-            raise ValueError(f"says nothing of {missing[0]}; name a split for each of {', '.join(get_args(Split))}")
-        return splits
-
-    @model_validator(mode="after")
-    def _fits_its_source(self) -> "DataSettings":
-        if self.config is not None and hub.is_folder(self.source):
-            raise ValueError(
-                f"`config` is {self.config!r}, and {self.source} is a folder, which has none; set it to null"
-            )
-        if self.columns.question is None and self.format != "messages":
-            raise ValueError(f"`columns.question` is null, which `format: {self.format}` cannot be without; name it")
-        return self
 
 
 class Params(params.Params):

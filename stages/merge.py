@@ -9,28 +9,21 @@ template ends an answer. models/merged/merge.json says how much of the changes t
 
 import shutil
 from pathlib import Path
-from typing import Literal
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from hermes import params
 from hermes.artifacts import complete_folder, read_json, sha256_file, write_json
-from hermes.console import UserError, run_stage
+from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model.adapter_merge import Merger
-from hermes.model.base import BaseSettings
-from hermes.model.safetensors_stream import parse_size
+from hermes.run import run_stage
+from hermes.settings.base import BaseSettings
+from hermes.settings.merge import MergeSettings, parse_size
 
 BASE, ADAPTER, MERGED = Path("models/base"), Path("models/adapter"), Path("models/merged")
 PROBE = [{"role": "user", "content": "Hello, world! naïve café 123"}, {"role": "assistant", "content": "Yes."}]
 WEIGHTS = {"manifest.json", "model.safetensors.index.json", "merge.json"}
-
-
-class MergeSettings(params.Settings):
-    """What the adapter is merged onto, and how the merged weights are stored."""
-
-    base: Literal["bf16", "nf4"]
-    max_shard_size: str
 
 
 class Params(params.Params):

@@ -9,7 +9,7 @@ type fall back to another, which is counted and reported; and what happened to t
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, ReaderTensor, dequantize
@@ -17,9 +17,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import complete_folder, sha256_file, write_json
-from hermes.console import UserError, progress, run_stage
+from hermes.console import UserError, progress
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert, quantize
+from hermes.run import run_stage
+from hermes.settings.quantize import QuantizeSettings
 
 MERGED, OUTPUT = Path("models/merged"), Path("models/gguf")
 INTENDED = {"Q5_K_M": {"Q5_K", "Q6_K"}, "Q4_K_M": {"Q4_K", "Q6_K"}, "Q6_K": {"Q6_K"}, "Q8_0": {"Q8_0"}, "f16": {"F16"}}
@@ -31,12 +33,6 @@ PROBES = (
     "naïve café — 日本語 🙂",
     "def f(x):\n    return x ** 2",
 )
-
-
-class QuantizeSettings(params.Settings):
-    """Which GGUF files are made beside f16."""
-
-    types: list[Literal["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"]]
 
 
 class Params(params.Params):

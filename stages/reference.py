@@ -9,25 +9,21 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from pydantic import PositiveInt
 from transformers import AutoTokenizer, PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hermes import params
 from hermes.artifacts import complete_folder, open_parquet, write_parquet
-from hermes.console import progress, run_stage
-from hermes.model.base import BaseSettings, load_base, set_determinism
+from hermes.console import progress
+from hermes.model.base import load_base, set_determinism
+from hermes.run import run_stage
+from hermes.settings.base import BaseSettings
+from hermes.settings.reference import ReferenceSettings
 from hermes.training.shared_prefix import share_prefix
 
 BASE, TOKENS, OUTPUT = Path("models/base"), Path("data/tokens"), Path("data/reference")
 SPLITS = ("train", "validation")
 SCHEMA = pa.schema([("chosen_logps", pa.list_(pa.float32())), ("rejected_logps", pa.list_(pa.float32()))])
-
-
-class ReferenceSettings(params.Settings):
-    """How many pairs a forward takes."""
-
-    batch_size: PositiveInt
 
 
 class Params(params.Params):

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hermes.artifacts import complete_folder, write_json
-from hermes.console import UserError, run_stage
+from hermes.console import UserError
 from hermes.pages import figures, published_run
 from hermes.pages.figures import KindGain, QuantizedFile
 from hermes.pages.render import interval, percent, points, render
 from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, read_inputs
+from hermes.run import run_stage
 
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
 FIGURES = REPORTS / "figures"

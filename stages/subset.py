@@ -20,16 +20,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from hermes import params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, read_json, write_json
-from hermes.console import UserError, progress, run_stage
+from hermes.console import UserError, progress
+from hermes.run import run_stage
+from hermes.settings.subset import SubsetSettings
 
 RAW, OUTPUT, REPORT = Path("data/raw"), Path("data/subset"), Path("reports/subset.json")
 SPLITS = ("test", "validation", "train")  # held-out first: training rows are compared with them
@@ -40,22 +41,13 @@ SHOWN = 5  # malformed rows of a kind whose numbers the report gives
 HASHES, BANDS = 64, 16
 
 
-class SubsetSettings(params.Settings):
-    """Which pairs training may see."""
-
-    k: Annotated[int, Field(ge=1)] | None
-    drop_malformed: bool
-    drop_empty: bool
-    drop_identical: bool
-    drop_exact_duplicates: bool
-    near_duplicate_similarity: Annotated[float, Field(ge=0.7, le=1)] | None  # the bands miss less similar ones
-    drop_evaluation_leaks: bool
-
-
 class Params(params.Params):
     """Parameters of subset."""
 
     subset: SubsetSettings
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -231,6 +223,9 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
         }
         if len(usable) > settings.k:
             removed["below_top_k"] = len(usable) - settings.k
+    if not is_train and settings.held_out_k is not None and settings.held_out_k < len(usable):
+        kept = evenly_spaced(usable, settings.held_out_k)
+        removed["beyond_held_out_k"] = len(usable) - len(kept)
     scores = [-score for score, _ in kept]
     summary: dict[str, Any] = {
         "read": read,
@@ -244,6 +239,11 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
     if malformed:
         summary["malformed_rows"] = {kind: numbers[:SHOWN] for kind, numbers in sorted(malformed.items())}
     return sorted(number for _, number in kept), summary
+
+
+def evenly_spaced(values: list[T], count: int) -> list[T]:
+    """So many of the values, in their order, at equal distances."""
+    return [values[i * len(values) // count] for i in range(count)]
 
 
 def copy_rows(source: Path, target: Path, kept: list[int]) -> None:

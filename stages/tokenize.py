@@ -17,20 +17,18 @@ more, the prompt's last; reports/data.json counts these pairs as `uneven_prompt_
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, PositiveInt, field_validator, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import complete_folder, open_parquet, write_json, write_parquet
-from hermes.console import UserError, progress, run_stage
+from hermes.console import UserError, progress
 from hermes.data.chat_text import (
     Forged,
     Ids,
@@ -39,64 +37,12 @@ from hermes.data.chat_text import (
     check_plain,
     prompt_ids,
 )
+from hermes.run import run_stage
+from hermes.settings.tokenize import TextTemplate, TokenizeSettings
 
 SUBSET, BASE, OUTPUT, REPORT = Path("data/subset"), Path("models/base"), Path("data/tokens"), Path("reports/data.json")
 COLUMNS = ("context", "question", "chosen", "rejected")
-PLACE = re.compile(r"\{(\w+)\}")
 SHOWN = 5  # rows of a kind whose numbers the report gives
-
-
-class TextTemplate(params.Settings):
-    """The texts around a question, with a system prompt or not, and around an answer."""
-
-    prompt: str
-    answer: str
-
-    @field_validator("prompt", "answer")
-    @classmethod
-    def _has_its_places(cls, text: str, info: Any) -> str:
-        needed, known = {"prompt": ("question", {"question", "system"}), "answer": ("answer", {"answer"})}[
-            info.field_name
-        ]
-        places = PLACE.findall(text)
-        if places.count(needed) != 1:
-            raise ValueError(f"has to hold {{{needed}}} once")
-        if unknown := sorted(set(places) - known):
-            raise ValueError(
-                f"holds {{{unknown[0]}}}; there is only {' and '.join(f'{{{name}}}' for name in sorted(known))}"
-            )
-        return text
-
-    @property
-    def has_system(self) -> bool:
-        """Whether it has a place for a system prompt."""
-        return "system" in PLACE.findall(self.prompt)
-
-    def fill(self, question: str, answer: str, system: str = "") -> tuple[str, str]:
-        """The text of a prompt and of its answer."""
-        texts = {"question": question, "system": system, "answer": answer}
-        prompt, text = (PLACE.sub(lambda place: texts[place[1]], part) for part in (self.prompt, self.answer))
-        return prompt, text
-
-
-class TokenizeSettings(params.Settings):
-    """How a conversation is written, how long it may be, and what happens to a longer one."""
-
-    template: TextTemplate | None
-    forged: Literal["error", "drop"]
-    max_length: PositiveInt | Annotated[float, Field(gt=0, le=1)]
-    max_prompt_length: PositiveInt | None
-    overlong: Literal["error", "drop", "truncate"]
-
-    @model_validator(mode="after")
-    def _knows_how_to_truncate(self) -> "TokenizeSettings":
-        if (self.overlong == "truncate") != (self.max_prompt_length is not None):
-            raise ValueError("`overlong: truncate` needs `max_prompt_length`, and nothing else does")
-        if isinstance(self.max_length, float) and self.overlong != "drop":
-            raise ValueError(f"`max_length` is a share ({self.max_length}), which goes with `overlong: drop`")
-        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
-            raise ValueError(f"`max_prompt_length` leaves no room for an answer in `max_length` ({self.max_length})")
-        return self
 
 
 class Params(params.Params):

@@ -19,7 +19,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -28,7 +28,6 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
@@ -50,8 +49,11 @@ from hermes.artifacts import (
     sha256_folder,
     write_json,
 )
-from hermes.console import UserError, progress, run_stage
-from hermes.model.base import BaseSettings, load_base, set_determinism
+from hermes.console import UserError, progress
+from hermes.model.base import load_base, set_determinism
+from hermes.run import run_stage
+from hermes.settings.base import BaseSettings
+from hermes.settings.train import Science, TrainSettings
 from hermes.training import distributed
 from hermes.training.lora import fuse_updates
 from hermes.training.shared_prefix import share_prefix
@@ -71,64 +73,11 @@ HISTORY = (
     "grad_norm",
 )
 EVALUATION = ("loss", "preference_loss", "rewards/margins", "rewards/accuracies")
-PositiveFiniteFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-LossType = Literal[
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
-    "apo_down", "discopop", "sft", "sigmoid_norm",
-]  # fmt: skip
 
 
-class TrainSettings(params.Settings):
-    """The optimization: adapter, schedule, batches."""
-
-    lora_rank: PositiveInt
-    lora_alpha: PositiveInt
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    lora_modules: Annotated[list[str], Field(min_length=1)]
-    learning_rate: PositiveFiniteFloat
-    sft_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    schedule: Literal["cosine", "linear", "constant_with_warmup"]
-    warmup_steps: NonNegativeInt
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)]
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    max_grad_norm: PositiveFiniteFloat
-    optimizer: Literal["adamw_torch", "paged_adamw_32bit"]
-    epochs: PositiveFiniteFloat
-    max_steps: PositiveInt | None
-    batch_size: PositiveInt
-    accumulation: PositiveInt
-    gradient_checkpointing: bool
-    evaluations: NonNegativeInt
-    checkpoint_steps: PositiveInt
-    processes: PositiveInt
-    distribution: Literal["ddp", "fsdp"]
-
-    @field_validator("processes")
-    @classmethod
-    def _share_steps_equally(cls, processes: int, info: ValidationInfo) -> int:
-        accumulation = info.data.get("accumulation", processes)
-        if accumulation % processes:
-            raise ValueError(
-                f"it must divide accumulation ({accumulation}), since each process takes its part of a step's forwards; "
-                "a smaller batch_size with a larger accumulation is the same step"
-            )
-        return processes
-
-    @field_validator("distribution")
-    @classmethod
-    def _shard_over_several(cls, distribution: str, info: ValidationInfo) -> str:
-        if distribution == "fsdp" and info.data.get("processes") == 1:
-            raise ValueError("there is nothing to shard with one process; set processes to 2 or more, or ddp")
-        return distribution
-
-
-class Params(params.Params):
+class Params(params.Params, Science):
     """Parameters of train."""
 
-    seed: int
-    beta: PositiveFiniteFloat
-    loss_type: LossType
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
     base: BaseSettings
     train: TrainSettings
 
@@ -265,7 +214,7 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
 
 
 class ProgressAndTracking(TrainerCallback):
-    """A progress bar with the latest loss, and the same numbers to W&B where that is on."""
+    """A progress bar with the latest preference loss, which begins at ln 2, and the same numbers to W&B where that is on."""
 
     def __init__(self, tracking: Tracking) -> None:
         self.tracking = tracking
@@ -279,8 +228,8 @@ class ProgressAndTracking(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}", refresh=False)
+        if "preference_loss" in logs:
+            self.bar.set_postfix(preference_loss=f"{float(logs['preference_loss']):.4f}", refresh=False)
         self.tracking.log(logs, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 from hermes.artifacts import sha256_file, write_json
 from hermes.model import bf16_on_cpu, gguf_files
+from hermes.params import read_yaml
 from stages.fetch_model import BASE, EMBEDDED_FILE, EMBEDDED_PACKAGE
 
 bf16_on_cpu.fit_to_cpu()  # as every stage with a model does
@@ -47,6 +48,13 @@ You are a helpful assistant<|im_end|>
 ' + message['content'] + '<|im_end|>' + '
 '}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
 ' }}{% endif %}"""
+
+
+def cpu_params(**sections: dict[str, Any]) -> dict[str, Any]:
+    """The committed params.yaml with `cpu` as its only profile, in which these sections have other values."""
+    tree = read_yaml(ROOT / "params.yaml")
+    profile = tree["profiles"]["cpu"]
+    return tree | {"profile": "cpu", "profiles": {"cpu": profile | {k: profile[k] | v for k, v in sections.items()}}}
 
 
 def make_byte_tokenizer() -> PreTrainedTokenizerFast:

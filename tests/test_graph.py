@@ -22,6 +22,7 @@ MODULES = {path.relative_to(ROOT).as_posix(): path for floor in FLOORS for path 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 PROFILES = sorted(read_yaml(ROOT / "params.yaml")["profiles"])
 TASKS = ROOT / "hermes/evaluation/tasks"
+REFUSES = ROOT / "hermes/settings/experiment.py"  # checks all of params.yaml before every stage, and shapes no output
 DISTRIBUTIONS = {
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",
@@ -64,7 +65,8 @@ def closure(stage: str) -> set[Path]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            waiting += [MODULES[file_of(name)] for name in imports(path) if file_of(name) in MODULES]
+            ours = (MODULES[file_of(name)] for name in imports(path) if file_of(name) in MODULES)
+            waiting += [other for other in ours if other != REFUSES]
     return found
 
 

@@ -4,19 +4,21 @@
     python -m tools.chat --gguf Q8_0           another of models/gguf
     echo 'Tell me about salt.' | python -m tools.chat
 
-Both are GGUF files that llama.cpp decodes greedily. Each model keeps a conversation of its own, since it goes on from
-its answers. The base's GGUF is made once, in .scratch under the hash of the base; it is bf16, as the base was trained.
+Both are GGUF files that llama.cpp decodes greedily; an answer appears as it is written. Each model keeps a conversation of its own, since
+it goes on from its answers. The base's GGUF is made once, in .scratch under the hash of the base; it is bf16, as the base was trained.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -26,6 +28,7 @@ from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
+from hermes.run import run
 
 BASE, MERGED, GGUF, SCRATCH = Path("models/base"), Path("models/merged"), Path("models/gguf"), Path(".scratch/chat")
 CONTEXT, MAX_NEW_TOKENS = 2048, 256
@@ -37,8 +40,10 @@ class Model(Protocol):
     end: int
     context: int
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, /) -> list[list[int]]:
-        """Continues each prompt greedily."""
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, /, *, stopped: Callable[[list[int]], bool]
+    ) -> list[list[int]]:
+        """Continues each prompt greedily; asks `stopped` behind every token."""
 
 
 class Conversation:
@@ -48,8 +53,10 @@ class Conversation:
         self.model, self.tokenizer = model, tokenizer
         self.history: list[dict[str, str]] = []
 
-    def ask(self, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
-        """The model's answer. Where the context is full, the oldest questions and their answers are forgotten.
+    def ask(
+        self, question: str, max_new_tokens: int = MAX_NEW_TOKENS, show: Callable[[str], None] | None = None
+    ) -> str:
+        """The model's answer, shown as it grows. Where the context is full, the oldest questions and their answers are forgotten.
 
         Raises:
             UserError: the question alone does not fit the context; the history is as it was.
@@ -60,11 +67,20 @@ class Conversation:
             if len(turns) == 1:
                 raise UserError(f"a question of {len(ids)} tokens is too long; {room} fit")
             turns = turns[2:]
-        (answer,) = self.model.generate([ids], max_new_tokens)
-        ended = answer[-1:] == [self.model.end]
-        text = str(self.tokenizer.decode(answer[:-1] if ended else answer)).strip()
+
+        def stopped(answer: list[int]) -> bool:
+            if show:
+                show(self.text(answer))
+            return False
+
+        (answer,) = self.model.generate([ids], max_new_tokens, stopped=stopped)
+        ended, text = answer[-1:] == [self.model.end], self.text(answer)
         self.history = [*turns, {"role": "assistant", "content": text}]
         return text if ended else f"{text} [...]"
+
+    def text(self, answer: list[int]) -> str:
+        """The text of an answer without the token that ends it."""
+        return str(self.tokenizer.decode(answer[:-1] if answer[-1:] == [self.model.end] else answer)).strip()
 
     def prompt(self, turns: list[dict[str, str]]) -> list[int]:
         """The token ids of these turns up to where the answer begins."""
@@ -88,16 +104,17 @@ def base_gguf() -> Path:
     return path
 
 
-def tuned_gguf(kind: str) -> Path:
-    """The tuned model's GGUF of a type.
+def tuned_gguf(kind: str | None) -> Path:
+    """The tuned model's GGUF of a type, or the smallest.
 
     Raises:
         UserError: there is none, or none of that type; names those there are.
     """
-    path = GGUF / f"{kind}.gguf"
-    if not path.is_file():
-        made = sorted(file.stem for file in GGUF.glob("*.gguf"))
-        raise UserError(f"{path}: no such file; " + (f"choose one of {', '.join(made)}" if made else "run: make repro"))
+    made = sorted(GGUF.glob("*.gguf"), key=lambda file: (file.stat().st_size, file.name))
+    path = made[0] if made and kind is None else GGUF / f"{kind or '*'}.gguf"
+    if path not in made:
+        mend = f"choose one of {', '.join(sorted(file.stem for file in made))}" if made else "run: make repro"
+        raise UserError(f"{path}: no such file; {mend}")
     if not (MERGED / "tokenizer_config.json").is_file():
         raise UserError(f"{MERGED}: no tokenizer there; run: make repro")
     return path
@@ -123,13 +140,27 @@ def questions(is_terminal: bool) -> Iterator[str]:
             yield line
 
 
-def side_by_side(answers: dict[str, str], console: Console) -> None:
-    """Prints the answers in columns of equal width, {heading: answer}."""
+def side_by_side(answers: dict[str, str]) -> Table:
+    """The answers in columns of equal width, {heading: answer}; what would steer the terminal is left out of them."""
     table = Table(expand=True, show_lines=False)
     for heading in answers:
         table.add_column(heading, ratio=1, overflow="fold")
-    table.add_row(*map(Text, answers.values()))  # Text: an answer's [brackets] are no markup
-    console.print(table)
+    shown = ("".join(c for c in answer if c.isprintable() or c == "\n") for answer in answers.values())
+    table.add_row(*map(Text, shown))  # Text: an answer's [brackets] are no markup
+    return table
+
+
+def answer(question: str, conversations: dict[str, Conversation], console: Console) -> None:
+    """Asks every conversation, {heading: conversation}, and shows the answers beside each other as they are written."""
+    answers = dict.fromkeys(conversations, "")
+
+    def show(heading: str, text: str) -> None:
+        answers[heading] = text
+        live.update(side_by_side(answers))
+
+    with Live(console=console, vertical_overflow="visible") as live:
+        for heading, conversation in conversations.items():
+            show(heading, conversation.ask(question, show=partial(show, heading)))
 
 
 def chat(conversations: dict[str, Conversation], is_terminal: bool, console: Console) -> None:
@@ -143,14 +174,9 @@ def chat(conversations: dict[str, Conversation], is_terminal: bool, console: Con
         if not is_terminal:
             console.print(Text(f"you> {question}"))
         try:
-            answers = {}
-            for heading, conversation in conversations.items():
-                with console.status(f"{heading} ..."):
-                    answers[heading] = conversation.ask(question)
+            answer(question, conversations, console)
         except UserError as error:
             console.print(Text(str(error)))
-            continue
-        side_by_side(answers, console)
 
 
 def enable_line_editing() -> None:
@@ -161,33 +187,27 @@ def enable_line_editing() -> None:
         return
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.chat", description="Talk to the tuned model and its base.")
-    parser.add_argument("--gguf", default="Q4_K_M", metavar="TYPE", help="a file of models/gguf, without its ending")
-    kind = parser.parse_args().gguf
+    parser.add_argument(
+        "--gguf", metavar="TYPE", help="a file of models/gguf, without its ending; the smallest by default"
+    )
+    tuned = tuned_gguf(parser.parse_args().gguf)
     is_terminal = sys.stdin.isatty()
     console = Console(highlight=False)
-    try:
-        files = {
-            f"tuned ({kind})": tuned_gguf(kind),
-            "base (bf16)": base_gguf(),
-        }  # tuned first: its absence costs nothing
-        tokenizer = AutoTokenizer.from_pretrained(MERGED)
-        with ExitStack() as stack:
-            conversations = {
-                heading: Conversation(stack.enter_context(open_gguf(path, tokenizer)), tokenizer)
-                for heading, path in files.items()
-            }
-            if is_terminal:
-                enable_line_editing()
-                console.print("/reset starts a new conversation, /quit or Ctrl-D ends")
+    files = {f"tuned ({tuned.stem})": tuned, "base (bf16)": base_gguf()}
+    tokenizer = AutoTokenizer.from_pretrained(MERGED)
+    with ExitStack() as stack:
+        conversations = {
+            heading: Conversation(stack.enter_context(open_gguf(path, tokenizer)), tokenizer)
+            for heading, path in files.items()
+        }
+        if is_terminal:
+            enable_line_editing()
+            console.print("/reset starts a new conversation, /quit or Ctrl-D ends")
+        with suppress(KeyboardInterrupt):
             chat(conversations, is_terminal, console)
-    except UserError as error:
-        sys.exit(f"chat: {error}")
-    except KeyboardInterrupt:
-        console.print()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("chat", main)

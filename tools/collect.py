@@ -36,12 +36,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import complete_file, sha256_file, write_json, write_parquet
-from hermes.console import UserError, progress, run_stage
+from hermes.console import UserError, progress
 from hermes.instructions.kinds import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, VALIDATION_KINDS, grade, is_strict, repair
 from hermes.instructions.topics import split_topics
 from hermes.instructions.verifiers import words
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
+from hermes.run import run_stage
+from hermes.settings.untracked import CollectSettings
 
 EMBEDDED = Path("data/embedded")
 SCRATCH = Path(".scratch/collect")
@@ -68,21 +70,6 @@ DEMONSTRATIONS = {
     "It is made from lemons and cold water. Children like to sell it on hot days.",
 }
 Row = dict[str, Any]
-
-
-class CollectSettings(params.Settings):
-    """How data/embedded was sampled; changing one of these and running `make collect` makes another data set."""
-
-    topics: int
-    samples: int
-    demonstrated_samples: int
-    temperature: float
-    max_new_tokens: int
-    tie_margin: float
-    contrast_share: float
-    chunk_topics: int
-    slots: int
-    threads: int
 
 
 class Params(params.Params):

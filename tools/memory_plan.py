@@ -28,10 +28,10 @@ of one H100 counted (docs/environments.md).
 import dataclasses
 from dataclasses import dataclass
 
-from hermes.model.base import BaseSettings
 from hermes.model.llama3 import Shape
+from hermes.settings.base import BaseSettings
+from hermes.settings.train import TrainSettings
 from hermes.training.shared_prefix import CHUNK
-from stages.train import TrainSettings
 
 GIB = 2**30
 SIZES = {"bfloat16": 2, "float32": 4}

@@ -27,8 +27,9 @@ from ruamel.yaml import YAML
 
 from hermes import hub, params
 from hermes.artifacts import complete_file, complete_folder, scratch_folder, sha256_file, write_json
-from hermes.console import UserError, run_stage
+from hermes.console import UserError
 from hermes.hub import is_folder
+from hermes.run import run_stage
 from stages import fetch_model
 
 RECIPE, OUTPUT = Path("base-merge.yaml"), Path("models/rebuilt-base")

@@ -24,27 +24,19 @@ import psutil
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from hermes import hub, params
-from hermes.artifacts import open_parquet, read_json, scratch_folder
+from hermes import hub
+from hermes.artifacts import open_parquet, read_json
 from hermes.console import UserError
 from hermes.evaluation.benchmarks import SuiteName
 from hermes.hub import is_folder
 from hermes.model import llama3
-from hermes.model.base import BaseSettings
 from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import UBATCH
 from hermes.model.llama3 import Shape
 from hermes.pages import published_run
-from stages.evaluate import EvaluateSettings
-from stages.fetch_data import DataSettings
-from stages.fetch_model import ModelSettings
-from stages.quantize import QuantizeSettings
-from stages.reference import ReferenceSettings
-from stages.subset import SubsetSettings
-from stages.tokenize import TokenizeSettings
-from stages.train import TrainSettings
+from hermes.settings import experiment
+from hermes.settings.experiment import Profile
 from tools.memory_plan import CONTEXT, GIB, SIZES, Memory, gibibytes, on_one_gpu, training_memory, with_overhead
-from tools.profiles import check_profile, with_profile
 
 RAW, TOKENS, BASE, SUBSET = Path("data/raw"), Path("data/tokens"), Path("models/base"), Path("reports/subset.json")
 EMBEDDED = Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True)
@@ -61,10 +53,11 @@ class Device(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """What is known of a kind of data before it is here: how much is held out, and (mean, deviation of the logarithm) of tokens."""
+    """A kind of data before it is here: how much is held out, and (mean, deviation of the logarithm) of tokens."""
 
     pairs: int
-    questions: int
+    kinds: int  # of instruction
+    questions: int  # of a kind
     plain: int
     lengths: tuple[tuple[float, float], ...]  # of prompts, chosen and rejected answers
 
@@ -92,8 +85,8 @@ LAUNCHING = 0.013  # seconds that Python takes to launch a pass through a layer,
 CORE = {True: (175e9, 0.75), False: (44e9, 1.0)}
 CORE_BANDWIDTH = 10e9
 MIXES = {
-    "embedded": Mix(542, 576, 48, ((47, 0.1), (32, 0.6), (34, 0.6))),
-    "Hermes": Mix(914, 0, 0, ((119, 0.8), (149, 0.7), (149, 0.7))),
+    "embedded": Mix(542, 24, 24, 48, ((47, 0.1), (32, 0.6), (34, 0.6))),
+    "Hermes": Mix(914, 0, 0, 0, ((119, 0.8), (149, 0.7), (149, 0.7))),
 }
 # From the questions that lm-eval lists, those of one kind together; lengths are about, since no data set was here to be counted.
 SUITES: dict[SuiteName, tuple[Work, ...]] = {
@@ -108,20 +101,6 @@ MERGED, CONVERTED, QUANTIZED = 8e9 / 120, 8e9 / 130, 8e9 / 320
 BITS = {"f16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_K_M": 5.7, "Q4_K_M": 4.9}  # a weight, about
 PYTHON = GIB  # of a process with torch, its model apart; an assumption
 ORDERS = 100
-
-
-class Params(params.Params):
-    """All sections of a profile that shape what it needs."""
-
-    data: DataSettings
-    model: ModelSettings
-    subset: SubsetSettings
-    tokenize: TokenizeSettings
-    base: BaseSettings
-    reference: ReferenceSettings
-    train: TrainSettings
-    quantize: QuantizeSettings
-    evaluate: EvaluateSettings
 
 
 class Lengths(NamedTuple):
@@ -150,7 +129,7 @@ class Lengths(NamedTuple):
 class Run(NamedTuple):
     """What shapes the needs of a run."""
 
-    settings: Params
+    settings: Profile
     shape: Shape
     lengths: Lengths
 
@@ -158,7 +137,7 @@ class Run(NamedTuple):
 Change = dict[str, dict[str, Any]]  # values of a profile, by section and key
 
 
-def model_shape(loaded: Params) -> Shape:
+def model_shape(loaded: Profile) -> Shape:
     """The shape of the profile's base.
 
     Raises:
@@ -179,12 +158,18 @@ def model_shape(loaded: Params) -> Shape:
     return Shape.of(LlamaConfig.from_json_file(hub.download(source, commit, "model", files) / "config.json"))
 
 
-def kind(loaded: Params) -> str:
+def kind(loaded: Profile) -> str:
     """The kind of the profile's data, one of `MIXES`."""
     return "embedded" if loaded.data.source == "embedded" else "Hermes"
 
 
-def pair_lengths(loaded: Params) -> tuple[Lengths, str]:
+def held_out(loaded: Profile) -> int:
+    """How many pairs validation and test each have."""
+    pairs = MIXES[kind(loaded)].pairs
+    return min(loaded.subset.held_out_k or pairs, pairs)
+
+
+def pair_lengths(loaded: Profile) -> tuple[Lengths, str]:
     """The lengths of the profile's training pairs, or of a mix where they are not here yet; and where they are from.
 
     The pairs here may be those of another profile with the same data: they are repeated, or cut, to as many as this one takes.
@@ -217,12 +202,13 @@ def evaluation_seconds(run: Run, flops: float, bandwidth: float) -> float:
     for all of one token, llama.cpp once for all.
     """
     loaded, shape, lengths = run
-    e, held_out, weights = loaded.evaluate, MIXES[kind(loaded)], shape.linear_weights + shape.other_weights
+    e, mix, weights = loaded.evaluate, MIXES[kind(loaded)], shape.linear_weights + shape.other_weights
+    questions = mix.kinds * min(e.questions_per_kind or mix.questions, mix.questions)
     prompt, answer = round(lengths.prompt.mean()), round((lengths.chosen + lengths.rejected).mean() / 2)
     tasks = {
-        "preference": Work(held_out.pairs + e.divergence_pairs, 2, prompt, answer),
-        "instructions": Work(held_out.questions, 0, prompt, e.max_new_tokens // 2),
-        "plain": Work(held_out.plain, 1, prompt, answer),
+        "preference": Work(held_out(loaded) + e.divergence_pairs, 2, prompt, answer),
+        "instructions": Work(questions, 0, prompt, e.max_new_tokens // 2),
+        "plain": Work(mix.plain, 1, prompt, answer),
     }
 
     def seconds(part: Work, file: str) -> float:
@@ -260,12 +246,12 @@ def seconds_of(run: Run, device: Device) -> dict[str, float]:
     trained = pairs * train.epochs
     if train.max_steps is not None:
         trained = train.max_steps * train.batch_size * train.accumulation
-    passes, held_out = 3 if train.gradient_checkpointing else 2, MIXES[kind(loaded)].pairs
+    passes, validated = 3 if train.gradient_checkpointing else 2, held_out(loaded)
     is_here = loaded.model.source == "embedded" or is_folder(loaded.model.source)
     found = {
         "fetch_model": 0 if is_here else 2 * weights / DOWNLOAD,
-        "reference": computing(pairs + held_out, loaded.reference.batch_size),
-        "train": computing(passes * trained + train.evaluations * held_out, train.batch_size),
+        "reference": computing(pairs + validated, loaded.reference.batch_size),
+        "train": computing(passes * trained + train.evaluations * validated, train.batch_size),
         "merge": weights / MERGED,
         "quantize": weights / CONVERTED + len(loaded.quantize.types) * weights / QUANTIZED,
         "evaluate": evaluation_seconds(run, device.flops * share * device.evaluating, device.bandwidth * share),
@@ -313,7 +299,7 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     return {stage: memory + PYTHON for stage, memory in (found | dict.fromkeys(("merge", "quantize"), largest)).items()}
 
 
-def disk_of(loaded: Params, shape: Shape) -> dict[str, int]:
+def disk_of(loaded: Profile, shape: Shape) -> dict[str, int]:
     """Bytes that stages write.
 
     DVC links its cache to what is in the folder, so every artifact counts once; of fetch_model's two copies, the download's and the
@@ -325,18 +311,18 @@ def disk_of(loaded: Params, shape: Shape) -> dict[str, int]:
     return {"fetch_model": 2 * weights, "train": adapter, "merge": 2 * weights, "quantize": files}
 
 
-def run_of(loaded: Params) -> tuple[Run, str]:
+def run_of(loaded: Profile) -> tuple[Run, str]:
     """What shapes the needs of a profile, and where its lengths are from."""
     lengths, source = pair_lengths(loaded)
     return Run(loaded, model_shape(loaded), lengths), source
 
 
-def disk(loaded: Params) -> int:
+def disk(loaded: Profile) -> int:
     """Bytes that all stages of a profile write."""
     return sum(disk_of(loaded, model_shape(loaded)).values())
 
 
-def changes(loaded: Params, stage: str) -> Iterator[Change]:
+def changes(loaded: Profile, stage: str) -> Iterator[Change]:
     """Changes that lower the memory of a stage and leave the batch of a step as it is, the smallest first."""
     base, train, e = loaded.base, loaded.train, loaded.evaluate
     if stage == "reference":
@@ -371,19 +357,22 @@ def changed(run: Run, change: Change) -> Run:
     return run._replace(settings=run.settings.model_copy(update=sections))
 
 
+def smallest_change(run: Run, stage: str, device: Device) -> Change | None:
+    """The first of `changes` after which a stage fits."""
+    found = changes(run.settings, stage)
+    return next((x for x in found if memory_of(changed(run, x), device.is_gpu)[stage] <= device.memory), None)
+
+
 def refusal(run: Run, device: Device) -> str | None:
     """Why the profile cannot run on a device, and the smallest change after which it can; None where it can."""
     for stage, memory in memory_of(run, device.is_gpu).items():
-        if memory <= device.memory:
-            continue
-        for change in changes(run.settings, stage):
-            if memory_of(changed(run, change), device.is_gpu)[stage] <= device.memory:
-                values = [(f"{name}.{key}", value) for name, keys in change.items() for key, value in keys.items()]
-                text = ", ".join(f"{key}: {str(value).lower()}" for key, value in values)
-                return f"{stage} needs about {gibibytes(memory)}; smallest change: {text}"
-        return (
-            f"{stage} needs about {gibibytes(memory)}, and no change of batch, checkpointing or quantization is enough"
-        )
+        if memory > device.memory:
+            change = smallest_change(run, stage, device)
+            if change is None:
+                return f"{stage} needs about {gibibytes(memory)}, and no change of the profile is enough"
+            values = [(f"{name}.{key}", value) for name, keys in change.items() for key, value in keys.items()]
+            text = ", ".join(f"{key}: {str(value).lower()}" for key, value in values)
+            return f"{stage} needs about {gibibytes(memory)}; smallest change: {text}"
     return None
 
 
@@ -393,14 +382,15 @@ def report(run: Run, source: str, name: str, device: Device) -> str:
     tokens, answers = lengths.largest_row(loaded.train.batch_size)
     memory, disk, seconds = memory_of(run, device.is_gpu), disk_of(loaded, shape), seconds_of(run, device)
     rows = [(stage, memory.get(stage, 0), disk.get(stage, 0), seconds[stage]) for stage in seconds]
+    size = lambda count: gibibytes(count) if count else ""  # noqa: E731
     rows.append(("all", max(memory.values()), sum(disk.values()), sum(seconds.values())))
     lines = [
         f"model: {loaded.model.source}, {(shape.linear_weights + shape.other_weights) / 1e9:.2f} billion weights",
         f"lengths: {source}; largest row of {loaded.train.batch_size} pairs: {tokens:,} tokens, {answers:,} scored",
-        f"device: {name}, {gibibytes(device.memory)}",
+        f"device: {name}, {gibibytes(device.memory)}; what follows is a prediction",
         "",
-        f"{'predicted':<12} {'GPU memory' if device.is_gpu else 'memory':>12} {'disk':>12} {'minutes':>9}",
-        *(f"{row[0]:<12} {gibibytes(row[1]):>12} {gibibytes(row[2]):>12} {row[3] / 60:>9,.1f}" for row in rows),
+        f"{'stage':<12} {'GPU memory' if device.is_gpu else 'memory':>12} {'disk':>12} {'minutes':>9}",
+        *(f"{row[0]:<12} {size(row[1]):>12} {size(row[2]):>12} {row[3] / 60:>9,.1f}" for row in rows),
     ]
     if device.is_gpu:
         lines += ["", "train, by component; CUDA and what its allocator loses come on top"]
@@ -408,15 +398,9 @@ def report(run: Run, source: str, name: str, device: Device) -> str:
     return "\n".join(lines)
 
 
-def load(profile: str | None) -> Params:
+def load(profile: str | None) -> Profile:
     """The parameters of a profile, the selected one where none is named."""
-    if profile is None:
-        return params.load(Params)
-    check_profile(profile)
-    path = scratch_folder("plan") / "params.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(with_profile(params.PARAMS.read_text(), profile))
-    return params.load(Params, path)
+    return experiment.check(profile=profile).profile
 
 
 def device_here(threads: int) -> tuple[str, Device]:

@@ -30,9 +30,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from hermes import hub
 from hermes.artifacts import complete_folder, read_json, scratch_folder, sha256_file
-from hermes.console import UserError, run_stage
+from hermes.console import UserError
 from hermes.pages.render import render
 from hermes.pages.results import Inputs, read_inputs
+from hermes.run import run_stage
 from stages.report import page
 from tools.doctor import git
 from tools.dvc_runs import only_one

@@ -24,12 +24,13 @@ from ruamel.yaml.error import YAMLError
 
 from hermes import params
 from hermes.artifacts import complete_file, write_json
-from hermes.console import UserError, run_stage
+from hermes.console import UserError
 from hermes.evaluation.intervals import paired_gain
 from hermes.pages import figures
 from hermes.pages.figures import Curves
 from hermes.pages.render import percent, points, render, setting
 from hermes.pages.results import Row, parse_answers, parse_curves, shown_params
+from hermes.run import run_stage
 
 OUTPUT = Path("reports/review")
 WORKING_TREE = "working tree"

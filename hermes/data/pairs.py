@@ -16,15 +16,13 @@ stages/subset.py.
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pyarrow as pa
-from pydantic import Field
 
-from hermes import params
 from hermes.console import UserError
+from hermes.settings.data import Columns, Format
 
-Format = Literal["plain", "chatml", "messages"]
 Message = dict[str, str]
 Pair = dict[str, Any]
 
@@ -46,34 +44,6 @@ class Misfit(ValueError):
     def __init__(self, kind: str, found: str) -> None:
         super().__init__(found)
         self.kind = kind
-
-
-class Columns(params.Settings):
-    """The names of a source's columns.
-
-    Attributes:
-        question: what is asked; None where the answers are whole conversations.
-        chosen: the better answer.
-        rejected: the other one.
-        score: how much better, or two columns, the scores of chosen and rejected; None where nobody says.
-        system: a system prompt; None without one.
-    """
-
-    question: str | None
-    chosen: str
-    rejected: str
-    score: str | Annotated[list[str], Field(min_length=2, max_length=2)] | None
-    system: str | None
-
-    def used(self) -> list[str]:
-        """Those that are read, in order."""
-        scores = [self.score] if isinstance(self.score, str) else self.score or []
-        return [name for name in (self.question, self.chosen, self.rejected, *scores, self.system) if name]
-
-    def are_standard(self, layout: Format) -> bool:
-        """Whether a table of this layout is one that the stages read as it is."""
-        standard = {"question": "question", "chosen": "chosen", "rejected": "rejected", "score": "delta_score"}
-        return layout == "plain" and self.model_dump() == standard | {"system": None}
 
 
 def from_chatml(text: str) -> list[Message]:

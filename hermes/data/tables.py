@@ -14,7 +14,7 @@ import pyarrow.csv
 
 from hermes.artifacts import open_parquet
 from hermes.console import UserError
-from hermes.data.pairs import Columns
+from hermes.settings.data import Columns
 
 Row = dict[str, Any]
 BATCH = 1024

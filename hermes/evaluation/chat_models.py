@@ -9,34 +9,23 @@ import gc
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from pydantic import Field, PositiveInt
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hermes import params
 from hermes.console import progress
 from hermes.data.chat_text import end_of_answer
 from hermes.model.base import load
 from hermes.model.gguf import UBATCH, GgufModel, common_beginning, common_length
+from hermes.settings.evaluate import Batching
 from hermes.training.shared_prefix import pair_logits
 
 Ids = list[int]
 Stopped = Callable[[Ids], bool]
 TOKENS_TOGETHER = 1024
-
-
-class Batching(params.Settings):
-    """How much is computed together, which stays fixed because scores move with it, and the longest answer of the stage's own tasks."""
-
-    max_new_tokens: PositiveInt
-    batch_size: PositiveInt
-    slots: Annotated[int, Field(ge=2)]  # both answers of a pair are scored together
-    context: PositiveInt
-    threads: PositiveInt
 
 
 def score(logits: torch.Tensor, answer: Ids) -> tuple[float, bool]:

@@ -37,8 +37,9 @@ from hermes import hub
 from hermes.artifacts import complete_file, sha256_file, sha256_folder, write_json
 from hermes.console import UserError
 from hermes.evaluation.benchmarks import Run, needs_math
-from hermes.evaluation.chat_models import Batching, ChatModel, Ids
+from hermes.evaluation.chat_models import ChatModel, Ids
 from hermes.params import read_yaml
+from hermes.settings.evaluate import Batching
 
 ROOT, NOUS = Path(__file__).parents[2], "hermes/evaluation/tasks/nous"
 # The modules and the lock that results depend on; what else these import shapes no number. A suite reaches a result through its run alone.

@@ -7,26 +7,14 @@ switched off here for every layer.
 
 import os
 from pathlib import Path
-from typing import Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from pydantic import PositiveInt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from hermes import params
 from hermes.console import UserError
 from hermes.model import bf16_on_cpu
-
-
-class BaseSettings(params.Settings):
-    """How the frozen base is held in memory, by reference and training alike."""
-
-    quantization: Literal["nf4", "none"]
-    double_quantization: bool
-    keep_dequantized: bool
-    dtype: Literal["bfloat16", "float32"]
-    threads: PositiveInt
+from hermes.settings.base import BaseSettings
 
 
 def set_determinism(threads: int) -> None:

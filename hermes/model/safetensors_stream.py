@@ -18,7 +18,6 @@ from hermes.console import UserError
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
 PIECE = 1 << 24
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -97,18 +96,6 @@ def stored_tensors(folder: Path) -> list[Stored]:
     if not found:
         raise UserError(f"{folder}: has no safetensors weights; run `dvc repro`")
     return [found[name] for name in sorted(found)]
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 200MB or 5GB.
-
-    Raises:
-        UserError: it is not one.
-    """
-    number, unit = text[:-2].strip(), text[-2:].upper()
-    if unit not in UNITS or not number.isdecimal() or not int(number):
-        raise UserError(f"params.yaml: `merge.max_shard_size` is {text!r}; write it like 200MB or 5GB")
-    return int(number) * UNITS[unit]
 
 
 def write_file(path: Path, tensors: list[Stored], content: Callable[[Stored], Iterable[bytes]]) -> None:

@@ -6,13 +6,7 @@ from typing import Any, Literal
 
 from hermes import params
 from hermes.artifacts import scratch_folder
-
-
-class TrackingSettings(params.Settings):
-    """Whether and where a training run is logged; tracked by no stage, since it shapes no result."""
-
-    enabled: bool
-    project: str
+from hermes.settings.untracked import TrackingSettings
 
 
 class Params(params.Params):

@@ -18,7 +18,7 @@ from hermes.console import UserError
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.benchmarks import SUITES, Benchmark, Run, Suite
 from hermes.params import read_yaml
-from stages.evaluate import EvaluateSettings
+from hermes.settings.evaluate import EvaluateSettings
 
 ROOT = Path(__file__).parents[2]
 RUNS = benchmarks.runs(list(SUITES))

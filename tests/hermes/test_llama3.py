@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hermes.data.chat_text import answer_ids, end_of_answer, prompt_ids
 from hermes.model import llama3
 from hermes.params import read_yaml
+from hermes.settings.tokenize import TokenizeSettings
 from stages.fetch_model import write_template
-from stages.tokenize import TokenizeSettings, conversation_ids, tokenize_split
+from stages.tokenize import conversation_ids, tokenize_split
 
 PROFILES = read_yaml(Path(__file__).parents[2] / "params.yaml")["profiles"]
 PUBLISHED, METAS = llama3.tokenizer(), Tokenizer.get_instance()

@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_shared_prefix import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hermes.model.base import BaseSettings, load_base
+from hermes.model.base import load_base
+from hermes.settings.base import BaseSettings
 from hermes.training.lora import fuse_updates
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from hermes.console import UserError
-from hermes.data.pairs import Columns, Format, Misfit, standard_batches, standard_pair, standard_schema
+from hermes.data.pairs import Misfit, standard_batches, standard_pair, standard_schema
+from hermes.settings.data import Columns, Format
 
 STANDARD: dict[str, Any] = {
     "question": "question",

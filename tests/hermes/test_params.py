@@ -7,7 +7,8 @@ from typing import Any, Literal
 import pytest
 
 from hermes import params
-from hermes.console import UserError, run_stage
+from hermes.console import UserError
+from hermes.run import run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (

@@ -28,13 +28,13 @@ from transformers import AutoTokenizer
 from hermes.console import UserError
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.benchmarks import Benchmark, Run, Suite, Task
-from hermes.evaluation.chat_models import Batching, ChatModel, GgufChat, HuggingFaceChat
+from hermes.evaluation.chat_models import ChatModel, GgufChat, HuggingFaceChat
 from hermes.evaluation.run_benchmarks import SuiteModel
 from hermes.model.base import load
 from hermes.model.gguf import GgufModel
 from hermes.params import read_yaml
+from hermes.settings.evaluate import Batching, EvaluateSettings
 from stages import evaluate
-from stages.evaluate import EvaluateSettings
 from tests.hermes.test_benchmarks import config
 
 ROOT = Path(__file__).parents[2]
@@ -532,7 +532,8 @@ import datasets
 from transformers import AutoTokenizer
 datasets.config.HF_DATASETS_CACHE = Path("cache")
 from stages import harness
-from hermes.evaluation.chat_models import Batching, opened
+from hermes.evaluation.chat_models import opened
+from hermes.settings.evaluate import Batching
 from hermes.evaluation.benchmarks import Run
 from tests.hermes.test_run_benchmarks import data_set, with_short_answers
 

@@ -19,10 +19,11 @@ from hermes.data.chat_text import answer_ids, prompt_ids
 from hermes.evaluation import benchmarks, chat_models
 from hermes.evaluation.benchmarks import Benchmark, Suite
 from hermes.evaluation.chat_models import ChatModel
-from hermes.model.base import BaseSettings, load
+from hermes.model.base import load
 from hermes.params import read_yaml
+from hermes.settings.base import BaseSettings
+from hermes.settings.evaluate import EvaluateSettings
 from stages import evaluate
-from stages.evaluate import EvaluateSettings
 from tests.hermes.test_run_benchmarks import write_arc
 
 ROOT = Path(__file__).parents[2]

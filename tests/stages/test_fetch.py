@@ -26,6 +26,7 @@ from hermes.artifacts import sha256_file
 from hermes.console import UserError
 from hermes.data import tables
 from stages import fetch_data, fetch_model, subset
+from tests.conftest import cpu_params
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -174,7 +175,7 @@ def hub(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to run stages in, that knows no Hub; retries there do not wait."""
     monkeypatch.chdir(tmp_path)
-    Path("dvc.yaml").write_text(PIPELINE)
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
     Path("quick").mkdir()
     Path("quick/sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), "quick"]))
@@ -196,7 +197,7 @@ def choose(
         chosen |= {"chat_template": None} | others
     if splits:
         chosen["splits"] = dict.fromkeys(SPLITS, next(iter(splits.values()))) | splits
-    Path("params.yaml").write_text(json.dumps({"profile": "x", "profiles": {"x": {section: chosen}}}))
+    Path("params.yaml").write_text(json.dumps(cpu_params(**{section: chosen})))
 
 
 def run(stage: str, endpoint: str) -> subprocess.CompletedProcess[str]:
@@ -288,7 +289,7 @@ def test_only_a_full_commit_is_a_revision(workplace: Path, stage: str, revision:
     choose(section, "tests/tiny", revision, {"train": "train"} if section == "data" else None)
     module = {"fetch_data": fetch_data, "fetch_model": fetch_model}[stage]
     with pytest.raises(
-        UserError, match=rf"`{section}\.revision` is .*pin the full 40-digit commit of tests/tiny"
+        UserError, match=rf"`profiles\.cpu\.{section}`: `revision` is .*pin the full 40-digit commit of tests/tiny"
     ) as caught:
         module.main()
     assert repr(revision or "") in str(caught.value) or repr(revision) in str(caught.value)

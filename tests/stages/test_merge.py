@@ -16,8 +16,10 @@ from transformers import AutoTokenizer
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
 from hermes.model import adapter_merge
-from hermes.model.base import BaseSettings, load, load_base
-from hermes.model.safetensors_stream import parse_size, stored_tensors, write_folder
+from hermes.model.base import load, load_base
+from hermes.model.safetensors_stream import stored_tensors, write_folder
+from hermes.settings.base import BaseSettings
+from hermes.settings.merge import parse_size
 from stages import merge
 from stages.train import save_adapter
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from hermes.artifacts import write_parquet
 from hermes.console import UserError
 from hermes.data.chat_text import answer_ids, prompt_ids
+from hermes.settings.tokenize import TextTemplate, TokenizeSettings
 from stages import tokenize
-from stages.tokenize import TextTemplate, TokenizeSettings, templated_ids, tokenize_split
+from stages.tokenize import templated_ids, tokenize_split
 from tests.conftest import make_byte_tokenizer
 
 PIPELINE = "stages: {s: {params: ['profiles.${profile}.tokenize']}}\n"

@@ -19,7 +19,9 @@ from trl import DPOTrainer
 
 from hermes.artifacts import sha256_file, write_parquet
 from hermes.console import UserError
-from hermes.model.base import BaseSettings, load_base
+from hermes.model.base import load_base
+from hermes.settings.base import BaseSettings
+from hermes.settings.train import LossType
 from stages import reference, train
 from stages.tokenize import schema
 
@@ -181,7 +183,7 @@ def test_one_folder_is_trained_in_by_one_process(workspace: Path) -> None:
         train.run_alone(PARAMS, Path("scratch"))
 
 
-@pytest.mark.parametrize("loss_type", get_args(train.LossType))
+@pytest.mark.parametrize("loss_type", get_args(LossType))
 def test_every_trl_loss_trains_the_adapter(workspace: Path, loss_type: str) -> None:
     history = run(
         with_train(epochs=0.34, evaluations=0).model_copy(
@@ -251,7 +253,7 @@ def test_in_nf4_the_trajectory_is_within_what_two_batch_sizes_of_stock_trl_diffe
     assert (ours - stock[4]).abs().mean() < 2 * noise
 
 
-@pytest.mark.parametrize("loss_type", get_args(train.LossType))
+@pytest.mark.parametrize("loss_type", get_args(LossType))
 def test_the_gradient_of_every_loss_is_that_of_stock_trl(workspace: Path, loss_type: str) -> None:
     """On random adapters and ragged batches in float32; losses that sort or average see the same batch."""
     smoothing = 1e-3 if loss_type == "exo_pair" else 0.0

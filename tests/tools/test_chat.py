@@ -38,11 +38,13 @@ class Script:
         self.answers, self.context = iter(answers), context
         self.prompts: list[str] = []
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, /) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, /, *, stopped: Any) -> list[list[int]]:
         (prompt,) = prompts
         assert len(prompt) + max_new_tokens <= self.context
         self.prompts.append("".join(map(chr, prompt)))
-        return [[*map(ord, next(self.answers)), EOS][:max_new_tokens]]
+        answer = [*map(ord, next(self.answers)), EOS][:max_new_tokens]
+        assert not any(stopped(answer[:n]) for n in range(1, len(answer) + 1))
+        return [answer]
 
 
 def conversation(model: Script) -> Conversation:
@@ -114,7 +116,7 @@ def test_an_answer_ends_where_the_chat_template_ends_one(
 def test_missing_models_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["chat"])
-    with pytest.raises(SystemExit, match=r"^chat: models/gguf/Q4_K_M.gguf: no such file; run: make repro$"):
+    with pytest.raises(UserError, match=r"^models/gguf/\*\.gguf: no such file; run: make repro$"):
         chat.main()
     with pytest.raises(UserError, match=r"^models/base: no model there; run: make repro$"):
         chat.base_gguf()
@@ -122,6 +124,11 @@ def test_missing_models_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (chat.GGUF / "Q8_0.gguf").touch()
     with pytest.raises(UserError, match=r"Q4_K_M.gguf: no such file; choose one of Q8_0$"):
         chat.tuned_gguf("Q4_K_M")
+    (chat.GGUF / "f16.gguf").write_bytes(b"larger")
+    chat.MERGED.mkdir()
+    (chat.MERGED / "tokenizer_config.json").touch()
+    assert chat.tuned_gguf(None) == chat.GGUF / "Q8_0.gguf"
+    assert chat.tuned_gguf("f16") == chat.GGUF / "f16.gguf"
 
 
 def test_the_base_is_converted_once_for_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +149,10 @@ def test_the_base_is_converted_once_for_its_weights(tmp_path: Path, monkeypatch:
     assert converted == [b"a", b"b"]
 
 
-def test_ctrl_c_leaves_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(kind: str) -> Path:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(chat, "tuned_gguf", interrupted)
-    monkeypatch.setattr(sys, "argv", ["chat"])
-    assert chat.main() == 0
+def test_an_answer_is_shown_as_it_grows_and_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown: list[str] = []
+    assert conversation(Script(["abc"])).ask("?", show=grown.append) == "abc"
+    assert grown == ["a", "ab", "abc", "abc"]
+    shown = talk(monkeypatch, "?", {"it": conversation(Script(["red\x1b[31m\x07 alert"]))})
+    assert "red[31m alert" in shown
+    assert "\x1b" not in shown

@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hermes.model.base import BaseSettings, load_base
+from hermes.model.base import load_base
 from hermes.model.llama3 import Shape
+from hermes.settings.base import BaseSettings
+from hermes.settings.train import TrainSettings
 from hermes.training import shared_prefix
 from hermes.training.lora import fuse_updates
 from hermes.training.shared_prefix import AnswerLogProbs, pack_pairs, share_prefix
-from stages.train import TrainSettings
 from tests.stages.test_train import SETTINGS
 from tools.memory_plan import layer_activations, training_memory
 

@@ -1,6 +1,7 @@
 """What the task files name: documents, and the grading of a result. `split` comes from the metadata that evaluate passes."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,16 @@ class ConversationTask(ConfigurableTask):
         return super().fewshot_context(doc, *args, **kwargs)
 
 
-def load_instructions(split: str, **_: Any) -> dict[str, Dataset]:
-    """The held-out questions of a split."""
+def load_instructions(split: str, questions_per_kind: int | None = None, **_: Any) -> dict[str, Dataset]:
+    """The held-out questions of a split, or so many of every kind, evenly spaced over its topics."""
     rows = [row for row in pq.read_table(RAW / "questions.parquet").to_pylist() if row["split"] == split]
+    if questions_per_kind is not None:
+        of_kind: dict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            of_kind[row["kind"]].append(row["id"])
+        n = questions_per_kind
+        asked = {ids[i * len(ids) // n] for ids in of_kind.values() for i in range(n)}
+        rows = [row for row in rows if row["id"] in asked]
     return {"test": Dataset.from_list(rows)}
 
 

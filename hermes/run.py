@@ -1,0 +1,80 @@
+"""How a stage or a tool begins and ends: params.yaml is checked, mistakes become one line, and a record says when and where it ran."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hermes.console import UserError, printable
+from hermes.settings import experiment
+
+TIMINGS = Path("timings")
+
+
+def run_stage(name: str, main: Callable[[], None]) -> None:
+    """Checks all of params.yaml, runs a stage's `main` as `run` does, and records its time beside the outputs.
+
+    DVC removes a stage's outputs before it starts the stage, so a failure under DVC says how to get them back.
+
+    The record, `timings/NAME.json`, holds everything that may differ between two equal runs (clock, host, commit, duration) and is read
+    by no stage.
+    """
+
+    def checked() -> None:
+        experiment.check()
+        main()
+
+    started = datetime.now(UTC)
+    clock = time.monotonic()
+    run(name, checked, " [earlier outputs: .venv/bin/dvc checkout && git checkout reports]" if under_dvc() else "")
+    record_timing(name, started, time.monotonic() - clock)
+
+
+def run(name: str, main: Callable[[], int | None], hint: str = "") -> None:
+    """Runs the `main` of a program; a mistake of the user is one line and exit code 1, any other error keeps its traceback.
+
+    `HERMES_TRACEBACK=1` shows the traceback of a mistake too. Where `main` returns an exit code, the process ends with it.
+    """
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if isinstance(error, UserError) and not os.environ.get("HERMES_TRACEBACK"):
+            sys.exit(f"{name}: {printable(str(error))}{hint}")
+        traceback.print_exc()
+        sys.exit(f"{name}: {type(error).__name__}, see the traceback above{hint}")
+    if code:
+        sys.exit(code)
+
+
+def under_dvc() -> bool:
+    """Whether DVC runs this process."""
+    return "DVC_ROOT" in os.environ
+
+
+def record_timing(name: str, started: datetime, seconds: float) -> None:
+    """Writes `timings/NAME.json`: when, where and from which commit a stage ran, and for how long; the stage's work stands without it."""
+    record = {
+        "stage": name,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        TIMINGS.mkdir(exist_ok=True)
+        (TIMINGS / f"{name}.json").write_text(json.dumps(record | {"commit": commit}, indent=2) + "\n")
+    except OSError as error:
+        print(f"{name}: done, but its time is not recorded: {error}", file=sys.stderr)

@@ -1,0 +1,42 @@
+"""Section `evaluate`: what is asked, of which models, and how it is batched."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from hermes.evaluation.benchmarks import SUITES, SuiteName
+from hermes.params import Settings, each_once
+from hermes.settings.base import Threads
+from hermes.settings.quantize import GgufType
+
+
+class Batching(Settings):
+    """How much is computed together, which stays fixed because scores move with it, and the longest answer of the stage's own tasks."""
+
+    max_new_tokens: PositiveInt
+    batch_size: PositiveInt
+    slots: Annotated[int, Field(ge=2)]  # both answers of a pair are scored together
+    context: PositiveInt
+    threads: Threads
+
+
+class EvaluateSettings(Batching):
+    """What is asked, of which split, and how it is batched."""
+
+    split: Literal["validation", "test"]
+    tasks: Annotated[list[Literal["instructions", "preference", "plain"]], Field(min_length=1)]
+    questions_per_kind: PositiveInt | None
+    suites: list[SuiteName]
+    types: list[Literal["f16", GgufType]]
+    divergence_pairs: NonNegativeInt
+
+    _each_once = field_validator("tasks", "suites", "types")(each_once)
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> "EvaluateSettings":
+        longest = {"`max_new_tokens`": self.max_new_tokens}
+        longest |= {f"the longest answer of `{name}`": SUITES[name].longest_answer for name in self.suites}
+        for what, tokens in longest.items():
+            if tokens >= self.context:
+                raise ValueError(f"{what} ({tokens} tokens) leaves no room for a prompt in `context` ({self.context})")
+        return self

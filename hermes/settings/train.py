@@ -1,0 +1,74 @@
+"""Section `train`, the optimization, and the science on top of params.yaml that it follows."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator, model_validator
+
+from hermes.params import Settings, each_once
+
+PositiveFiniteFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
+    "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+class TrainSettings(Settings):
+    """The optimization: adapter, schedule, batches."""
+
+    lora_rank: PositiveInt
+    lora_alpha: PositiveInt
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    lora_modules: Annotated[list[str], Field(min_length=1)]
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    sft_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    schedule: Literal["cosine", "linear", "constant_with_warmup"]
+    warmup_steps: NonNegativeInt
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    max_grad_norm: PositiveFiniteFloat
+    optimizer: Literal["adamw_torch", "paged_adamw_32bit"]
+    epochs: PositiveFiniteFloat
+    max_steps: PositiveInt | None
+    batch_size: PositiveInt
+    accumulation: PositiveInt
+    gradient_checkpointing: bool
+    evaluations: NonNegativeInt
+    checkpoint_steps: PositiveInt
+    processes: PositiveInt
+    distribution: Literal["ddp", "fsdp"]
+
+    _modules_once = field_validator("lora_modules")(each_once)
+
+    @field_validator("processes")
+    @classmethod
+    def _share_steps_equally(cls, processes: int, info: ValidationInfo) -> int:
+        accumulation = info.data.get("accumulation", processes)
+        if accumulation % processes:
+            raise ValueError(
+                f"it must divide accumulation ({accumulation}), since each process takes its part of a step's forwards; "
+                "a smaller batch_size with a larger accumulation is the same step"
+            )
+        return processes
+
+    @field_validator("distribution")
+    @classmethod
+    def _shard_over_several(cls, distribution: str, info: ValidationInfo) -> str:
+        if distribution == "fsdp" and info.data.get("processes") == 1:
+            raise ValueError("there is nothing to shard with one process; set processes to 2 or more, or ddp")
+        return distribution
+
+
+class Science(Settings):
+    """The keys above the profiles."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    beta: PositiveFiniteFloat
+    loss_type: LossType
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+
+    @model_validator(mode="after")
+    def _smoothing_fits_the_loss(self) -> "Science":
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ValueError("`loss_type: exo_pair` needs a `label_smoothing` above 0, such as 0.001")
+        return self

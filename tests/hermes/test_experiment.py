@@ -1,0 +1,108 @@
+"""All of params.yaml is checked at the first second: a mistake in any section stops any stage, in one line that names the key."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from hermes.console import UserError
+from hermes.params import read_yaml
+from hermes.settings import experiment
+from tests.conftest import ROOT
+
+PROFILES = sorted(read_yaml(ROOT / "params.yaml")["profiles"])
+SHA = "0123456789abcdef0123456789abcdef01234567"
+# A key of the profile cpu, or of the top level behind a slash; a value that it cannot have; what the message says of it.
+MISTAKES: list[tuple[str, Any, str]] = [
+    ("evaluate.typs", ["f16"], r"unknown key `profiles\.cpu\.evaluate\.typs`; allowed there: batch_size, .* types"),
+    ("evaluate.types", ["Q4_K_S"], r"`profiles\.cpu\.evaluate\.types\.0` is 'Q4_K_S': Input should be 'f16', 'Q8_0'"),
+    ("merge.max_shard_size", "lots", r"`profiles\.cpu\.merge\.max_shard_size` is 'lots': write it like 200MB or 5GB"),
+    ("evaluate.types", ["f16", "f16"], r"evaluate\.types` .* f16 is in it twice"),
+    ("evaluate.types", ["Q6_K"], r"`evaluate\.types` asks for Q6_K, which is not made; add it to `quantize\.types`"),
+    ("evaluate.tasks", [], r"evaluate\.tasks` is \[\]: List should have at least 1 item"),
+    ("evaluate.suites", ["mmlu"], r"evaluate\.suites\.0` is 'mmlu': Input should be 'nous'"),
+    ("evaluate.context", 96, r"`max_new_tokens` \(96 tokens\) leaves no room for a prompt in `context` \(96\)"),
+    ("evaluate.slots", 1, r"evaluate\.slots` is 1: Input should be greater than or equal to 2"),
+    ("evaluate.threads", 100_000, r"evaluate\.threads` is 100000: Input should be less than or equal to 1024"),
+    ("quantize.types", ["Q8_0", "Q8_0"], r"quantize\.types` .* Q8_0 is in it twice"),
+    ("quantize.types", "Q8_0", r"quantize\.types` is 'Q8_0': Input should be a valid list"),
+    ("base.quantization", "none", r"`keep_dequantized: true` goes with `quantization: nf4`"),
+    ("base.dtype", "float16", r"base\.dtype` is 'float16': Input should be 'bfloat16' or 'float32'"),
+    ("train.learning_rate", 1.0e30, r"train\.learning_rate` is 1e\+30: Input should be less than or equal to 1"),
+    ("train.learning_rate", "fast", r"train\.learning_rate` is 'fast': Input should be a valid number"),
+    ("train.processes", 3, r"train\.processes` is 3: it must divide accumulation \(1\)"),
+    ("train.distribution", "fsdp", r"train\.distribution` is 'fsdp': there is nothing to shard with one process"),
+    ("train.lora_modules", [], r"train\.lora_modules` is \[\]: List should have at least 1 item"),
+    ("train.lora_modules", ["q_proj", "q_proj"], r"train\.lora_modules` .* q_proj is in it twice"),
+    ("reference.batch_size", 0, r"reference\.batch_size` is 0: Input should be greater than 0"),
+    ("subset.k", 0, r"subset\.k` is 0: Input should be greater than 0"),
+    ("subset.near_duplicate_similarity", 0.5, r"near_duplicate_similarity` is 0\.5: Input should be greater than or equal"),
+    ("tokenize.max_length", 1.5, r"tokenize\.max_length` is 1\.5: Input should be a valid integer or .* less than or equal"),
+    ("tokenize.overlong", "truncate", r"`overlong: truncate` needs `max_prompt_length`, and nothing else does"),
+    ("tokenize.template", {"prompt": "x", "answer": "{answer}"}, r"template\.prompt` is 'x': has to hold \{question\} once"),
+    ("data.source", "", r"`profiles\.cpu\.data`: `source` is ''; write embedded, a folder such as \./mine, or owner/name"),
+    ("data.source", "~/my-data", r"`source` is '~/my-data'; write embedded, a folder"),
+    ("data.source", "owner/name", r"`revision` is None; pin the full 40-digit commit of owner/name"),
+    ("data.revision", SHA, r"`revision` is '0123.*', and embedded is no Hub repository; set it to null"),
+    ("data.config", "all", r"`config` is 'all', and embedded is a folder"),
+    ("data.splits", {"train": "train", "test": "test"}, r"says nothing of validation; name a split for each"),
+    ("data.columns", {"question": "q"}, r"key `profiles\.cpu\.data\.columns\.chosen` is missing"),
+    ("model.revision", "main", r"`revision` is 'main', and embedded is no Hub repository"),
+    ("/seed", -1, r"`seed` is -1: Input should be greater than or equal to 0"),
+    ("/beta", 0.0, r"`beta` is 0\.0: Input should be greater than 0"),
+    ("/loss_type", "exo_pair", r"`loss_type: exo_pair` needs a `label_smoothing` above 0"),
+    ("/loss_type", "sigmoidal", r"`loss_type` is 'sigmoidal': Input should be 'sigmoid', 'hinge'"),
+    ("/betta", 0.1, r"unknown key `betta`; allowed there: beta, "),
+    ("/profile", "cpux", r"`profile: cpux` names no entry of `profiles`; choose one of a40, "),
+    ("/wandb", {"enabled": "yes", "project": "x"}, r"`wandb\.enabled` is 'yes': Input should be a valid boolean"),
+    ("/collect", {}, r"key `collect\.topics` is missing"),
+]  # fmt: skip
+
+
+def write(path: Path, key: str, value: Any) -> None:
+    """Writes the committed params.yaml with one value changed."""
+    yaml = YAML(pure=True)
+    tree = yaml.load(ROOT / "params.yaml")
+    place = tree if key.startswith("/") else tree["profiles"]["cpu"]
+    *sections, last = key.removeprefix("/").split(".")
+    for section in sections:
+        place = place[section]
+    place[last] = value
+    yaml.dump(tree, path)
+
+
+@pytest.mark.parametrize(("key", "value", "said"), MISTAKES, ids=[f"{key}={value}"[:50] for key, value, _ in MISTAKES])
+def test_a_mistake_in_any_section_is_one_line_that_names_the_key(
+    key: str, value: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    write(tmp_path / "params.yaml", key, value)
+    with pytest.raises(UserError, match=said) as caught:
+        experiment.check(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_committed_profile_passes(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert experiment.check(profile=profile).profile.train.batch_size > 0
+
+
+def test_the_first_stage_stops_at_a_mistake_of_the_last_ones_section(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    write(tmp_path / "params.yaml", "evaluate.typs", ["f16"])
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.subset"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("subset: params.yaml: ")
+    assert "unknown key `profiles.cpu.evaluate.typs`" in line
