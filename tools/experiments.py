@@ -23,7 +23,6 @@ from rich.text import Text
 from hermes import params
 from hermes.console import UserError
 from hermes.pages.render import clean
-from hermes.pages.results import flatten
 from tools.dvc_runs import dvc
 
 BASELINE = re.compile(r"^refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/", re.MULTILINE)
@@ -56,7 +55,7 @@ def settings(state: Data) -> dict[str, Any]:
     tree = state["params"].get("params.yaml", {}).get("data", {})
     name = tree.get("profile")
     top = {key: value for key, value in tree.items() if key not in params.UNTRACKED}
-    return flatten({"profile": name, **top, **tree.get("profiles", {}).get(name, {})})
+    return params.flatten({"profile": name, **top, **tree.get("profiles", {}).get(name, {})})
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -72,7 +71,7 @@ def results(state: Data) -> dict[str, Any]:
     outs, deps = state["outs"], state["deps"]
     if any(outs[path]["hash"] != deps[path]["hash"] for path in outs.keys() & deps.keys()):
         return {}
-    return flatten(state["metrics"].get("reports/metrics.json", {}).get("data", {}))
+    return params.flatten(state["metrics"].get("reports/metrics.json", {}).get("data", {}))
 
 
 def row(name: str, entry: Data, above: Data | None, status: str = "") -> list[str]:

@@ -1,60 +1,70 @@
-"""What a run of a profile needs, before anything is loaded: memory, disk and time of every stage, against a GPU.
+"""What a run of a profile needs, before anything is loaded: memory, disk and time of every stage, on this CPU or on a GPU.
 
-    python -m tools.plan                               (or: make plan)
+    python -m tools.plan                               (or: make plan) for the GPU here, or else for this CPU
     python -m tools.plan --profile a40 --gpu "RTX 4090"
 
 The shape of the model comes from models/base if that is the profile's, from what is known of the published base, or from the Hub; lengths
-from data/tokens if those are the profile's, else a mix with the means of Hermes. Memory is computed as tools/memory_plan.py says, for the
-largest row of an epoch. All numbers for a GPU are predictions until `make gpu-check` has confirmed them on one.
+from data/tokens if those are the profile's data, else a mix with the means of such data. Memory of training is computed as
+tools/memory_plan.py says, for the largest row of an epoch. All numbers are predictions: a GPU's until `make gpu-check` has confirmed them
+on one, a CPU's from the default profile's times on two cores of either kind.
 
-A run that does not fit is refused here, by `make repro` before it starts, and by the stage train, with the smallest change that would fit.
+A run that does not fit is refused, with the smallest change that would: here, and on a GPU by `make repro` and run-stage before they start.
 """
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
+import torch
 from transformers import AutoConfig, LlamaConfig
 
-from hermes import hub, params
-from hermes.artifacts import open_parquet, read_json, scratch_folder
+from hermes import hub
+from hermes.artifacts import open_parquet, read_json
 from hermes.console import UserError
 from hermes.evaluation.benchmarks import SuiteName
 from hermes.model import llama3
+from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import UBATCH
 from hermes.model.llama3 import Shape
 from hermes.pages import published_run
-from hermes.settings.base import BaseSettings
-from hermes.settings.data import DataSettings
-from hermes.settings.evaluate import EvaluateSettings
-from hermes.settings.model import ModelSettings
-from hermes.settings.quantize import QuantizeSettings
-from hermes.settings.reference import ReferenceSettings
+from hermes.settings import experiment
+from hermes.settings.experiment import Profile
 from hermes.settings.sources import is_folder
-from hermes.settings.subset import SubsetSettings
-from hermes.settings.tokenize import TokenizeSettings
-from hermes.settings.train import TrainSettings
-from tools.memory_plan import CONTEXT, SIZES, Lengths, Training, gibibytes, present_gpu, smallest_change
-from tools.profiles import check_profile, with_profile
+from tools import doctor
+from tools.memory_plan import CONTEXT, GIB, SIZES, Memory, gibibytes, on_one_gpu, training_memory, with_overhead
 
-RAW, TOKENS, BASE = Path("data/raw"), Path("data/tokens"), Path("models/base")
+RAW, TOKENS, BASE, SUBSET = Path("data/raw"), Path("data/tokens"), Path("models/base"), Path("reports/subset.json")
+EMBEDDED = Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True)
 
 
-class Gpu(NamedTuple):
-    """A GPU: bytes of memory as the driver reports it; dense bfloat16 FLOP/s and bytes/s of memory from the maker's data sheet."""
+class Device(NamedTuple):
+    """Bytes of memory, bfloat16 FLOP/s and bytes/s: of a GPU dense, by the maker's data sheet; of a CPU as training reaches them."""
 
     memory: int
     flops: float
     bandwidth: float
+    evaluating: float = 1.0  # share of the FLOP/s that evaluation reaches
+    is_gpu: bool = True
+
+
+class Mix(NamedTuple):
+    """A kind of data before it is here: how much is held out, and (mean, deviation of the logarithm) of tokens."""
+
+    pairs: int
+    kinds: int  # of instruction
+    questions: int  # of a kind
+    plain: int
+    lengths: tuple[tuple[float, float], ...]  # of prompts, chosen and rejected answers
 
 
 class Work(NamedTuple):
-    """A part of a suite: its questions, the choices of each (0 where the answer is written), and the tokens of a prompt and an answer."""
+    """A part of an evaluation: questions, the choices of each (0 where the answer is written), tokens of a prompt and of an answer."""
 
     questions: int
     choices: int
@@ -63,68 +73,72 @@ class Work(NamedTuple):
 
 
 GPUS = {
-    "A40": Gpu(46_068 << 20, 150e12, 696e9),
-    "RTX 4090": Gpu(24_564 << 20, 165e12, 1008e9),
-    "A100": Gpu(81_920 << 20, 312e12, 1935e9),
-    "H100": Gpu(81_559 << 20, 989e12, 3352e9),
+    "A40": Device(46_068 << 20, 150e12, 696e9),
+    "RTX 4090": Device(24_564 << 20, 165e12, 1008e9),
+    "A100": Device(81_920 << 20, 312e12, 1935e9),
+    "H100": Device(81_559 << 20, 989e12, 3352e9),
 }
 # Of the dense rate in training and scoring, as seen in training on one H100; of the memory's in generation, an assumption.
 EFFICIENCY = 0.3
 LAUNCHING = 0.013  # seconds that Python takes to launch a pass through a layer, forward, backward or computed again; seen there too
-# From the questions that lm-eval lists; lengths are about, since no data set was here to be counted.
-SUITES: dict[SuiteName, tuple[Work, ...]] = {
-    "nous": (Work(2_546, 5, 250, 15), Work(20_465, 4, 70, 15), Work(817, 8, 150, 15), Work(13_000, 6, 150, 5)),
-    "open_llm_v1": (
-        Work(1_172, 4, 1_000, 10),
-        Work(10_042, 4, 1_000, 20),
-        Work(14_042, 4, 700, 1),
-        Work(817, 8, 150, 15),
-        Work(1_267, 2, 150, 10),
-        Work(1_319, 0, 900, 200),
-    ),
-    "open_llm_v2": (
-        Work(541, 0, 60, 400),
-        Work(5_761, 5, 700, 3),
-        Work(1_324, 0, 800, 400),
-        Work(1_192, 4, 250, 30),
-        Work(756, 3, 1_200, 5),
-        Work(12_032, 10, 1_200, 1),
-    ),
+# FLOP/s of a core in training, and evaluation's share of them, by whether it multiplies bfloat16: those with which the default profile
+# trained for 10.5 and evaluated for 12.5 minutes on two cores that do, and for 41.7 and 35.8 on two that do not. Bytes/s: an assumption.
+CORE = {True: (175e9, 0.75), False: (44e9, 1.0)}
+CORE_BANDWIDTH = 10e9
+MIXES = {
+    "embedded": Mix(542, 24, 24, 48, ((47, 0.1), (32, 0.6), (34, 0.6))),
+    "Hermes": Mix(914, 0, 0, 0, ((119, 0.8), (149, 0.7), (149, 0.7))),
 }
-HELD_OUT = 914  # pairs of Hermes' test split
+# From the questions that lm-eval lists, those of one kind together; lengths are about, since no data set was here to be counted.
+SUITES: dict[SuiteName, tuple[Work, ...]] = {
+    "nous": (Work(36_828, 5, 110, 10),),
+    "open_llm_v1": (Work(14_042, 4, 700, 1), Work(13_298, 4, 865, 18), Work(1_319, 0, 900, 200)),
+    "open_llm_v2": (Work(12_032, 10, 1_200, 1), Work(7_709, 5, 680, 6), Work(1_865, 0, 585, 400)),
+}
 DOWNLOAD = 100e6  # bytes/s from the Hub; an assumption
+STARTING = 10  # seconds in which a stage starts, is hashed and ends; what the short stages of the default profile take
 # Weights a second on two CPU cores, as the committed rehearsal did them: merged, written as f16, and quantized to one more type.
 MERGED, CONVERTED, QUANTIZED = 8e9 / 120, 8e9 / 130, 8e9 / 320
 BITS = {"f16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_K_M": 5.7, "Q4_K_M": 4.9}  # a weight, about
-PYTHON = 2 * 2**30  # host memory of a process with torch and CUDA loaded; an assumption
+PYTHON = GIB  # of a process with torch, its model apart; an assumption
+ORDERS = 100
 
 
-class Params(params.Params):
-    """All sections of a profile that shape what it needs."""
+class Lengths(NamedTuple):
+    """Tokens of every training pair: (pairs,) of prompts, chosen and rejected answers."""
 
-    data: DataSettings
-    model: ModelSettings
-    subset: SubsetSettings
-    tokenize: TokenizeSettings
-    base: BaseSettings
-    reference: ReferenceSettings
-    train: TrainSettings
-    quantize: QuantizeSettings
-    evaluate: EvaluateSettings
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens of each pair in a row, its prompt once and the last of each answer not at all."""
+        return self.prompt + self.chosen + self.rejected - 2
 
-@dataclass(frozen=True)
-class Need:
-    """What a stage needs, in bytes, and its time in seconds."""
-
-    stage: str
-    gpu: int
-    host: int
-    disk: int
-    seconds: float
+    def largest_row(self, pairs: int) -> tuple[int, int]:
+        """(tokens, answer tokens) of the largest row of so many pairs in `ORDERS` random orders: training's own is not known here."""
+        random, starts, largest = np.random.default_rng(0), np.arange(0, len(self.prompt), pairs), (0, 0)
+        for _ in range(ORDERS):
+            order = random.permutation(len(self.prompt))
+            tokens = np.add.reduceat(self.tokens[order], starts)
+            answers = np.add.reduceat((self.chosen + self.rejected)[order], starts)
+            largest = max(largest, (int(tokens.max()), int(answers[tokens.argmax()])))
+        return largest
 
 
-def model_shape(loaded: Params) -> Shape:
+class Run(NamedTuple):
+    """What shapes the needs of a run."""
+
+    settings: Profile
+    shape: Shape
+    lengths: Lengths
+
+
+Change = dict[str, dict[str, Any]]  # values of a profile, by section and key
+
+
+def model_shape(loaded: Profile) -> Shape:
     """The shape of the profile's base.
 
     Raises:
@@ -135,7 +149,7 @@ def model_shape(loaded: Params) -> Shape:
     if manifest.is_file() and read_json(manifest)["source"] == source:
         return Shape.of(AutoConfig.from_pretrained(BASE))
     if source == "embedded":
-        return Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True)
+        return EMBEDDED
     if is_folder(source):
         return Shape.of(AutoConfig.from_pretrained(source))
     if source == published_run.BASE:
@@ -145,138 +159,192 @@ def model_shape(loaded: Params) -> Shape:
     return Shape.of(LlamaConfig.from_json_file(hub.download(source, commit, "model", files) / "config.json"))
 
 
-def pair_lengths(loaded: Params) -> tuple[Lengths, str]:
-    """The lengths of the profile's training pairs, or of a mix like Hermes' where they are not here yet; and where they are from."""
+def kind(loaded: Profile) -> str:
+    """The kind of the profile's data, one of `MIXES`."""
+    return "embedded" if loaded.data.source == "embedded" else "Hermes"
+
+
+def held_out(loaded: Profile) -> int:
+    """How many pairs validation and test each have."""
+    pairs = MIXES[kind(loaded)].pairs
+    return min(loaded.subset.held_out_k or pairs, pairs)
+
+
+def pair_lengths(loaded: Profile) -> tuple[Lengths, str]:
+    """The lengths of the profile's training pairs, or of a mix where they are not here yet; and where they are from.
+
+    The pairs here may be those of another profile with the same data: they are repeated, or cut, to as many as this one takes.
+    """
     manifest, tokens = RAW / "manifest.json", TOKENS / "train.parquet"
     if tokens.is_file() and manifest.is_file() and read_json(manifest)["source"] == loaded.data.source:
         with open_parquet(tokens) as file:
             columns = [file.read(columns=[f"{name}_ids"]).column(0) for name in ("prompt", "chosen", "rejected")]
-        found = [np.array([len(ids) for ids in column.to_pylist()]) for column in columns]
-        return Lengths(*found), f"{tokens}, {len(found[0]):,} pairs"
+        subset = read_json(SUBSET)["train"]
+        most = subset["read"] - sum(subset["removed"].values())
+        count = min(loaded.subset.k or most, most)
+        found = [np.resize([len(ids) for ids in column.to_pylist()], count) for column in columns]
+        return Lengths(*found), f"{tokens}, {count:,} pairs"
     random = np.random.default_rng(0)
     drawn = [
         random.lognormal(np.log(mean) - deviation**2 / 2, deviation, loaded.subset.k or 2000).astype(int) + 1
-        for mean, deviation in ((119, 0.8), (149, 0.7), (149, 0.7))
+        for mean, deviation in MIXES[kind(loaded)].lengths
     ]
     whole, limit = drawn[0] + np.maximum(drawn[1], drawn[2]), loaded.tokenize.max_length
     if isinstance(limit, float):
         limit = int(np.quantile(whole, limit))
-    fits = whole <= limit
-    return Lengths(
-        *(values[fits] for values in drawn)
-    ), f"a mix with the means of Hermes, up to {limit} tokens; assumed"
+    source = f"a mix with the means of the {kind(loaded)} pairs, up to {limit} tokens; assumed"
+    return Lengths(*(values[whole <= limit] for values in drawn)), source
 
 
-def evaluation_seconds(loaded: Params, run: Training, gpu: Gpu) -> dict[str, float]:
-    """Time of evaluate's held-out pairs, and of each suite, on base, merged and every GGUF; tasks on embedded data are not counted.
+def evaluation_seconds(run: Run, flops: float, bandwidth: float) -> float:
+    """Time of every task and suite on base, merged and every GGUF.
 
-    Tokens that are read cost FLOPs, those that are written one pass over the weights a batch. Transformers reads a prompt once for two
-    choices, or for all of one token, llama.cpp once for all.
+    Tokens cost FLOPs, and those that are written a pass over the weights a batch too. Transformers reads a prompt once for two choices, or
+    for all of one token, llama.cpp once for all.
     """
-    shape, lengths, e = run.shape, run.lengths, loaded.evaluate
-    weights = shape.linear_weights + shape.other_weights
-    pairs = Work(HELD_OUT, 2, round(lengths.prompt.mean()), round((lengths.chosen + lengths.rejected).mean() / 2))
-    asked: dict[str, tuple[Work, ...]] = {"pairs": (pairs,)} if "preference" in e.tasks else {}
-    asked |= {name: SUITES[name] for name in e.suites}
+    loaded, shape, lengths = run
+    e, mix, weights = loaded.evaluate, MIXES[kind(loaded)], shape.linear_weights + shape.other_weights
+    questions = mix.kinds * min(e.questions_per_kind or mix.questions, mix.questions)
+    prompt, answer = round(lengths.prompt.mean()), round((lengths.chosen + lengths.rejected).mean() / 2)
+    tasks = {
+        "preference": Work(held_out(loaded) + e.divergence_pairs, 2, prompt, answer),
+        "instructions": Work(questions, 0, prompt, e.max_new_tokens // 2),
+        "plain": Work(mix.plain, 1, prompt, answer),
+    }
 
     def seconds(part: Work, file: str) -> float:
         batch, together = (e.batch_size, 2) if file in ("base", "merged") else (e.slots, e.slots)
         prompts = max(1, math.ceil(part.choices / together)) if part.answer > 1 else 1
-        read = part.questions * (prompts * part.prompt + part.choices * part.answer)
-        written = part.questions * part.answer if part.choices == 0 else 0
-        passes = written / batch * weights * BITS.get(file, 16.0) / 8
-        return (2 * shape.linear_weights * read / gpu.flops + passes / gpu.bandwidth) / EFFICIENCY
+        answers = part.questions * max(1, part.choices) * part.answer
+        read = part.questions * prompts * part.prompt + answers
+        passes = answers / batch * weights * BITS.get(file, 16.0) / 8 if part.choices == 0 else 0
+        return (
+            2 * (shape.linear_weights * read + shape.vocabulary * shape.hidden * answers) / flops + passes / bandwidth
+        )
 
-    files = ("base", "merged", *e.types)
-    return {name: sum(seconds(part, file) for part in parts for file in files) for name, parts in asked.items()}
+    parts = [*(tasks[name] for name in e.tasks), *(part for name in e.suites for part in SUITES[name])]
+    return sum(seconds(part, file) for part in parts for file in ("base", "merged", *e.types))
 
 
-def needs(loaded: Params, run: Training, gpu: Gpu) -> list[Need]:
-    """What every stage needs on a GPU; fetch_data, subset, tokenize and report take seconds to minutes and megabytes.
+def seconds_of(run: Run, device: Device) -> dict[str, float]:
+    """The time of every stage; the four short ones are one entry.
 
-    GPU memory: reference as train, without adapter and backward pass. Evaluate is the largest of generation by Transformers (weights in
-    16 bits and a key-value cache of `batch_size` times `context`), of llama.cpp (the largest file, a cache for its slots and one more, and
-    one to score in, hermes/model/gguf.py), and of the merged model in float32 with a row of logits, against which divergence is measured.
-    Host memory: a Python process, the largest matrix twice in float32 where weights are quantized or merged, and what evaluate keeps of
-    the float32 model's logits. Disk: DVC links its cache to what is in the folder, so every artifact counts once; fetch_model's two
-    copies are the download's and the model's, of which one is left.
-    Time on the GPU: FLOPs of the matrix products (2 a weight and token forward, the same again backward to the inputs, and a third time
-    where activations are recomputed) at a share of the dense rate, in reference and train at least what Python takes to launch them. Of the
-    others: the rehearsal's rates, and an assumed one of the network.
+    FLOPs of the matrix products (2 a weight and token forward, the same again backward to the inputs, and a third time where activations
+    are recomputed) at the device's rate, in reference and train on a GPU at least what Python takes to launch them. Of the others: the
+    rehearsal's rates, and an assumed one of the network.
     """
-    shape, lengths, s, e = run.shape, run.lengths, SIZES[loaded.base.dtype], loaded.evaluate
-    weights = shape.linear_weights + shape.other_weights
-    linear, head = 2 * shape.linear_weights, 2 * shape.vocabulary * shape.hidden
-    tokens, answers = int(lengths.tokens.sum()), int((lengths.chosen + lengths.rejected).sum())
-    forward = tokens * linear + answers * head  # of the training pairs
-    held_out = HELD_OUT * forward / len(lengths.prompt)
-    largest = 4 * max(shape.vocabulary * shape.hidden, max(a * b for a, b in shape.linear.values()))
-    memory = run.memory()
+    loaded, shape, lengths = run
+    train, pairs, weights = loaded.train, len(lengths.prompt), shape.linear_weights + shape.other_weights
+    share = EFFICIENCY if device.is_gpu else 1.0
+    answers = (lengths.chosen + lengths.rejected).sum() * shape.vocabulary * shape.hidden
+    forward = 2 * float(lengths.tokens.sum() * shape.linear_weights + answers) / pairs
+
+    def computing(asked: float, batch_size: int) -> float:
+        """So many pairs forward, or as much backward."""
+        launched = asked / batch_size * shape.layers * (LAUNCHING if device.is_gpu else 0)
+        return max(asked * forward / (device.flops * share), launched)
+
+    trained = pairs * train.epochs
+    if train.max_steps is not None:
+        trained = train.max_steps * train.batch_size * train.accumulation
+    passes, validated = 3 if train.gradient_checkpointing else 2, held_out(loaded)
+    is_here = is_folder(loaded.model.source)
+    found = {
+        "fetch_model": 0 if is_here else 2 * weights / DOWNLOAD,
+        "reference": computing(pairs + validated, loaded.reference.batch_size),
+        "train": computing(passes * trained + train.evaluations * validated, train.batch_size),
+        "merge": weights / MERGED,
+        "quantize": weights / CONVERTED + len(loaded.quantize.types) * weights / QUANTIZED,
+        "evaluate": evaluation_seconds(run, device.flops * share * device.evaluating, device.bandwidth * share),
+    }
+    return {stage: seconds + STARTING for stage, seconds in found.items()} | {"the others": 4 * STARTING}
+
+
+def training_step(run: Run, is_gpu: bool) -> Memory:
+    """What the largest step of training needs, by component."""
+    loaded, shape, lengths = run
+    row = lengths.largest_row(loaded.train.batch_size)
+    return on_one_gpu(training_memory(shape, loaded.base, loaded.train, *row, is_gpu), shape, loaded.base, loaded.train)
+
+
+def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
+    """Bytes that stages need of the memory that they compute in.
+
+    Reference is as train, without adapter and backward pass; both load the whole base, under FSDP too. Evaluate is the largest of
+    generation by Transformers (weights in 16 bits and a key-value cache of `batch_size` times `context`), of llama.cpp (the largest file, a
+    cache for its slots and one more, and one to score in, hermes/model/gguf.py), and of the merged model in float32 with a row of logits,
+    against which divergence is measured. On a CPU Python, what evaluate keeps of those logits, and the largest matrix twice in
+    float32, where weights are merged or quantized, lie in the same memory.
+    """
+    loaded, shape, lengths = run
+    e, step, weights = loaded.evaluate, training_step(run, is_gpu), shape.linear_weights + shape.other_weights
+    base = training_memory(shape, loaded.base, loaded.train, 0, 0)
     row, _ = lengths.largest_row(loaded.reference.batch_size)
-    reference = (
-        memory.weights + memory.constants + memory.workspace + memory.logits + row * shape.hidden * s * 8 + CONTEXT
-    )
-    passes = 3 if loaded.train.gradient_checkpointing else 2
+    forward = step.workspace + step.logits + row * shape.hidden * SIZES[loaded.base.dtype] * 8
     cache = 4 * shape.layers * shape.kv_heads * shape.head_size  # bytes a token, keys and values in 16 bits
-    logits = int(e.divergence_pairs * 2 * lengths.chosen.mean() * shape.vocabulary * 4)
-    generating = 2 * weights + e.batch_size * e.context * cache + CONTEXT
-    bits = max(BITS.get(kind, 16.0) for kind in e.types) if e.types else 0.0
     cells = (e.slots + 1) * e.context + max(UBATCH, 2 * e.context)
-    llama = round(weights * bits / 8) + cells * cache + CONTEXT if e.types else 0
-    exact = 4 * weights + e.context * shape.vocabulary * 4 + CONTEXT if e.divergence_pairs else 0
-    files = {kind: round(weights * BITS[kind] / 8) for kind in ("f16", *loaded.quantize.types)}
-    speed, train = gpu.flops * EFFICIENCY, loaded.train
-
-    def seconds(passes: float, held_out_passes: float, batch_size: int) -> float:
-        """So many passes over the training and the held-out pairs: as long as the GPU computes, or as Python takes to launch it."""
-        launched = (passes * len(lengths.prompt) + held_out_passes * HELD_OUT) / batch_size * shape.layers
-        return max((passes * forward + held_out_passes * held_out) / speed, launched * LAUNCHING)
-
-    quantized = weights / CONVERTED + len(loaded.quantize.types) * weights / QUANTIZED
-    return [
-        Need("fetch_model", 0, PYTHON, 2 * weights, 2 * weights / DOWNLOAD),
-        Need("reference", reference, PYTHON + 2 * largest, 0, seconds(1, 1, loaded.reference.batch_size)),
-        Need(
-            "train",
-            run.total(),
-            PYTHON + 2 * largest,
-            3 * memory.adapter,
-            seconds(train.epochs * passes, train.evaluations, train.batch_size),
-        ),
-        Need("merge", 0, PYTHON + 2 * largest, 2 * weights, weights / MERGED),
-        Need("quantize", 0, PYTHON + 2 * largest, sum(files.values()), quantized),
-        Need(
-            "evaluate",
-            max(generating, llama, exact),
-            PYTHON + logits,
-            0,
-            sum(evaluation_seconds(loaded, run, gpu).values()),
-        ),
-    ]
+    evaluating = [2 * weights + e.batch_size * e.context * cache]
+    evaluating += [round(weights * BITS.get(kind, 16.0) / 8) + cells * cache for kind in e.types]
+    evaluating += [4 * weights + e.context * shape.vocabulary * 4] if e.divergence_pairs else []
+    kept = base.weights + base.constants
+    if is_gpu:
+        found = {
+            "reference": kept + forward,
+            "train": max(with_overhead(step) - CONTEXT, kept),
+            "evaluate": max(evaluating),
+        }
+        return {stage: memory + CONTEXT for stage, memory in found.items()}
+    logits = int(e.divergence_pairs * 2 * lengths.chosen.mean() * shape.vocabulary * 4)
+    largest = 8 * max(shape.vocabulary * shape.hidden, *(inputs * outputs for inputs, outputs in shape.linear.values()))
+    found = {"reference": kept + forward, "train": step.total, "evaluate": max(evaluating) + logits}
+    return {stage: memory + PYTHON for stage, memory in (found | dict.fromkeys(("merge", "quantize"), largest)).items()}
 
 
-def training_of(loaded: Params) -> tuple[Training, str]:
-    """The profile's training run, and where its lengths are from."""
+def disk_of(loaded: Profile, shape: Shape) -> dict[str, int]:
+    """Bytes that stages write.
+
+    DVC links its cache to what is in the folder, so every artifact counts once; of fetch_model's two copies, the download's and the
+    model's, one is left.
+    """
+    weights = shape.linear_weights + shape.other_weights
+    files = sum(round(weights * BITS[kind] / 8) for kind in ("f16", *loaded.quantize.types))
+    adapter = 3 * training_memory(shape, loaded.base, loaded.train, 0, 0).adapter
+    return {"fetch_model": 2 * weights, "train": adapter, "merge": 2 * weights, "quantize": files}
+
+
+def run_of(loaded: Profile) -> tuple[Run, str]:
+    """What shapes the needs of a profile, and where its lengths are from."""
     lengths, source = pair_lengths(loaded)
-    return Training(model_shape(loaded), lengths, loaded.base, loaded.train), source
+    return Run(loaded, model_shape(loaded), lengths), source
 
 
-def disk(loaded: Params) -> int:
+def disk(loaded: Profile) -> int:
     """Bytes that all stages of a profile write."""
-    return sum(need.disk for need in needs(loaded, training_of(loaded)[0], GPUS["A40"]))
+    return sum(disk_of(loaded, model_shape(loaded)).values())
 
 
-def other_changes(loaded: Params) -> Iterator[tuple[str, dict[str, int]]]:
-    """Changes that lower the memory of reference and evaluate, the smallest first: a section, and its new values."""
-    for size in halves(loaded.reference.batch_size):
-        yield "reference", {"batch_size": size}
-    yield "evaluate", {"divergence_pairs": 0}
-    e = loaded.evaluate
-    for size in halves(max(e.batch_size, e.slots)):
-        wanted = {"batch_size": min(e.batch_size, size), "slots": min(e.slots, max(2, size))}
-        lower = {key: value for key, value in wanted.items() if value != getattr(e, key)}
-        yield "evaluate", lower
-        yield "evaluate", {"divergence_pairs": 0} | lower
+def changes(loaded: Profile, stage: str) -> Iterator[Change]:
+    """Changes that lower the memory of a stage and leave the batch of a step as it is, the smallest first."""
+    base, train, e = loaded.base, loaded.train, loaded.evaluate
+    if stage == "reference":
+        yield from ({"reference": {"batch_size": size}} for size in halves(loaded.reference.batch_size))
+    elif stage == "train":
+        kept: dict[str, Any] = {"keep_dequantized": False} if base.keep_dequantized else {}
+        checkpointing: dict[str, Any] = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
+        pairs = train.batch_size * train.accumulation
+        sizes = (n for n in range(train.batch_size - 1, 0, -1) if pairs % (n * train.processes) == 0)
+        smaller = [checkpointing | {"batch_size": n, "accumulation": pairs // n} for n in sizes]
+        yield from ({"base": kept, "train": other} for other in ({}, checkpointing, *smaller))
+        if base.quantization != "nf4":
+            kept = {"quantization": "nf4", "keep_dequantized": False}
+            yield from ({"base": kept, "train": other} for other in (checkpointing, *smaller))
+    else:
+        yield {"evaluate": {"divergence_pairs": 0}}
+        for size in halves(max(e.batch_size, e.slots)):
+            wanted = {"batch_size": min(e.batch_size, size), "slots": min(e.slots, max(2, size))}
+            lower = {key: value for key, value in wanted.items() if value != getattr(e, key)}
+            yield {"evaluate": lower}
+            yield {"evaluate": {"divergence_pairs": 0} | lower}
 
 
 def halves(number: int) -> list[int]:
@@ -284,97 +352,107 @@ def halves(number: int) -> list[int]:
     return [number >> i for i in range(1, number.bit_length())]
 
 
-def refusal(loaded: Params, run: Training, gpu: Gpu) -> str | None:
-    """Why the profile cannot run on a GPU, and the smallest change after which it can; None where it can."""
-    if (change := smallest_change(run, gpu.memory)) is not None:
-        return f"training needs about {gibibytes(run.total())}; smallest change: {change}"
-    for need in needs(loaded, run, gpu):
-        if need.gpu > gpu.memory:
-            for section, values in other_changes(loaded):
-                changed = loaded.model_copy(update={section: getattr(loaded, section).model_copy(update=values)})
-                if all(other.gpu <= gpu.memory for other in needs(changed, run, gpu) if other.stage == need.stage):
-                    text = ", ".join(f"{section}.{key}: {value}" for key, value in values.items())
-                    return f"{need.stage} needs about {gibibytes(need.gpu)}; smallest change: {text}"
-            return f"{need.stage} needs about {gibibytes(need.gpu)}; a GPU with more memory is needed"
+def changed(run: Run, change: Change) -> Run:
+    """The same run with other values in its profile."""
+    sections = {name: getattr(run.settings, name).model_copy(update=values) for name, values in change.items()}
+    return run._replace(settings=run.settings.model_copy(update=sections))
+
+
+def smallest_change(run: Run, stage: str, device: Device) -> Change | None:
+    """The first of `changes` after which a stage fits."""
+    found = changes(run.settings, stage)
+    return next((x for x in found if memory_of(changed(run, x), device.is_gpu)[stage] <= device.memory), None)
+
+
+def refusal(run: Run, device: Device) -> str | None:
+    """Why the profile cannot run on a device, and the smallest change after which it can; None where it can."""
+    for stage, memory in memory_of(run, device.is_gpu).items():
+        if memory > device.memory:
+            change = smallest_change(run, stage, device)
+            if change is None:
+                return f"{stage} needs about {gibibytes(memory)}, and no change of the profile is enough"
+            values = [(f"{name}.{key}", value) for name, keys in change.items() for key, value in keys.items()]
+            text = ", ".join(f"{key}: {str(value).lower()}" for key, value in values)
+            return f"{stage} needs about {gibibytes(memory)}; smallest change: {text}"
     return None
 
 
-def report(loaded: Params, run: Training, source: str, name: str, gpu: Gpu) -> str:
+def report(run: Run, source: str, name: str, device: Device) -> str:
     """The tables of a plan."""
-    shape, memory, total = run.shape, run.on_gpu(), run.total()
-    tokens, answers = run.lengths.largest_row(loaded.train.batch_size)
+    loaded, shape, lengths = run
+    tokens, answers = lengths.largest_row(loaded.train.batch_size)
+    memory, disk, seconds = memory_of(run, device.is_gpu), disk_of(loaded, shape), seconds_of(run, device)
+    rows = [(stage, memory.get(stage, 0), disk.get(stage, 0), seconds[stage]) for stage in seconds]
+    size = lambda count: gibibytes(count) if count else ""  # noqa: E731
+    rows.append(("all", max(memory.values()), sum(disk.values()), sum(seconds.values())))
     lines = [
         f"model: {loaded.model.source}, {(shape.linear_weights + shape.other_weights) / 1e9:.2f} billion weights",
         f"lengths: {source}; largest row of {loaded.train.batch_size} pairs: {tokens:,} tokens, {answers:,} scored",
-        f"GPU: {name}, {gibibytes(gpu.memory)} (predicted, until `make gpu-check` has confirmed it)",
+        f"device: {name}, {gibibytes(device.memory)}; what follows is a prediction",
         "",
-        "training, by component",
+        f"{'stage':<12} {'GPU memory' if device.is_gpu else 'memory':>12} {'disk':>12} {'minutes':>9}",
+        *(f"{row[0]:<12} {size(row[1]):>12} {size(row[2]):>12} {row[3] / 60:>9,.1f}" for row in rows),
     ]
-    lines += [f"  {name:<12} {gibibytes(value):>12}" for name, value in vars(memory).items()]
-    lines += [
-        f"  {'CUDA, lost':<12} {gibibytes(total - memory.total):>12}",
-        f"  {'all':<12} {gibibytes(total):>12}",
-        "",
-    ]
-    lines.append(f"{'stage':<12} {'GPU':>12} {'host':>12} {'disk':>12} {'minutes':>9}")
-    found = needs(loaded, run, gpu)
-    for need in found:
-        over = "  does not fit" if need.gpu > gpu.memory else ""
-        sizes = "".join(f" {gibibytes(value):>12}" for value in (need.gpu, need.host, need.disk))
-        lines.append(f"{need.stage:<12}{sizes} {need.seconds / 60:>9.0f}{over}")
-    most, written = gibibytes(max(need.host for need in found)), gibibytes(sum(need.disk for need in found))
-    lines.append(f"{'all':<12} {'':>12} {most:>12} {written:>12} {sum(need.seconds for need in found) / 60:>9.0f}")
-    lines += ["", "evaluate, minutes for all models together"]
-    lines += [f"  {name:<12} {seconds / 60:>12.0f}" for name, seconds in evaluation_seconds(loaded, run, gpu).items()]
+    if device.is_gpu:
+        lines += ["", "train, by component; CUDA and what its allocator loses come on top"]
+        lines += [f"  {name:<10} {gibibytes(value):>12}" for name, value in vars(training_step(run, True)).items()]
     return "\n".join(lines)
 
 
-def load(profile: str | None) -> Params:
+def load(profile: str | None) -> Profile:
     """The parameters of a profile, the selected one where none is named."""
-    if profile is None:
-        return params.load(Params)
-    check_profile(profile)
-    path = scratch_folder("plan") / "params.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(with_profile(params.PARAMS.read_text(), profile))
-    return params.load(Params, path)
+    return experiment.check(profile=profile).profile
+
+
+def device_here(threads: int) -> tuple[str, Device]:
+    """The name of what torch computes on here, and what it can: a GPU, or so many threads of the CPU."""
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        device = next((known for part, known in GPUS.items() if part in found.name), None)
+        name = found.name + ("" if device else ", whose speed is taken to be an A40's")
+        return name, (device or GPUS["A40"])._replace(memory=int(found.total_memory))
+    cores, is_fast, memory = min(threads, os.cpu_count() or 1), has_bfloat16(), psutil.virtual_memory().total
+    flops, evaluating = CORE[is_fast]
+    name = f"CPU, {cores} threads, {'fast' if is_fast else 'slow'} in bfloat16"
+    return name, Device(memory, cores * flops, cores * CORE_BANDWIDTH, evaluating, is_gpu=False)
 
 
 def plan(profile: str | None, gpu: str | None) -> tuple[str, str | None]:
-    """The plan of a profile for a GPU of this name, the one here, or an A40; and why it is refused, if it is.
+    """The plan of a profile for a GPU of this name, or for what is here; and why it does not fit, which is all that is said of a CPU then.
 
     Raises:
         UserError: an unknown profile, or a model of unknown shape.
     """
-    loaded, here = load(profile), present_gpu()
-    if gpu or here is None:
-        name = gpu or "A40"
-        device = GPUS[name]
-    else:
-        name, memory = here
-        device = next((known for part, known in GPUS.items() if part in name), GPUS["A40"])._replace(memory=memory)
-        name += "" if any(part in name for part in GPUS) else ", whose speed is taken to be an A40's"
-    run, source = training_of(loaded)
-    why = refusal(loaded, run, device)
-    return report(loaded, run, source, name, device), why and (
-        f"{why} (a prediction for {name}, {gibibytes(device.memory)})"
-    )
+    loaded = load(profile)
+    name, device = (gpu, GPUS[gpu]) if gpu else device_here(loaded.base.threads)
+    run, source = run_of(loaded)
+    why = refusal(run, device)
+    if why is None or device.is_gpu:
+        return report(run, source, name, device), why and f"{why} (a prediction for {name}, {gibibytes(device.memory)})"
+    return "", f"{why} (a prediction for this {name}, {gibibytes(device.memory)}); --gpu plans for a GPU"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.plan", description="Predict what a run needs.")
     parser.add_argument("--profile", help="of params.yaml; the selected one by default")
-    parser.add_argument("--gpu", choices=sorted(GPUS), help="the GPU here by default, or an A40")
-    parser.add_argument("--quiet", action="store_true", help="print nothing where it fits")
+    parser.add_argument("--gpu", choices=sorted(GPUS), help="by default the GPU here, or else this CPU")
+    parser.add_argument("--quiet", action="store_true", help="print nothing, and refuse only what does not fit a GPU")
+    parser.add_argument("--disk", action="store_true", help="refuse a run that the disk has no room for, too")
     given = parser.parse_args()
+    if given.quiet and not given.gpu and not torch.cuda.is_available():
+        return
     try:
         text, why = plan(given.profile, given.gpu)
     except UserError as error:
         sys.exit(f"plan: {error}")
-    if not given.quiet:
+    if text and not given.quiet:
         print(text)
     if why:
         sys.exit(f"plan: does not fit: {why}")
+    if given.disk:
+        room = doctor.check_disk(Path.cwd(), doctor.disk_to_fill(Path.cwd(), given.profile))
+        if not room.ok:
+            sys.exit(f"plan: does not fit: {room.finding}; {room.mend}")
 
 
 if __name__ == "__main__":

@@ -41,9 +41,11 @@ from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import GgufModel
 from hermes.model.llama3 import Shape
 from hermes.model.safetensors_stream import DTYPES, PIECE, Stored, write_folder
+from hermes.settings.experiment import Profile
+from tools import doctor
 from tools.dvc_runs import environment
 from tools.memory_plan import gibibytes
-from tools.plan import BITS, Params, load, model_shape, pair_lengths
+from tools.plan import BITS, load, model_shape, pair_lengths
 from tools.profiles import write_params
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +107,7 @@ def random_model(folder: Path, shape: Shape, tokenizer: PreTrainedTokenizerBase)
         tokenizer.save_pretrained(target)
 
 
-def random_rows(loaded: Params, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[dict[str, Any]]:
+def random_rows(loaded: Profile, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[dict[str, Any]]:
     """Pairs of random words whose lengths in tokens are those of the profile's pairs, or of a mix like Hermes'."""
     random = np.random.default_rng(seed)
     lengths, _ = pair_lengths(loaded)
@@ -128,7 +130,7 @@ def random_rows(loaded: Params, tokenizer: PreTrainedTokenizerBase, count: int, 
     ]
 
 
-def overrides(loaded: Params, pairs: int, model: str) -> dict[str, dict[str, Any]]:
+def overrides(loaded: Profile, pairs: int, model: str) -> dict[str, dict[str, Any]]:
     """What the rehearsal sets in the profile: its material, one step that moves the adapter, and this machine's threads."""
     batch_size = math.gcd(pairs, loaded.train.batch_size)  # so that the step is of all of them
     return {
@@ -169,10 +171,9 @@ def check_disk(folder: Path, shape: Shape) -> None:
     """
     weights = shape.linear_weights + shape.other_weights
     needed = weights * (3 * 2 + BITS[TYPE] / 8) - disk_used(folder)
-    if (free := shutil.disk_usage(ROOT).free) < needed:
-        raise UserError(
-            f"{folder}: needs {gibibytes(needed)} more of disk, {gibibytes(free)} are free; make room, or use fewer --layers"
-        )
+    check = doctor.check_disk(ROOT, needed / 2**30)
+    if not check.ok:
+        raise UserError(f"{check.finding}; {check.mend}, or use fewer --layers")
 
 
 def positive(text: str) -> int:
@@ -182,7 +183,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def prepare(folder: Path, profile: str, loaded: Params, pairs: int, shape: Shape, needs_weights: bool) -> None:
+def prepare(folder: Path, profile: str, loaded: Profile, pairs: int, shape: Shape, needs_weights: bool) -> None:
     """Makes the copy that the rehearsal runs in: code, params, rows, and random weights until they are fetched. What is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("hermes", "stages", "packages.yaml", "dvc.yaml", "run-stage", ".dvcignore"):

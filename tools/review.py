@@ -29,7 +29,7 @@ from hermes.evaluation.intervals import paired_gain
 from hermes.pages import figures
 from hermes.pages.figures import Curves
 from hermes.pages.render import clean, percent, points, render, render_html, setting
-from hermes.pages.results import Row, flatten, flips, pair, parse_answers, parse_curves, parse_mapping, shown_params
+from hermes.pages.results import Row, flips, pair, parse_answers, parse_curves, parse_mapping, shown_params
 from hermes.run import run_tool
 
 OUTPUT = Path("reports/review")
@@ -134,8 +134,8 @@ def load_run(revision: Revision) -> Run:
     return Run(
         name=revision.name,
         commit=revision.commit,
-        params=flatten(shown_params(tree, params.selected_profile(tree))),
-        metrics=flatten(read(revision, "reports/metrics.json", parse_mapping)),
+        params=params.flatten(shown_params(tree, params.selected_profile(tree))),
+        metrics=params.flatten(read(revision, "reports/metrics.json", parse_mapping)),
         history=read(revision, "reports/train/history.csv", parse_curves),
         validation=read(revision, "reports/train/evaluation.csv", parse_curves),
     )

@@ -56,10 +56,9 @@ def check_repository(root: Path) -> None:
     Raises:
         UserError: git knows no author, or the path has letters that DVC cannot write into the copy's settings.
     """
-    if not (check := doctor.check_identity(root)).ok:
-        raise UserError(f"{check.finding}; {check.mend}")
-    if not str(root).isascii():
-        raise UserError(f"DVC cannot copy a repository with letters beyond ASCII in its path, {root}; move it")
+    for check in doctor.of_git(root):
+        if check.mend and check.name in ("repository", "git identity"):
+            raise UserError(f"{check.finding}; {check.mend}")
 
 
 def sweep(wanted: Mapping[str, str]) -> int:

@@ -60,7 +60,7 @@ def read_inputs() -> Inputs:
         )
     return Inputs(
         profile=profile,
-        params=flatten(shown_params(tree, profile)),
+        params=params.flatten(shown_params(tree, profile)),
         subset=read(REPORTS / "subset.json", parse_mapping),
         data=read(REPORTS / "data.json", parse_mapping),
         history=history,
@@ -114,15 +114,6 @@ def shown_params(tree: Mapping[str, Any], profile: str) -> dict[str, Any]:
     """The parameters that a run rests on: the top level, then the sections of the selected profile."""
     top = {key: value for key, value in tree.items() if key not in params.UNTRACKED}
     return {"profile": profile, **top, **tree["profiles"][profile]}
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys, in the order of the file."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
 
 
 def pair(before: Mapping[str, Row], after: Mapping[str, Row]) -> list[tuple[Row, Row]]:

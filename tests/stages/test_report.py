@@ -14,6 +14,7 @@ import pytest
 from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
 
+from hermes import params
 from hermes.console import UserError
 from hermes.evaluation.benchmarks import SUITES, summary
 from hermes.pages import figures, render, results
@@ -394,7 +395,7 @@ def test_settings_that_the_published_run_does_not_share_are_named(
 
 def test_the_published_settings_are_those_of_its_profile() -> None:
     tree = YAML(typ="safe", pure=True).load(Path(__file__).parents[2] / "params.yaml")
-    shown = results.flatten(results.shown_params(tree, "a40_published"))
+    shown = params.flatten(results.shown_params(tree, "a40_published"))
     assert {key: shown[key] for key in SETTINGS} == {key: value for key, (value, _) in SETTINGS.items()}
     assert deviations(shown) == []
 

@@ -1,48 +1,75 @@
-"""`make plan`: every stage's needs, refused where one does not fit, with the change that helps."""
+"""`make plan`: what every stage needs of a GPU or of this CPU, and a run that does not fit is refused with the change that helps."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from hermes.artifacts import write_json, write_parquet
 from hermes.console import UserError
-from hermes.model.llama3 import SHAPE
-from tools import repro
-from tools.memory_plan import Training
-from tools.plan import GPUS, HELD_OUT, LAUNCHING, Params, evaluation_seconds, load, needs, plan, refusal, training_of
+from hermes.model import llama3
+from hermes.model.bf16_on_cpu import has_bfloat16
+from tools import plan, repro
+from tools.memory_plan import training_memory
+from tools.plan import (
+    GPUS,
+    Lengths,
+    Run,
+    changed,
+    changes,
+    disk_of,
+    evaluation_seconds,
+    held_out,
+    load,
+    memory_of,
+    refusal,
+    run_of,
+    seconds_of,
+    smallest_change,
+    training_step,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 A40, SMALL = GPUS["A40"], GPUS["RTX 4090"]
+LENGTHS = Lengths(np.full(64, 120), np.full(64, 150), np.full(64, 140))
 
 
-def planned(profile: str) -> tuple[Params, Training]:
-    loaded = load(profile)
-    return loaded, training_of(loaded)[0]
+@pytest.fixture
+def published() -> Run:
+    """The published experiment's run, on pairs of one length."""
+    return Run(load("a40"), llama3.SHAPE, LENGTHS)
 
 
-@pytest.mark.parametrize("profile", ["cpu", "a40", "a40_published"])
+def total(run: Run) -> int:
+    return memory_of(run, is_gpu=True)["train"]
+
+
+@pytest.mark.parametrize("profile", ["cpu", "quick", "a40", "a40_published"])
 def test_every_profile_fits_an_a40(profile: str) -> None:
-    text, why = plan(profile, "A40")
+    text, why = plan.plan(profile, "A40")
     assert why is None
-    for line in ("weights", "constants", "adapter", "optimizer", "activations", "logits", "evaluate", "predicted"):
+    for line in ("weights", "constants", "adapter", "optimizer", "activations", "logits", "evaluate", "prediction"):
         assert line in text
 
 
 def test_the_published_base_has_its_shape_without_the_hub() -> None:
-    assert planned("a40")[1].shape == SHAPE
+    assert run_of(load("a40"))[0].shape == llama3.SHAPE
 
 
 def test_a_float32_model_is_too_much_for_24_gb_and_the_change_named_helps() -> None:
-    loaded, run = planned("a40")
-    why = refusal(loaded, run, SMALL)
+    run, _ = run_of(load("a40"))
+    why = refusal(run, SMALL)
     assert why is not None
     assert why.startswith("evaluate needs about 3")
     assert why.endswith("smallest change: evaluate.divergence_pairs: 0, evaluate.batch_size: 4, evaluate.slots: 4")
 
-    def refused(**changes: int) -> bool:
-        changed = loaded.model_copy(update={"evaluate": loaded.evaluate.model_copy(update=changes)})
-        return refusal(changed, run, SMALL) is not None
+    def refused(**values: int) -> bool:
+        return refusal(changed(run, {"evaluate": values}), SMALL) is not None
 
     assert refused(batch_size=4, slots=4)  # the model in float32
     assert refused(divergence_pairs=0, batch_size=4)  # llama.cpp's cache
@@ -50,50 +77,190 @@ def test_a_float32_model_is_too_much_for_24_gb_and_the_change_named_helps() -> N
     assert not refused(divergence_pairs=0, batch_size=4, slots=4)
 
 
+def test_the_largest_row_is_one_of_the_epoch() -> None:
+    lengths = Lengths(np.array([5, 1, 1, 1]), np.array([9, 2, 2, 2]), np.array([9, 3, 3, 3]))
+    assert lengths.tokens.tolist() == [21, 4, 4, 4]
+    assert lengths.largest_row(1) == (21, 18)
+    assert lengths.largest_row(4) == (33, 33)
+
+
+def test_the_largest_row_is_found_over_many_orders() -> None:
+    lengths = Lengths(*(np.where(np.arange(400) < 2, 1000, 10) for _ in range(3)))
+    both_long = (2 * 2998 + 6 * 28, 2 * 2000 + 6 * 20)  # which few orders have in one row
+    assert lengths.largest_row(8) == both_long
+
+
+def test_under_fsdp_the_weights_are_shared_and_the_base_still_loads_whole(published: Run) -> None:
+    sharded = changed(published, {"train": {"distribution": "fsdp", "processes": 4}})
+    whole, part = training_step(published, is_gpu=True), training_step(sharded, is_gpu=True)
+    assert part.weights == whole.weights // 4
+    assert part.activations == whole.activations
+    assert part.workspace == whole.workspace + 128_256 * 4096 * 2
+    assert total(changed(published, {"train": {"processes": 4}})) == total(published)
+    assert max(whole.weights + whole.constants, part.total) < total(sharded) < total(published)
+
+
+def test_the_change_named_fits_and_none_before_it(published: Run) -> None:
+    larger = {"gradient_checkpointing": False, "batch_size": 32, "accumulation": 1}
+    large = changed(published, {"base": {"keep_dequantized": True}, "train": larger})
+    found = list(changes(large.settings, "train"))
+    totals = [total(changed(large, change)) for change in found]
+    for limit in totals:
+        first = next(i for i, memory in enumerate(totals) if memory <= limit)
+        assert smallest_change(large, "train", A40._replace(memory=limit)) == found[first]
+    assert smallest_change(large, "train", A40._replace(memory=min(totals) - 1)) is None
+    assert found[:2] == [
+        {"base": {"keep_dequantized": False}, "train": {}},
+        {"base": {"keep_dequantized": False}, "train": {"gradient_checkpointing": True}},
+    ]
+
+
+def test_where_no_change_is_enough_it_says_so(published: Run) -> None:
+    why = refusal(published, A40._replace(memory=1 << 30))
+    assert why is not None
+    assert why.endswith(", and no change of the profile is enough")
+
+
+def test_every_change_leaves_the_pairs_of_a_step(published: Run) -> None:
+    odd = changed(
+        published, {"base": {"quantization": "none"}, "train": {"batch_size": 6, "accumulation": 2, "processes": 2}}
+    )
+    for change in changes(odd.settings, "train"):
+        settings = changed(odd, change).settings.train
+        assert settings.batch_size * settings.accumulation == 12
+        assert settings.accumulation % settings.processes == 0
+
+
 def test_a_fast_gpu_waits_for_python_and_a_slow_one_does_not() -> None:
-    loaded, run = planned("a40")
-    passes = 3 * len(run.lengths.prompt) + loaded.train.evaluations * HELD_OUT  # with checkpointing
-    waiting = passes / loaded.train.batch_size * SHAPE.layers * LAUNCHING
-    seconds = {
-        name: next(need.seconds for need in needs(loaded, run, GPUS[name]) if need.stage == "train") for name in GPUS
-    }
+    run, _ = run_of(load("a40"))
+    passes = 3 * len(run.lengths.prompt) + run.settings.train.evaluations * held_out(run.settings)  # with checkpointing
+    waiting = passes / run.settings.train.batch_size * llama3.SHAPE.layers * plan.LAUNCHING
+    seconds = {name: seconds_of(run, gpu)["train"] - plan.STARTING for name, gpu in GPUS.items()}
     assert seconds["H100"] == pytest.approx(waiting)
     assert seconds["A40"] > 2 * waiting
 
 
 def test_needs_follow_the_model() -> None:
-    loaded, run = planned("a40")
-    found = {need.stage: need for need in needs(loaded, run, A40)}
+    run, _ = run_of(load("a40"))
     weights = 8_030_261_248
-    assert found["fetch_model"].disk == found["merge"].disk == 2 * weights
-    assert found["evaluate"].gpu > 4 * weights
-    assert found["train"].gpu > found["reference"].gpu
-    assert found["evaluate"].gpu > 2 * weights + (17 + 2) * 8192 * 131_072  # llama.cpp's f16 with its caches
-    held_out = HELD_OUT / len(run.lengths.prompt)
-    forward = found["reference"].seconds / (1 + held_out)
-    assert found["train"].seconds == pytest.approx((3 + 2 * held_out) * forward)
+    disk, memory = disk_of(run.settings, run.shape), memory_of(run, is_gpu=True)
+    assert disk["fetch_model"] == disk["merge"] == 2 * weights
+    assert plan.disk(run.settings) == sum(disk.values()) > 50 * 2**30
+    assert memory["evaluate"] > 4 * weights
+    assert memory["train"] > memory["reference"]
+    assert memory["evaluate"] > 2 * weights + (17 + 2) * 8192 * 131_072  # llama.cpp's f16 with its caches
 
 
-def test_time_is_the_work_at_the_assumed_rates() -> None:
-    loaded, run = planned("a40")
-    found = evaluation_seconds(loaded, run, A40)
-    tokens = HELD_OUT * (run.lengths.prompt.mean() + (run.lengths.chosen + run.lengths.rejected).mean())
-    models = 2 + len(loaded.evaluate.types)
-    assert found["pairs"] == pytest.approx(models * tokens * 2 * SHAPE.linear_weights / (0.3 * A40.flops), rel=0.01)
-    assert set(found) == {"pairs", *loaded.evaluate.suites}
-    faster = evaluation_seconds(loaded, run, A40._replace(bandwidth=2 * A40.bandwidth))
-    assert faster["nous"] == found["nous"]  # no answer is written
-    assert faster["open_llm_v2"] < found["open_llm_v2"]
+def test_training_reads_its_pairs_three_times_an_epoch_with_checkpointing() -> None:
+    run, _ = run_of(load("a40"))
+    seconds = {stage: value - plan.STARTING for stage, value in seconds_of(run, A40).items()}
+    share = held_out(run.settings) / len(run.lengths.prompt)
+    assert seconds["train"] == pytest.approx((3 + 2 * share) * seconds["reference"] / (1 + share))
 
 
-def test_the_command_prints_or_refuses() -> None:
-    command = [sys.executable, "-m", "tools.plan", "--profile", "a40", "--gpu"]
-    done = subprocess.run([*command, "RTX 4090"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "does not fit" in done.stdout
+def test_evaluation_takes_the_work_at_the_rates_given() -> None:
+    run, _ = run_of(load("a40"))
+    pairs = changed(run, {"evaluate": {"suites": [], "divergence_pairs": 0}})
+    answers = (run.lengths.chosen + run.lengths.rejected).mean()
+    work = (run.lengths.prompt.mean() + answers) * llama3.SHAPE.linear_weights + answers * 128_256 * 4096
+    models = 2 + len(run.settings.evaluate.types)
+    assert evaluation_seconds(pairs, 1e12, 1e12) == pytest.approx(
+        models * held_out(run.settings) * 2 * work / 1e12, rel=0.02
+    )
+    chosen, written = (changed(pairs, {"evaluate": {"suites": [name]}}) for name in ("nous", "open_llm_v2"))
+    assert evaluation_seconds(chosen, 1e12, 2e12) == evaluation_seconds(chosen, 1e12, 1e12)  # no answer is written
+    assert evaluation_seconds(written, 1e12, 2e12) < evaluation_seconds(written, 1e12, 1e12)
+
+
+@pytest.mark.parametrize(("is_fast", "measured"), [(True, (27.5, 10.5, 12.5)), (False, (92.5, 41.7, 35.8))])
+def test_a_cpu_takes_what_the_default_profile_took_on_two_cores(
+    is_fast: bool, measured: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "has_bfloat16", lambda: is_fast)
+    monkeypatch.setattr(plan.os, "cpu_count", lambda: 2)
+    run, _ = run_of(load("cpu"))
+    seconds = seconds_of(run, plan.device_here(run.settings.base.threads)[1])
+    found = sum(seconds.values()), seconds["train"], seconds["evaluate"]
+    assert [value / 60 for value in found] == pytest.approx(measured, rel=0.1)
+
+
+def test_a_cpu_has_the_threads_of_the_profile_and_no_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.os, "cpu_count", lambda: 4)
+    rates = [plan.device_here(threads)[1].flops for threads in (2, 4, 8)]
+    assert rates == [2 * plan.CORE[has_bfloat16()][0], *[4 * plan.CORE[has_bfloat16()][0]] * 2]
+
+
+def test_a_first_look_is_planned_as_one() -> None:
+    device = A40._replace(flops=1e11, is_gpu=False)
+    quick, whole = (seconds_of(run_of(load(name))[0], device) for name in ("quick", "cpu"))
+    assert all(quick[stage] < whole[stage] / 4 for stage in ("reference", "train", "evaluate"))
+
+
+def test_on_a_cpu_python_and_the_model_are_one_memory_and_cuda_is_not_there() -> None:
+    run, _ = run_of(load("cpu"))
+    memory = memory_of(run, is_gpu=False)
+    tokens, answers = run.lengths.largest_row(run.settings.train.batch_size)
+    step = training_memory(run.shape, run.settings.base, run.settings.train, tokens, answers, cuda=False)
+    assert memory["train"] == step.total + plan.PYTHON
+    assert memory["evaluate"] > 4 * (run.shape.linear_weights + run.shape.other_weights)
+
+
+def test_the_pairs_here_count_as_many_as_the_profile_takes_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ids = [[0] * length for length in (3, 5, 7)]
+    write_parquet(plan.TOKENS / "train.parquet", pa.table({f"{n}_ids": ids for n in ("prompt", "chosen", "rejected")}))
+    write_json(plan.RAW / "manifest.json", {"source": "embedded"})
+    write_json(plan.SUBSET, {"train": {"read": 3776, "removed": {"empty": 76}}})
+    for profile, pairs in (("quick", 320), ("cpu", 2100)):
+        lengths, source = plan.pair_lengths(load(profile))
+        assert len(lengths.prompt) == pairs
+        assert set(lengths.chosen) == {3, 5, 7}
+        assert source == f"data/tokens/train.parquet, {pairs:,} pairs"
+    write_json(plan.SUBSET, {"train": {"read": 3, "removed": {}}})
+    assert plan.pair_lengths(load("cpu"))[0].prompt.tolist() == [3, 5, 7]
+
+
+def test_the_command_refuses_in_one_line() -> None:
+    command = [sys.executable, "-m", "tools.plan", "--profile", "a40", "--gpu", "RTX 4090", "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("plan: does not fit: evaluate needs")
-    done = subprocess.run([*command, "A40", "--quiet"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.rstrip().endswith("(a prediction for RTX 4090, 23.99 GiB)")
+
+
+def test_without_a_gpu_the_plan_is_for_this_cpu() -> None:
+    text, why = plan.plan("quick", None)
+    assert why is None
+    assert "device: CPU, " in text
+    assert "what follows is a prediction" in text
+
+
+def test_a_model_too_large_for_this_cpu_is_one_line_that_holds_no_stage_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=20 << 30))
+    monkeypatch.setattr(sys, "argv", ["plan", "--profile", "a40"])
+    with pytest.raises(SystemExit, match=r"^plan: does not fit: evaluate needs about .*--gpu plans for a GPU$"):
+        plan.main()
+    monkeypatch.setattr(sys, "argv", ["plan", "--profile", "a40", "--quiet"])
+    plan.main()  # as run-stage asks: a CPU swaps where it must
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_the_disk_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["plan", "--profile", "a40", "--gpu", "A40", "--quiet"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 30))
+    monkeypatch.setattr(sys, "argv", argv)
+    plan.main()
+    monkeypatch.setattr(sys, "argv", [*argv, "--disk"])
+    with pytest.raises(SystemExit, match=r"^plan: does not fit: 5 GB free in .*, \d\d are needed; free some"):
+        plan.main()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500 << 30))
+    plan.main()
 
 
 def test_nothing_starts_where_the_plan_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +275,9 @@ def test_nothing_starts_where_the_plan_does_not_fit(tmp_path: Path, monkeypatch:
     assert asked == []
     with pytest.raises(UserError, match="nothing was started"):
         repro.check_plan("a40", tmp_path)
-    assert asked == [["tools.plan", "--quiet", "--profile", "a40"]]
+    assert asked == [["tools.plan", "--quiet", "--disk", "--profile", "a40"]]
 
 
 def test_an_unknown_profile_is_refused() -> None:
-    with pytest.raises(UserError, match="--profile b40: no such profile"):
-        plan("b40", None)
+    with pytest.raises(UserError, match="`profile: b40` names no entry of `profiles`"):
+        plan.plan("b40", None)
