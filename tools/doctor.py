@@ -81,7 +81,8 @@ def few(findings: list[str]) -> str:
 
 def pins(lock: Path) -> dict[str, str]:
     """The `package==version` lines of a lock file and of those it names with -r, as {package: version}."""
-    text, found = lock.read_text(encoding="utf-8"), {}
+    text = lock.read_text(encoding="utf-8")
+    found: dict[str, str] = {}
     for other in re.findall(r"^-r (\S+)", text, re.MULTILINE):
         found |= pins(lock.parent / other)
     return found | dict(re.findall(r"^([\w.-]+)={2,3}([^\s;\\]+)", text, re.MULTILINE))
