@@ -110,6 +110,6 @@ format: setup
 doctor: setup
 	$(PY) -m tools.doctor $(if $(PROFILE),--profile $(call quote,$(PROFILE)))
 
-## make gpu-check   try on the GPU that is here what no CPU can           about ten minutes
+## make gpu-check   try on the GPU that is here what no CPU can           about ten minutes on an H100
 gpu-check: setup
-	$(PY) -m tools.gpu_check
+	$(PY) -m pytest -m gpu tests/gpu

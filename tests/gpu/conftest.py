@@ -5,11 +5,12 @@
 
 Models are random and of a known shape, pairs are random and easy to tell apart. What is compared is the project's own code: its
 loading, forward, trainer, stages and predictions. reports/gpu-check.json is the record of a GPU to commit; that of a CPU goes to
-the scratch folder. In a run of other tests the checks are skipped.
+the scratch folder. In a run of other tests, from which tests/conftest.py hides a GPU, the checks are deselected.
 """
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,6 @@ from hermes.artifacts import scratch_folder, write_json
 REPORT = Path("reports/gpu-check.json")
 PACKAGES = ("torch", "bitsandbytes", "llama-cpp-python", "transformers", "trl", "peft", "accelerate")
 VERDICTS = {"passed": "pass", "failed": "fail", "skipped": "skip"}
-Found = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,14 +39,21 @@ def pytest_configure(config: pytest.Config) -> None:
     if name:
         scratch = scratch_folder("gpu-check")
         scratch.mkdir(parents=True, exist_ok=True)
-        config.option.basetemp = scratch / "folders"  # a model of a check takes gigabytes
+        config.option.basetemp = scratch / "folders"  # beside the checkout, since a model of a check takes gigabytes
         target = REPORT.absolute() if name == "cuda" else scratch / "cpu.json"
         config.pluginmanager.register(Record(target, machine(name)))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if chosen_device(config) is None:
+        checks = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in checks]
+        config.hook.pytest_deselected(items=checks)
+
+
 def chosen_device(config: pytest.Config) -> str | None:
-    """The device that the command line chose; None in a run of other tests, which does not have the option."""
-    return config.getoption("gpu_device", None)
+    """The device that the command line chose; None in a run of other tests, whose root is not this folder."""
+    return config.getoption("gpu_device") if config.rootpath == Path(__file__).parent else None
 
 
 def machine(device: str) -> dict[str, str]:
@@ -87,6 +94,9 @@ class Record:
         self.left = [other for other in self.left if other != name]
         write_json(self.target, {"machine": self.machine, "lines": self.lines, "left": self.left})
 
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        shutil.rmtree(session.config.option.basetemp, ignore_errors=True)
+
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section(f"gpu-check: {self.machine.get('gpu', 'CPU')}, {self.target}")
         width = max((len(line["name"]) for line in self.lines), default=0)
@@ -110,17 +120,14 @@ def reason(report: pytest.TestReport) -> str:
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
     """The device of the checks, with torch set as the stages set it."""
-    name = chosen_device(pytestconfig)
-    if name is None:
-        pytest.skip("a GPU is hidden from the tests; make gpu-check")
     from hermes.model.base import set_determinism  # imports bitsandbytes, which looks for a GPU
 
     set_determinism(threads=2)
-    return torch.device(name)
+    return torch.device(pytestconfig.getoption("gpu_device"))
 
 
 @pytest.fixture
-def found(record_property: Callable[[str, object], None]) -> Found:
+def found(record_property: Callable[[str, object], None]) -> Callable[..., None]:
     """What a check says that it found, in words and with the numbers behind them, before it asserts on them."""
 
     def say(finding: str, **numbers: float) -> None:

@@ -32,6 +32,7 @@ SMOLLM2_135M = Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True)
 LLAMA_1B = Shape(16, 2048, 8192, 32, 8, 64, 128_256, tied=True)
 LLAMA_8B_GROUP = replace(llama3.SHAPE, layers=4)
 WORDS = 8  # different tokens in all chosen answers together, and as many others in the rejected ones
+Found = Callable[..., None]  # the fixture `found`: what a check says that it found, in words and numbers
 ROUNDING = 0.02  # relative error that bfloat16 leaves where kernels differ; a wrong mask or block leaves ten times that
 
 

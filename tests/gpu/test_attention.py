@@ -9,11 +9,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from hermes.training.shared_prefix import IGNORED, pack_pairs, share_prefix, shared_prefix_attention
-from tests.gpu.conftest import Found
 from tests.gpu.projects import (
     ROUNDING,
     SMOLLM2_135M,
     TINY,
+    Found,
     error,
     preference_batch,
     random_model,
@@ -91,5 +91,5 @@ def test_attention_kernel(device: torch.device, found: Found) -> None:
 def test_cudnn_attention(device: torch.device, found: Found) -> None:
     """It builds a plan for every new length, which doubled the time of a step on an H100, so the stages leave it out."""
     off = not torch.backends.cuda.cudnn_sdp_enabled()
-    found(f"cuDNN is {'left out' if off else 'in'} the choice of attention")
+    found(f"cuDNN is {'out of' if off else 'in'} the choice of attention")
     assert off

@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 from hermes import params
 from hermes.model.llama3 import Shape
 from stages import train
-from tests.gpu.conftest import Found
 from tests.gpu.projects import (
     LLAMA_1B,
     LLAMA_8B_GROUP,
     ROUNDING,
     SMALL,
+    Found,
     error,
     make_project,
     peak_bytes,

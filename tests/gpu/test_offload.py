@@ -10,7 +10,7 @@ import torch
 
 from hermes.model.gguf import GgufModel
 from stages.fetch_model import EMBEDDED_FILE, EMBEDDED_PACKAGE
-from tests.gpu.conftest import Found
+from tests.gpu.projects import Found
 from tools.memory_plan import gibibytes
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,9 @@ def test_llama_cpp(device: torch.device, found: Found) -> None:
         used = before - torch.cuda.mem_get_info()[0] if is_gpu else 0
     build = "GPU" if (offloads := llama_cpp.llama_supports_gpu_offload()) else "CPU"
     found(
-        f"a {build} build, {gibibytes(used)} of the GPU, {len(answer)} tokens in {seconds:.2f} s", used=used, seconds=seconds
+        f"a {build} build, {gibibytes(used)} of the GPU, {len(answer)} tokens in {seconds:.2f} s",
+        used=used,
+        seconds=seconds,
     )
     assert answer
     assert offloads == is_gpu

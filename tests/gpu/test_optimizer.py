@@ -4,8 +4,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from tests.gpu.conftest import Found
-from tests.gpu.projects import error
+from tests.gpu.projects import Found, error
 from tools.memory_plan import gibibytes
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +49,9 @@ def test_paging(device: torch.device, found: Found) -> None:
     torch.cuda.empty_cache()
     off = float((parameter.detach() + 1e-3).abs().max())
     plain = "overflows" if overflows else "fits"
-    found(f"1 GiB of state beside {gibibytes(2**28)} free: AdamW {plain}, the paged one steps, off by {off:.1e}", error=off)
+    found(
+        f"1 GiB of state beside {gibibytes(2**28)} free: AdamW {plain}, the paged one steps, off by {off:.1e}",
+        error=off,
+    )
     assert overflows
     assert off < 1e-6

@@ -6,8 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit
 
-from tests.gpu.conftest import Found
-from tests.gpu.projects import error
+from tests.gpu.projects import Found, error
 
 pytestmark = pytest.mark.gpu
 

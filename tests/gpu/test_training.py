@@ -13,8 +13,7 @@ import torch
 
 from hermes.artifacts import read_json
 from stages import train
-from tests.gpu.conftest import Found
-from tests.gpu.projects import ROOT, SMOLLM2_135M, make_project, random_pairs, shape_for
+from tests.gpu.projects import ROOT, SMOLLM2_135M, Found, make_project, random_pairs, shape_for
 from tools.dvc_runs import environment
 
 pytestmark = pytest.mark.gpu
@@ -89,8 +88,8 @@ def kill_at_a_checkpoint(project: Path) -> int:
 
 def test_resume(device: torch.device, project: Path, found: Found) -> None:
     """Training as in the check before, killed and resumed: the same losses."""
-    whole = losses(project)
     step = kill_at_a_checkpoint(project)
+    whole = losses(project)
     shutil.rmtree(project / train.REPORTS)
     run(project, TRAIN)
     worst = max(abs(a - b) for a, b in zip(whole, losses(project), strict=True))
