@@ -288,7 +288,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{shape['hidden']}, vocabulary {shape['vocabulary']:,}), one optimizer step of {found['pairs']} of the profile's "
         f"{found['pairs_of_profile']} pairs, merge, GGUF {TYPE}, and {NEW_TOKENS} tokens written by it. Memory of its own is what no "
         "file backs; resident also counts the pages of files that a process has mapped. They are the largest that was seen, looking "
-        "every half second, and where that takes long more seldom.",
+        "every half second.",
         "",
         "| stage | minutes | memory of its own, GiB | resident, GiB | most disk, GiB |",
         "|---|--:|--:|--:|--:|",
