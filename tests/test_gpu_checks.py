@@ -17,7 +17,7 @@ NEEDS_GPUS = {"paging", "memory[4 layers of 8B]", "two processes[ddp]", "two pro
 
 def run_checks(folder: Path, *options: str) -> tuple[int, list[str], dict[str, Any]]:
     """The exit code of the checks, run in a folder on the CPU, the lines that they print, and their record."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", ROOT / "tests/gpu", "--gpu-device", "cpu", *options]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", str(ROOT / "tests/gpu"), "--gpu-device", "cpu", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout.splitlines(), read_json(folder / ".scratch/gpu-check/cpu.json")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,12 @@ def project(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("training")
     shape = shape_for(device, SMOLLM2_135M)
     rows = random_pairs(shape, 40, 20, 30, ragged=True)
-    settings = {"max_steps": STEPS, "checkpoint_steps": CHECKPOINT_STEPS, "batch_size": 4, "learning_rate": 2e-3}
+    settings: dict[str, Any] = {
+        "max_steps": STEPS,
+        "checkpoint_steps": CHECKPOINT_STEPS,
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+    }
     make_project(folder, device, shape, rows, **settings)
     return folder
 
@@ -104,6 +110,6 @@ def test_two_processes(distribution: str, device: torch.device, found: Found, tm
     if (count := torch.cuda.device_count()) < 2:
         pytest.skip(f"needs two GPUs, there are {count}")
     rows = random_pairs(SMOLLM2_135M, 40, 20, 30, ragged=True)
-    settings = {"processes": 2, "distribution": distribution, "accumulation": 2, "batch_size": 2}
+    settings: dict[str, Any] = {"processes": 2, "distribution": distribution, "accumulation": 2, "batch_size": 2}
     make_project(tmp_path, device, SMOLLM2_135M, rows, max_steps=STEPS, learning_rate=2e-3, **settings)
     check_learning(tmp_path, found)
