@@ -126,9 +126,9 @@ plan: setup
 rehearse: setup
 	$(PY) -m tools.rehearse $(call option,PROFILE,--profile=) $(call option,LAYERS,--layers=) $(call option,PAIRS,--pairs=)
 
-## make gpu-check           try on a GPU what no CPU can                about ten minutes
+## make gpu-check           try on a GPU what no CPU can                about ten minutes on an H100
 gpu-check: setup
-	$(PY) -m tools.gpu_check
+	$(PY) -m pytest -m gpu tests/gpu
 
 ##
 ## Make

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+from tools import disk
+
 ROOT = Path(__file__).resolve().parent.parent
 MIN_FREE_GB = 8
 # the first driver that runs programs built with a CUDA of this major version
@@ -241,35 +243,17 @@ def check_params(root: Path, asked: str | None) -> Check:
     return Check("params", f"params.yaml differs from the commit: {few(changed)}", mend)
 
 
-def disk_to_fill(root: Path, profile: str | None = None) -> float:
-    """GB that a run of a profile, the selected one unless named, is still going to write; 0 where it is not known.
-
-    What models/, data/ and DVC's cache hold is taken off, each file once, whatever number of names DVC's links give it. It may be
-    another run's, so this is the least that it can be.
-    """
+def check_disk(root: Path, profile: str | None = None) -> Check:
+    """Room for what a run of a profile, the selected one unless named, is still going to write; what is there may be another run's."""
+    needed = MIN_FREE_GB * 2**30
     try:
-        from hermes.console import UserError
         from tools import plan  # it imports torch, which a broken .venv cannot
-    except (ImportError, OSError):
-        return 0.0
-    try:
+
         with chdir(root):
-            total = plan.disk(plan.load(profile))
-    except UserError:
-        return 0.0
-    paths = (path for folder in ("models", "data", ".dvc/cache") for path in (root / folder).rglob("*"))
-    files = (path.stat() for path in paths if path.is_file())
-    return (total - sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())) / 2**30
-
-
-def check_disk(root: Path, needed_gb: float) -> Check:
-    """Room for what is still to be made: the models, their GGUF files and DVC's cache."""
-    free_gb = shutil.disk_usage(root).free / 2**30
-    finding = f"{free_gb:.0f} GB free in {root}"
-    if free_gb < needed_gb:
-        mend = "free some, or drop what no commit or experiment names: .venv/bin/dvc gc -A --all-experiments"
-        return Check("disk", f"{finding}, {needed_gb:.0f} are needed", mend)
-    return Check("disk", finding)
+            needed = max(needed, plan.disk(plan.load(profile)) - disk.held(root))
+    except Exception:  # whatever is wrong there, another check says it
+        pass
+    return Check("disk", *disk.room(root, needed))
 
 
 def examine(root: Path, profile: str | None = None) -> Iterator[Check]:
@@ -280,7 +264,7 @@ def examine(root: Path, profile: str | None = None) -> Iterator[Check]:
     yield from of_device(root, gpu, wanted)
     yield from of_git(root)
     yield check_params(root, profile)
-    yield check_disk(root, max(MIN_FREE_GB, disk_to_fill(root, profile)))
+    yield check_disk(root, profile)
 
 
 def main() -> int:

@@ -36,7 +36,7 @@ from hermes.pages import published_run
 from hermes.settings import experiment
 from hermes.settings.experiment import Profile
 from hermes.settings.sources import is_folder
-from tools import doctor
+from tools.disk import held, room
 from tools.memory_plan import CONTEXT, GIB, SIZES, Memory, gibibytes, on_one_gpu, training_memory, with_overhead
 
 RAW, TOKENS, BASE, SUBSET = Path("data/raw"), Path("data/tokens"), Path("models/base"), Path("reports/subset.json")
@@ -450,9 +450,9 @@ def main() -> None:
     if why:
         sys.exit(f"plan: does not fit: {why}")
     if given.disk:
-        room = doctor.check_disk(Path.cwd(), doctor.disk_to_fill(Path.cwd(), given.profile))
-        if not room.ok:
-            sys.exit(f"plan: does not fit: {room.finding}; {room.mend}")
+        found, mend = room(Path.cwd(), disk(load(given.profile)) - held(Path.cwd()))
+        if mend:
+            sys.exit(f"plan: does not fit: {found}; {mend}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 from hermes.artifacts import write_json
 from hermes.model import bf16_on_cpu
-from tools import doctor, plan, profiles
+from tools import disk, doctor, plan, profiles
 
 ROOT = Path(__file__).parents[2]
 LLAMA_3 = {
@@ -212,7 +212,9 @@ def test_a_broken_params_file_is_a_problem_in_one_line(clone: Path, text: str | 
     assert "\n" not in line
 
 
-def test_a_profile_of_8_billion_weights_needs_the_disk_that_its_files_will_take(clone: Path) -> None:
+def test_a_profile_of_8_billion_weights_needs_the_disk_that_its_files_will_take(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = plan.load("a40")
     total = plan.disk(loaded) / 2**30
     base = clone / "models/base"
@@ -225,17 +227,19 @@ def test_a_profile_of_8_billion_weights_needs_the_disk_that_its_files_will_take(
     (clone / ".dvc/cache/files/md5/01/23").hardlink_to(base / "model.safetensors")  # counts once
     with (clone / ".dvc/cache/files/md5/01/45").open("wb") as file:
         file.truncate(10 * 2**30)  # what DVC will link again
-    assert doctor.disk_to_fill(clone, "a40") == pytest.approx(total - 30, abs=0.1)
-    assert doctor.disk_to_fill(clone) < 0
-    assert doctor.disk_to_fill(clone, "b40") == 0
+    asked: list[float] = []
+    monkeypatch.setattr(disk, "room", lambda root, needed: asked.append(needed / 2**30) or ("", ""))
+    for profile in ("a40", None, "b40"):
+        doctor.check_disk(clone, profile)
+    assert asked == [pytest.approx(total - 30, abs=0.1), doctor.MIN_FREE_GB, doctor.MIN_FREE_GB]
 
 
 def test_a_disk_without_room_for_the_profile_is_a_problem(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(99 << 30, 0, 60 << 30))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(99 << 30, 0, 60 << 30))
     assert "disk" not in problems(clone)
     assert "60 GB free in " in problems(clone, "a40")["disk"]
     assert ", 64 are needed; free some" in problems(clone, "a40")["disk"]
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(99 << 30, 0, 7 << 30))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(99 << 30, 0, 7 << 30))
     assert ", 8 are needed; free some" in problems(clone)["disk"]
 
 
