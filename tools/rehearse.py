@@ -43,6 +43,7 @@ from hermes.model.gguf import GgufModel
 from hermes.model.llama3 import Shape
 from hermes.model.safetensors_stream import DTYPES, PIECE, Stored, write_folder
 from hermes.settings.experiment import Profile
+from tools import disk
 from tools.dvc_runs import environment
 from tools.plan import BITS, load, model_shape, pair_lengths
 from tools.profiles import write_params

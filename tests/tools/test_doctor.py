@@ -228,7 +228,12 @@ def test_a_profile_of_8_billion_weights_needs_the_disk_that_its_files_will_take(
     with (clone / ".dvc/cache/files/md5/01/45").open("wb") as file:
         file.truncate(10 * 2**30)  # what DVC will link again
     asked: list[float] = []
-    monkeypatch.setattr(disk, "room", lambda root, needed: asked.append(needed / 2**30) or ("", ""))
+
+    def room(root: Path, needed: float) -> tuple[str, str]:
+        asked.append(needed / 2**30)
+        return "", ""
+
+    monkeypatch.setattr(disk, "room", room)
     for profile in ("a40", None, "b40"):
         doctor.check_disk(clone, profile)
     assert asked == [pytest.approx(total - 30, abs=0.1), doctor.MIN_FREE_GB, doctor.MIN_FREE_GB]
