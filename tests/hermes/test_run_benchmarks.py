@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from hermes.params import read_yaml
 from stages import evaluate
 from stages.evaluate import EvaluateSettings
 from tests.hermes.test_benchmarks import config
+from tests.test_graph import MODULES, file_of, imports
 
 ROOT = Path(__file__).parents[2]
 Opened = Callable[[], AbstractContextManager[ChatModel]]
@@ -371,15 +371,10 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
 
 def test_the_modules_that_shape_results_import_no_other_that_does() -> None:
     """Those left out read, write, check or say something; a module that is new among the imports is to be put on either list."""
-    left_out = {"artifacts", "console", "hub", "params", "suites"}
-    imported = set()
-    for module in run_benchmarks.CODE:
-        text = (ROOT / f"stages/{module}.py").read_text()
-        imported |= set(re.findall(r"^from stages\.(\w+) import", text, re.MULTILINE))
-        imported |= {
-            name for line in re.findall(r"^from stages import (.+)$", text, re.MULTILINE) for name in line.split(", ")
-        }
-    assert imported | {"harness"} == left_out | set(run_benchmarks.CODE)
+    left_out = {f"hermes/{name}.py" for name in ("artifacts", "console", "evaluation/benchmarks", "hub", "params")}
+    shaping = {f"hermes/{name}.py" for name in run_benchmarks.CODE}
+    imported = {file_of(name) for file in shaping for name in imports(MODULES[file])} & MODULES.keys()
+    assert imported | {"hermes/evaluation/run_benchmarks.py"} == left_out | shaping
 
 
 @pytest.mark.parametrize("backend", ["transformers", "gguf"])
@@ -531,17 +526,17 @@ from pathlib import Path
 import datasets
 from transformers import AutoTokenizer
 datasets.config.HF_DATASETS_CACHE = Path("cache")
-from stages import harness
-from hermes.evaluation.chat_models import Batching, opened
+from hermes.evaluation import run_benchmarks
 from hermes.evaluation.benchmarks import Run
+from hermes.evaluation.chat_models import Batching, opened
 from tests.hermes.test_run_benchmarks import data_set, with_short_answers
 
 rows = [
     {"problem": f"What is half of {i}?", "solution": rf"It is $\boxed{{\frac{{{i}}}{{2}}}}$.", "level": "Level 5"} for i in (1, 3)
 ]
 data_set("DigitalLearningGmbH/MATH-lighteval", "algebra", {"train": rows, "test": [*rows, rows[0] | {"level": "Level 4"}]})
-run, load_task = Run("leaderboard_math_algebra_hard", 4, True), harness.load_task
-harness.load_task = lambda *asked: with_short_answers(load_task(*asked))
+run, load_task = Run("leaderboard_math_algebra_hard", 4, True), run_benchmarks.load_task
+run_benchmarks.load_task = lambda *asked: with_short_answers(load_task(*asked))
 batching = Batching(max_new_tokens=8, batch_size=2, slots=4, context=2000, threads=2)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 half = r"Final Answer: The final answer is $\frac{2}{4}$. I hope it is correct. Problem: What is $3$?"
@@ -552,7 +547,7 @@ for backend, path in zip(("transformers", "gguf"), map(Path, sys.argv[1:])):
         with opened(path, batching, tokenizer) as chat:
             if answer == "a half":
                 chat.generate = lambda prompts: [tokenizer(half)["input_ids"]] * len(prompts)
-            harness.run_all([run], folder, lambda: contextlib.nullcontext(chat), batching.context)
+            run_benchmarks.run_all([run], folder, lambda: contextlib.nullcontext(chat), batching.context)
         found[str(folder)] = json.loads((folder / f"{run.label}.json").read_text())
         with gzip.open(folder / f"{run.label}.jsonl.gz", "rt") as file:
             log = [json.loads(line) for line in file]
