@@ -47,7 +47,7 @@ def test_f16_distributions_are_those_of_the_float32_model(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     answers = [answer_ids(tokenizer, question, "It is fine, 123.") for question in QUESTIONS]
     reference = HuggingFaceChat(load(tiny_model_folder, torch.float32), tokenizer, 8, 4)
-    with GgufModel(gguf, threads=2, slots=4, context=128) as model:
+    with GgufModel(gguf, threads=1, slots=4, context=128) as model:
         ours = GgufChat(model, tokenizer, 8)
         found = [row for (row,) in ours.answer_logits(prompts, [[a] for a in answers])]
     expected = [row for (row,) in reference.answer_logits(prompts, [[a] for a in answers])]
@@ -65,7 +65,7 @@ def test_answers_scored_together_score_as_a_plain_forward_of_each(
     requests = [
         (("", ""), prompt, answer) for prompt, choices in zip(prompts, answers, strict=True) for answer in choices
     ]
-    with GgufModel(gguf, threads=2, slots=9, context=128, share_beginning=True) as model:
+    with GgufModel(gguf, threads=1, slots=9, context=128, share_beginning=True) as model:
         ours: ChatModel = GgufChat(model, tokenizer, 8)
         if backend == "transformers":
             ours = HuggingFaceChat(reference, tokenizer, 8, batch_size=4)
@@ -101,9 +101,9 @@ def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(
     share_beginning: bool, gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
 ) -> None:
     many = prompts * 3
-    with GgufModel(gguf, threads=2, slots=5, context=128, share_beginning=share_beginning) as model:
+    with GgufModel(gguf, threads=1, slots=5, context=128, share_beginning=share_beginning) as model:
         parallel = model.generate(many, 12)
-    with GgufModel(gguf, threads=2, slots=1, context=128) as model:
+    with GgufModel(gguf, threads=1, slots=1, context=128) as model:
         single = model.generate(many, 12)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     reference = HuggingFaceChat(load(tiny_model_folder, torch.float32), tokenizer, 12, batch_size=4).generate(many)
@@ -141,7 +141,7 @@ def test_batched_greedy_answers_are_those_of_generate(beginning: list[int]) -> N
 
 
 def test_samples_of_a_prompt_use_its_cache_and_stop_at_the_limit(gguf: Path, prompts: list[list[int]]) -> None:
-    with GgufModel(gguf, threads=2, slots=4, context=128) as model:
+    with GgufModel(gguf, threads=1, slots=4, context=128) as model:
         answers = model.generate(prompts, 6, samples=[3, 1, 2, 4])
         expected = model.generate(prompts, 6)
     assert answers == [answer for answer, count in zip(expected, [3, 1, 2, 4], strict=True) for _ in range(count)]

@@ -141,7 +141,7 @@ def models(tiny_model_folder: Path, gguf_file: Path) -> dict[str, Opened]:
 
     @contextlib.contextmanager
     def gguf() -> Iterator[ChatModel]:
-        with GgufModel(gguf_file, threads=2, slots=4, context=CONTEXT, share_beginning=True) as model:
+        with GgufModel(gguf_file, threads=1, slots=4, context=CONTEXT, share_beginning=True) as model:
             yield GgufChat(model, tokenizer, 8)
 
     return {"transformers": transformers, "gguf": gguf}
@@ -322,7 +322,7 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
     monkeypatch.setattr(run_benchmarks, "ROOT", tmp_path)
     model = tmp_path / "model.gguf"
     model.write_bytes(b"weights")
-    batching = Batching(max_new_tokens=8, batch_size=4, slots=4, context=64, threads=2)
+    batching = Batching(max_new_tokens=8, batch_size=4, slots=4, context=64, threads=1)
     settings = EvaluateSettings(**read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]["evaluate"])
     found = {run_benchmarks.folder_name(model, batching)}
 
@@ -537,7 +537,7 @@ rows = [
 data_set("DigitalLearningGmbH/MATH-lighteval", "algebra", {"train": rows, "test": [*rows, rows[0] | {"level": "Level 4"}]})
 run, load_task = Run("leaderboard_math_algebra_hard", 4, True), run_benchmarks.load_task
 run_benchmarks.load_task = lambda *asked: with_short_answers(load_task(*asked))
-batching = Batching(max_new_tokens=8, batch_size=2, slots=4, context=2000, threads=2)
+batching = Batching(max_new_tokens=8, batch_size=2, slots=4, context=2000, threads=1)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 half = r"Final Answer: The final answer is $\frac{2}{4}$. I hope it is correct. Problem: What is $3$?"
 found = {}
