@@ -69,8 +69,9 @@ def write_arc() -> None:
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with small data sets of every kind of task."""
+def data(tmp_path: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with small data sets of every kind of task; the index of tasks, which takes seconds, is read once."""
+    monkeypatch.setattr(run_benchmarks, "task_manager", lambda: manager)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     write_arc()
@@ -201,8 +202,9 @@ def test_real_tasks_of_each_kind_give_both_backends_the_same_results(
     assert plain["inst_level_strict_acc,none"] == [1.0, 0.0, 1.0]
 
 
-def test_text_is_treated_as_by_lm_evals_own_transformers_model(data: Path, models: dict[str, Opened]) -> None:
-    manager = run_benchmarks.task_manager()
+def test_text_is_treated_as_by_lm_evals_own_transformers_model(
+    data: Path, models: dict[str, Opened], manager: TaskManager
+) -> None:
     with models["transformers"]() as chat:
         assert isinstance(chat, HuggingFaceChat)
         stock = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=1, max_length=CONTEXT)
@@ -223,7 +225,9 @@ def test_text_is_treated_as_by_lm_evals_own_transformers_model(data: Path, model
                 assert values == pytest.approx(theirs["metrics"][metric], abs=1e-3), run
 
 
-def test_a_suite_of_local_tasks_has_the_scores_that_lm_eval_gives(data: Path, models: dict[str, Opened]) -> None:
+def test_a_suite_of_local_tasks_has_the_scores_that_lm_eval_gives(
+    data: Path, models: dict[str, Opened], manager: TaskManager
+) -> None:
     """Against lm-eval's own aggregation, through the summary that the report shows."""
     run_benchmarks.run_all(LOCAL[:4], data / "out", models["transformers"], CONTEXT)
     metrics = ("acc_norm", "acc", "acc", "multiple_choice_grade")
@@ -233,7 +237,6 @@ def test_a_suite_of_local_tasks_has_the_scores_that_lm_eval_gives(data: Path, mo
     )
     found = {run: json.loads((data / f"out/{run.label}.json").read_text()) for run in LOCAL[:4]}
     summary = benchmarks.summary(Suite("local", parts, ()), {"base": found})
-    manager = run_benchmarks.task_manager()
     for run, metric in zip(LOCAL, metrics, strict=False):
         with models["transformers"]() as chat:
             task = run_benchmarks.load_task(run, manager)
