@@ -13,7 +13,7 @@ quote = '$(subst ','\'',$(1))'
 need = $(if $($(1)),,$(error $(1) is missing; for example: make $(2)))
 comma := ,
 
-.PHONY: help setup repro train sweep review chat report collect plan rehearse compare-published base publish bench test lint format \
+.PHONY: help setup repro train sweep review chat report collect plan rehearse compare-published base publish bench test test-all lint format \
 	doctor gpu-check need-BETAS need-BASE need-REPO
 
 help:
@@ -90,10 +90,14 @@ bench: setup
 	$(DVC) repro tokenize
 	$(PY) -m benchmarks.bench $(if $(FULL),--full)
 
-## make test        run the tests
+## make test        run the fast tests
 test: setup
+	$(PY) -m pytest -q -m 'not slow and not gpu' tests
+
+## make test-all    run the slow ones too
+test-all: setup
 	@./setup.sh math
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -m 'not gpu' tests
 
 ## make lint        check style, formatting and types
 lint: setup

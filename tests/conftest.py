@@ -3,7 +3,6 @@
 The tests hold for the CPU, to the bit in places, so a GPU is hidden from them and from what they start; `make gpu-check` tries that.
 """
 
-import json
 import os
 from importlib.metadata import distribution
 from pathlib import Path
@@ -29,11 +28,10 @@ if TYPE_CHECKING:
 
 from hermes.artifacts import sha256_file, write_json
 from hermes.model import bf16_on_cpu, gguf_files
-from stages.fetch_model import BASE, EMBEDDED_FILE, EMBEDDED_PACKAGE
+from stages.fetch_model import EMBEDDED_FILE, EMBEDDED_PACKAGE
 
 bf16_on_cpu.fit_to_cpu()  # as every stage with a model does
 
-ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = {
     "unk_token": "<|endoftext|>",
     "bos_token": "<|im_start|>",
@@ -67,10 +65,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def embedded_tokenizer() -> PreTrainedTokenizerBase:
-    """The embedded model's own, which llama.cpp's converter knows; from models/base where that is this model."""
-    manifest = ROOT / BASE / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["source"] == EMBEDDED_PACKAGE:
-        return AutoTokenizer.from_pretrained(ROOT / BASE)
+    """The embedded model's own, which llama.cpp's converter knows."""
     folder = Path(str(distribution(EMBEDDED_PACKAGE).locate_file(EMBEDDED_PACKAGE.replace("-", "_"))))
     return AutoTokenizer.from_pretrained(folder, gguf_file=EMBEDDED_FILE)
 

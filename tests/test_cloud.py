@@ -179,6 +179,7 @@ def come_home(tmp_path: Path) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_a_run_sends_every_output(rented: Path, tmp_path: Path) -> None:
     done = run_there(rented, tmp_path / "remote")
     assert done.returncode == 0, done.stderr
@@ -209,6 +210,7 @@ def test_nothing_long_starts_where_nothing_can_be_sent(rented: Path, tmp_path: P
     assert not (rented / "data/tokens").exists()
 
 
+@pytest.mark.slow
 def test_a_storage_that_fails_once_is_tried_again_and_stops_nothing(rented: Path, tmp_path: Path) -> None:
     remote = tmp_path / "remote"
     stages = json.loads((rented / "dvc.yaml").read_text())

@@ -124,6 +124,7 @@ def test_a_suites_longest_answer_is_that_of_its_tasks(manager: TaskManager) -> N
 @pytest.mark.skipif(
     not run_benchmarks.MATH.is_dir(), reason="what the mathematics tasks need is not installed: ./setup.sh math"
 )
+@pytest.mark.slow
 def test_every_mathematics_task_imports_and_grades_in_its_environment() -> None:
     script = r"""
 from hermes.evaluation import benchmarks, run_benchmarks

@@ -142,7 +142,10 @@ def test_samples_of_a_prompt_use_its_cache_and_stop_at_the_limit(gguf_file: Path
 
 
 def test_a_prompt_that_does_not_fit_is_refused(gguf_file: Path, prompts: list[list[int]]) -> None:
-    with GgufModel(gguf_file, threads=1, context=40) as model, pytest.raises(ValueError, match="do not fit a context of 40"):
+    with (
+        GgufModel(gguf_file, threads=1, context=40) as model,
+        pytest.raises(ValueError, match="do not fit a context of 40"),
+    ):
         model.generate(prompts, 30)
 
 

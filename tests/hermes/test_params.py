@@ -10,7 +10,7 @@ from hermes import params
 from hermes.console import UserError, run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = "fetch_data fetch_model subset tokenize reference train merge quantize evaluate".split()
+STAGES = ["fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize", "evaluate"]
 MODULES = [f"stages.{name}" for name in STAGES] + ["tools.collect"]
 PIPELINE = """
 stages:

@@ -519,6 +519,7 @@ def test_gpqas_choices_have_an_order_of_their_own_whatever_is_cached(data: Path,
 @pytest.mark.skipif(
     not run_benchmarks.MATH.is_dir(), reason="what the mathematics tasks need is not installed: ./setup.sh math"
 )
+@pytest.mark.slow
 def test_a_mathematics_task_runs_end_to_end_in_its_environment_on_both_backends(
     tmp_path: Path, tiny_model_folder: Path, gguf_file: Path
 ) -> None:

@@ -239,7 +239,7 @@ def test_in_nf4_the_trajectory_is_within_what_two_batch_sizes_of_stock_trl_diffe
     runs = {
         batch_size: with_train(
             evaluations=0,
-            epochs=9.0,
+            epochs=4.0,
             sft_weight=0.0,
             batch_size=batch_size,
             accumulation=4 // batch_size,

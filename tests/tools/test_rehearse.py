@@ -26,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_stage_ran_at_the_widths_of_llama_3(folder: Path) -> None:
     found = read_json(folder / "found.json")
     assert found["stages"].keys() == {*STAGES, "generate"}
@@ -35,6 +36,7 @@ def test_every_stage_ran_at_the_widths_of_llama_3(folder: Path) -> None:
     assert shapes["model.layers.1.mlp.down_proj.weight"] == ("BF16", (4096, 14_336))
 
 
+@pytest.mark.slow
 def test_the_step_moved_the_adapter_and_the_merge_the_weights(folder: Path) -> None:
     found = read_json(folder / "found.json")
     assert found["largest_b"] > 1e-6
@@ -47,6 +49,7 @@ def test_the_step_moved_the_adapter_and_the_merge_the_weights(folder: Path) -> N
     assert all("proj" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_the_gguf_ends_answers_and_splits_text_as_llama_3(folder: Path) -> None:
     found = read_json(folder / "models/gguf/quantize.json")["metadata"]
     assert (found["pre"], found["bos"], found["eos"]) == ("llama-bpe", 128_000, 128_001)
@@ -54,6 +57,7 @@ def test_the_gguf_ends_answers_and_splits_text_as_llama_3(folder: Path) -> None:
     assert GenerationConfig.from_pretrained(folder / "models/merged").eos_token_id == [128_001, 128_009]
 
 
+@pytest.mark.slow
 def test_the_profile_is_the_one_that_ran(folder: Path) -> None:
     theirs, ours = read_yaml(folder / "params.yaml"), read_yaml(rehearse.ROOT / "params.yaml")
     assert theirs["profile"] == "a40"
@@ -64,6 +68,7 @@ def test_the_profile_is_the_one_that_ran(folder: Path) -> None:
         assert theirs["profiles"]["a40"][section] == wanted
 
 
+@pytest.mark.slow
 def test_started_again_it_does_nothing_twice(folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in sorted((folder / "models").rglob("*")) if path.is_file()}
     again = rehearse.rehearse("a40", 2, 2, folder)
@@ -72,6 +77,7 @@ def test_started_again_it_does_nothing_twice(folder: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_the_page_names_every_stage(folder: Path) -> None:
     page = markdown(read_json(folder / "found.json"))
     assert "`make rehearse PROFILE=a40 LAYERS=2 PAIRS=2` on " in page
