@@ -60,7 +60,7 @@ option = $(if $(filter $1,$(GIVEN)),$2$(call quote,$($1)))
 switch = $(if $(filter $1,$(GIVEN)),$2)
 
 .PHONY: help setup checked repro train sweep experiments review chat report collect plan rehearse compare-published base publish bench \
-	test lint format doctor gpu-check
+	test test-all lint format doctor gpu-check
 
 help:
 	@echo 'Every target sets .venv up first, and does so once. Variables go behind it; one that it does not take is refused.'
@@ -146,12 +146,14 @@ publish: setup
 	$(PY) -m tools.publish $(call option,REPO,--repo=) $(call option,PROFILE,--profile=) $(call option,LICENCE,--licence=) \
 		$(call switch,PUSH,--push)
 
-##
-## Develop
-## make test                run the tests
+## make test                run the fast tests
 test: setup
+	$(PY) -m pytest -q -m 'not slow and not gpu' tests
+
+## make test-all            run the slow ones too
+test-all: setup
 	@./setup.sh math
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -m 'not gpu' tests
 
 ## make lint                check style, formatting and types
 lint: setup

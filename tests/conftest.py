@@ -3,13 +3,13 @@
 The tests hold for the CPU, to the bit in places, so a GPU is hidden from them and from what they start; `make gpu-check` tries that.
 """
 
-import json
 import os
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
+os.environ["OMP_NUM_THREADS"] = "1"  # for tiny models, threads cost more than they save
 
 import pytest
 import torch
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
 from hermes.artifacts import sha256_file, write_json
 from hermes.model import bf16_on_cpu, gguf_files
 from hermes.params import read_yaml
-from stages.fetch_model import BASE, EMBEDDED_FILE, EMBEDDED_PACKAGE
+from stages.fetch_model import EMBEDDED_FILE, EMBEDDED_PACKAGE
 
 bf16_on_cpu.fit_to_cpu()  # as every stage with a model does
 
-ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = {
     "unk_token": "<|endoftext|>",
     "bos_token": "<|im_start|>",
@@ -74,21 +73,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def embedded_tokenizer() -> PreTrainedTokenizerBase:
-    """The embedded model's own, which llama.cpp's converter knows; from models/base where that is this model."""
-    manifest = ROOT / BASE / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["source"] == EMBEDDED_PACKAGE:
-        return AutoTokenizer.from_pretrained(ROOT / BASE)
+    """The embedded model's own, which llama.cpp's converter knows."""
     folder = Path(str(distribution(EMBEDDED_PACKAGE).locate_file(EMBEDDED_PACKAGE.replace("-", "_"))))
     return AutoTokenizer.from_pretrained(folder, gguf_file=EMBEDDED_FILE)
 
 
-@pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, embedded_tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A random, narrow Llama with the embedded model's tokenizer, as fetch_model leaves one; copy it to change it."""
-    folder = tmp_path_factory.mktemp("tiny") / "base"
-    tokens = {f"{name}_token_id": getattr(embedded_tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+def write_random_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A random, narrow Llama with this tokenizer, as fetch_model leaves one."""
+    tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = LlamaConfig(
-        vocab_size=len(embedded_tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -104,10 +98,22 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, embedded_tokeniz
         model = LlamaForCausalLM(config).bfloat16()
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)
-    embedded_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
     write_json(folder / "manifest.json", {"source": "tests/tiny", "revision": "0" * 40, "files": files})
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, embedded_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A random model with the embedded one's tokenizer, whose 49,152 ids are nearly all of it; copy it to change it."""
+    return write_random_llama(tmp_path_factory.mktemp("tiny") / "base", embedded_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def byte_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of 259 ids, which trains fast; llama.cpp's converter does not know its tokenizer."""
+    return write_random_llama(tmp_path_factory.mktemp("bytes") / "base", make_byte_tokenizer())
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,9 @@ QUESTIONS = ("Tell me about kites.", "What is salt?", "Hi", "Name a river.", "Wh
 
 
 @pytest.fixture
-def tiny_sides(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def tiny_sides(byte_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The sides on the tiny model and six pairs of training tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(byte_model_folder)
     rows = [
         {
             "prompt_ids": prompt_ids(tokenizer, question),
@@ -32,19 +32,18 @@ def tiny_sides(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
         for question in QUESTIONS
     ]
     write_parquet(tmp_path / "train.parquet", pa.Table.from_pylist(rows, schema=schema()))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # which the sides take from the profile
     monkeypatch.setattr(sides, "TOKENS", tmp_path)
-    monkeypatch.setattr(sides, "BASE", tiny_model_folder)
+    monkeypatch.setattr(sides, "BASE", byte_model_folder)
     return rows
 
 
 def test_both_training_sides_see_the_same_pairs(tiny_sides: list[dict[str, Any]]) -> None:
-    threads = torch.get_num_threads()
     ours = sides.train_ours(mix="embedded", pairs=4)
     stock = sides.train_trl(mix="embedded", pairs=4, quantized=True, checkpointing=True, precompute=False, batch_size=8)
     precomputed = sides.train_trl(
         mix="embedded", pairs=4, quantized=False, checkpointing=False, precompute=True, batch_size=2
     )
-    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     expected = sides.tokens(sides.embedded_pairs(4), batch=8)["answers"]
     assert ours["answers"] == stock["answers"] == precomputed["answers"] == expected  # counted in what each trains on

@@ -126,6 +126,7 @@ def test_repro_again_runs_nothing(clone: Path, repro: str) -> None:
     assert ran(dvc(clone, "repro")) == []
 
 
+@pytest.mark.slow
 def test_another_beta_reruns_train_and_what_follows(clone: Path, repro: str) -> None:
     run(clone, "git", "add", "-A")
     run(clone, "git", "commit", "-q", "-m", "results")
@@ -134,6 +135,7 @@ def test_another_beta_reruns_train_and_what_follows(clone: Path, repro: str) -> 
     assert "beta: 0.1" in (clone / "params.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_clone_in_another_folder_makes_the_same_bits(clone: Path, repro: str, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere"
     run(tmp_path, "git", "clone", "-q", str(clone), str(other))

@@ -124,17 +124,18 @@ def test_a_suites_longest_answer_is_that_of_its_tasks(manager: TaskManager) -> N
 @pytest.mark.skipif(
     not run_benchmarks.MATH.is_dir(), reason="what the mathematics tasks need is not installed: ./setup.sh math"
 )
+@pytest.mark.slow
 def test_every_mathematics_task_imports_and_grades_in_its_environment() -> None:
     script = r"""
-from stages import harness, suites
-harness.use_math()
+from hermes.evaluation import benchmarks, run_benchmarks
+run_benchmarks.use_math()
 from importlib.metadata import version
 from lm_eval.tasks._yaml_loader import load_yaml
-manager, count = harness.task_manager(), 0
+manager, count = run_benchmarks.task_manager(), 0
 doc = {"problem": "?", "solution": r"So it is $\boxed{\frac{1}{2}}$.", "answer": r"\frac{1}{2}"}
 answers = {r"$\frac{2}{4}$": 1, "$3$": 0}
-for run in suites.runs(["open_llm_v2"]):
-    if suites.needs_math(run.task):
+for run in benchmarks.runs(["open_llm_v2"]):
+    if benchmarks.needs_math(run.task):
         grade = load_yaml(manager.task_index[run.task].yaml_path, resolve_func=True)["process_results"]
         for answer, wanted in answers.items():
             found = grade(doc, [f"Final Answer: The final answer is {answer}. I hope it is correct."])

@@ -67,18 +67,18 @@ def test_a_cpu_with_bfloat16_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 PROGRAM = """
 import torch, warnings
-from stages import products
+from hermes.model import bf16_on_cpu
 warnings.simplefilter("error")
-products.has_bfloat16 = lambda: False
+bf16_on_cpu.has_bfloat16 = lambda: False
 called = []
 for name in ("mm", "bmm", "addmm", "addmm_"):
-    real = getattr(products, name)
+    real = getattr(bf16_on_cpu, name)
     def spy(*a, real=real, **k):
         called.append(real.__name__)
         return real(*a, **k)
     spy.__name__ = name
-    setattr(products, name, spy)
-assert products.fit_to_cpu() is products.fit_to_cpu()
+    setattr(bf16_on_cpu, name, spy)
+assert bf16_on_cpu.fit_to_cpu() is bf16_on_cpu.fit_to_cpu()
 x, w, c = torch.randn(2, 20, 8).bfloat16().requires_grad_(), torch.randn(3, 8).bfloat16(), torch.randn(20, 8).bfloat16()
 found = torch.nn.functional.linear(x, w, w[:, 0])
 found.sum().backward()

@@ -98,6 +98,7 @@ def twenty_pairs(workspace: Path) -> Path:
     return workspace
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_and_resume_to_the_same_bits(
     twenty_pairs: Path, monkeypatch: pytest.MonkeyPatch, signals: None
 ) -> None:

@@ -29,25 +29,18 @@ QUESTIONS = (
 
 
 @pytest.fixture(scope="module")
-def gguf(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gguf") / "f16.gguf"
-    gguf_files.convert(tiny_model_folder, path, "f16")
-    return path
-
-
-@pytest.fixture(scope="module")
 def prompts(tiny_model_folder: Path) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     return [prompt_ids(tokenizer, question) for question in QUESTIONS]
 
 
 def test_f16_distributions_are_those_of_the_float32_model(
-    gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
+    gguf_file: Path, tiny_model_folder: Path, prompts: list[list[int]]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     answers = [answer_ids(tokenizer, question, "It is fine, 123.") for question in QUESTIONS]
     reference = HuggingFaceChat(load(tiny_model_folder, torch.float32), tokenizer, 8, 4)
-    with GgufModel(gguf, threads=2, slots=4, context=128) as model:
+    with GgufModel(gguf_file, threads=1, slots=4, context=128) as model:
         ours = GgufChat(model, tokenizer, 8)
         found = [row for (row,) in ours.answer_logits(prompts, [[a] for a in answers])]
     expected = [row for (row,) in reference.answer_logits(prompts, [[a] for a in answers])]
@@ -57,7 +50,7 @@ def test_f16_distributions_are_those_of_the_float32_model(
 
 @pytest.mark.parametrize("backend", ["gguf", "transformers"])
 def test_answers_scored_together_score_as_a_plain_forward_of_each(
-    backend: str, gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
+    backend: str, gguf_file: Path, tiny_model_folder: Path, prompts: list[list[int]]
 ) -> None:
     answers = [[[5, 6, 7, 8], [9], [10, 11]], [[12], [13], [21]], [[14], [15, 16, 17]], [[18, 19, 20]]]
     reference = load(tiny_model_folder, torch.float32)
@@ -65,7 +58,7 @@ def test_answers_scored_together_score_as_a_plain_forward_of_each(
     requests = [
         (("", ""), prompt, answer) for prompt, choices in zip(prompts, answers, strict=True) for answer in choices
     ]
-    with GgufModel(gguf, threads=2, slots=9, context=128, share_beginning=True) as model:
+    with GgufModel(gguf_file, threads=1, slots=9, context=128, share_beginning=True) as model:
         ours: ChatModel = GgufChat(model, tokenizer, 8)
         if backend == "transformers":
             ours = HuggingFaceChat(reference, tokenizer, 8, batch_size=4)
@@ -84,11 +77,11 @@ def test_answers_scored_together_score_as_a_plain_forward_of_each(
         assert greedy == (logits.argmax(dim=-1).tolist() == answer)
 
 
-def test_prompts_scored_together_are_bounded_by_tokens_and_by_slots(gguf: Path, tiny_model_folder: Path) -> None:
+def test_prompts_scored_together_are_bounded_by_tokens_and_by_slots(gguf_file: Path, tiny_model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     prompts, answers = [[1] * 300, [1] * 200, [1] * 2000, [1] * 250], [[[2] * 100] * 2] * 4
     different = [[3 + i, *prompt[1:]] for i, prompt in enumerate(prompts)]
-    with GgufModel(gguf, threads=1, slots=6, context=16) as model:
+    with GgufModel(gguf_file, threads=1, slots=6, context=16) as model:
         chat = GgufChat(model, tokenizer, 8)
         chat.tokens_together = 1024
         assert chat.batches(different, answers) == [[1, 3], [0], [2]]
@@ -98,12 +91,12 @@ def test_prompts_scored_together_are_bounded_by_tokens_and_by_slots(gguf: Path, 
 
 @pytest.mark.parametrize("share_beginning", [False, True])
 def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(
-    share_beginning: bool, gguf: Path, tiny_model_folder: Path, prompts: list[list[int]]
+    share_beginning: bool, gguf_file: Path, tiny_model_folder: Path, prompts: list[list[int]]
 ) -> None:
     many = prompts * 3
-    with GgufModel(gguf, threads=2, slots=5, context=128, share_beginning=share_beginning) as model:
+    with GgufModel(gguf_file, threads=1, slots=5, context=128, share_beginning=share_beginning) as model:
         parallel = model.generate(many, 12)
-    with GgufModel(gguf, threads=2, slots=1, context=128) as model:
+    with GgufModel(gguf_file, threads=1, slots=1, context=128) as model:
         single = model.generate(many, 12)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     reference = HuggingFaceChat(load(tiny_model_folder, torch.float32), tokenizer, 12, batch_size=4).generate(many)
@@ -140,16 +133,19 @@ def test_batched_greedy_answers_are_those_of_generate(beginning: list[int]) -> N
         assert greedy_answers(model, prompts, end, limit) == expected
 
 
-def test_samples_of_a_prompt_use_its_cache_and_stop_at_the_limit(gguf: Path, prompts: list[list[int]]) -> None:
-    with GgufModel(gguf, threads=2, slots=4, context=128) as model:
+def test_samples_of_a_prompt_use_its_cache_and_stop_at_the_limit(gguf_file: Path, prompts: list[list[int]]) -> None:
+    with GgufModel(gguf_file, threads=1, slots=4, context=128) as model:
         answers = model.generate(prompts, 6, samples=[3, 1, 2, 4])
         expected = model.generate(prompts, 6)
     assert answers == [answer for answer, count in zip(expected, [3, 1, 2, 4], strict=True) for _ in range(count)]
     assert all(len(answer) <= 6 for answer in answers)
 
 
-def test_a_prompt_that_does_not_fit_is_refused(gguf: Path, prompts: list[list[int]]) -> None:
-    with GgufModel(gguf, threads=1, context=40) as model, pytest.raises(ValueError, match="do not fit a context of 40"):
+def test_a_prompt_that_does_not_fit_is_refused(gguf_file: Path, prompts: list[list[int]]) -> None:
+    with (
+        GgufModel(gguf_file, threads=1, context=40) as model,
+        pytest.raises(ValueError, match="do not fit a context of 40"),
+    ):
         model.generate(prompts, 30)
 
 
@@ -161,32 +157,32 @@ def test_a_damaged_gguf_is_one_line(tmp_path: Path, content: bytes) -> None:
         GgufModel(path, threads=1)
 
 
-def test_a_truncated_gguf_is_one_line(tmp_path: Path, gguf: Path) -> None:
+def test_a_truncated_gguf_is_one_line(tmp_path: Path, gguf_file: Path) -> None:
     path = tmp_path / "cut.gguf"
-    path.write_bytes(gguf.read_bytes()[:-100_000])
+    path.write_bytes(gguf_file.read_bytes()[:-100_000])
     with pytest.raises(UserError, match=r"cut\.gguf"):
         GgufModel(path, threads=1)
 
 
-def test_tensors_whose_rows_do_not_fit_are_counted_as_fallback(gguf: Path, tmp_path: Path) -> None:
+def test_tensors_whose_rows_do_not_fit_are_counted_as_fallback(gguf_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "q.gguf"
-    gguf_files.quantize(gguf, path, "Q4_K_M")
+    gguf_files.quantize(gguf_file, path, "Q4_K_M")
     found = quantize.describe(path, "Q4_K_M")
     assert found["fallback"] == sum(found["matrices_by_type"].values()) > 0  # rows of 64 and 128 never divide by 256
-    assert quantize.describe(gguf, "f16")["fallback"] == 0
-    assert quantize.weight_change(gguf, gguf) == {"weight_error": 0.0, "weight_stretch": 0.0}
-    change = quantize.weight_change(path, gguf)
+    assert quantize.describe(gguf_file, "f16")["fallback"] == 0
+    assert quantize.weight_change(gguf_file, gguf_file) == {"weight_error": 0.0, "weight_stretch": 0.0}
+    change = quantize.weight_change(path, gguf_file)
     assert 0.002 < change["weight_error"] < 0.1  # a Q8_0 matrix of normal weights has some 0.5 %, a Q5_0 one some 4 %
     assert abs(change["weight_stretch"]) < change["weight_error"] / 4
-    assert abs(quantize.describe(gguf, "f16")["bits_per_weight"] - 16) < 0.2
+    assert abs(quantize.describe(gguf_file, "f16")["bits_per_weight"] - 16) < 0.2
 
 
-def test_a_gguf_of_another_tokenizer_is_refused(gguf: Path, tiny_model_folder: Path) -> None:
+def test_a_gguf_of_another_tokenizer_is_refused(gguf_file: Path, tiny_model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    quantize.check(gguf, tokenizer)
+    quantize.check(gguf_file, tokenizer)
     tokenizer.chat_template += "x"
     with pytest.raises(UserError, match="template is"):
-        quantize.check(gguf, tokenizer)
+        quantize.check(gguf_file, tokenizer)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -86,7 +86,7 @@ def test_an_nf4_base_whose_layers_have_biases_is_trained(kept: bool, tmp_path: P
     config = LlamaConfig(vocab_size=97, num_hidden_layers=2, attention_bias=True, **sizes)
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
     settings = BaseSettings(
-        quantization="nf4", double_quantization=True, keep_dequantized=kept, dtype="bfloat16", threads=2
+        quantization="nf4", double_quantization=True, keep_dequantized=kept, dtype="bfloat16", threads=1
     )
     model = get_peft_model(load_base(tmp_path, settings), LoraConfig(r=4, target_modules=MODULES))
     fuse_updates(model)

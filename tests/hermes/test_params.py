@@ -11,18 +11,8 @@ from hermes.console import UserError
 from hermes.run import run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = (
-    "fetch_data",
-    "fetch_model",
-    "subset",
-    "tokenize",
-    "reference",
-    "train",
-    "merge",
-    "quantize",
-    "evaluate",
-    "collect",
-)
+STAGES = ["fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize", "evaluate"]
+MODULES = [f"stages.{name}" for name in STAGES] + ["tools.collect"]
 PIPELINE = """
 stages:
   one: {params: [seed, beta, name, "profiles.${profile}.fit"]}
@@ -237,17 +227,17 @@ def test_no_file_is_told() -> None:
         params.load(Params)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_committed_parameters_suit_every_stage(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+@pytest.mark.parametrize("module", MODULES)
+def test_the_committed_parameters_suit_every_module(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.chdir(ROOT)
-    params.load(importlib.import_module(f"stages.{stage}").Params)
+    params.load(importlib.import_module(module).Params)
 
 
 @pytest.mark.parametrize("profile", sorted(params.read_yaml(ROOT / "params.yaml")["profiles"]))
-def test_every_committed_profile_suits_every_stage(profile: str) -> None:
+def test_every_committed_profile_suits_every_module(profile: str) -> None:
     tree: dict[str, Any] = params.read_yaml(ROOT / "params.yaml")
-    for stage in STAGES:
-        model = importlib.import_module(f"stages.{stage}").Params
+    for module in MODULES:
+        model = importlib.import_module(module).Params
         model.model_validate({name: tree.get(name, tree["profiles"][profile].get(name)) for name in model.model_fields})
 
 

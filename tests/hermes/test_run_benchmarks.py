@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from hermes.params import read_yaml
 from hermes.settings.evaluate import Batching, EvaluateSettings
 from stages import evaluate
 from tests.hermes.test_benchmarks import config
+from tests.test_graph import MODULES, file_of, imports
 
 ROOT = Path(__file__).parents[2]
 Opened = Callable[[], AbstractContextManager[ChatModel]]
@@ -69,8 +69,9 @@ def write_arc() -> None:
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with small data sets of every kind of task."""
+def data(tmp_path: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with small data sets of every kind of task; the index of tasks, which takes seconds, is read once."""
+    monkeypatch.setattr(run_benchmarks, "task_manager", lambda: manager)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     write_arc()
@@ -141,7 +142,7 @@ def models(tiny_model_folder: Path, gguf_file: Path) -> dict[str, Opened]:
 
     @contextlib.contextmanager
     def gguf() -> Iterator[ChatModel]:
-        with GgufModel(gguf_file, threads=2, slots=4, context=CONTEXT, share_beginning=True) as model:
+        with GgufModel(gguf_file, threads=1, slots=4, context=CONTEXT, share_beginning=True) as model:
             yield GgufChat(model, tokenizer, 8)
 
     return {"transformers": transformers, "gguf": gguf}
@@ -201,8 +202,9 @@ def test_real_tasks_of_each_kind_give_both_backends_the_same_results(
     assert plain["inst_level_strict_acc,none"] == [1.0, 0.0, 1.0]
 
 
-def test_text_is_treated_as_by_lm_evals_own_transformers_model(data: Path, models: dict[str, Opened]) -> None:
-    manager = run_benchmarks.task_manager()
+def test_text_is_treated_as_by_lm_evals_own_transformers_model(
+    data: Path, models: dict[str, Opened], manager: TaskManager
+) -> None:
     with models["transformers"]() as chat:
         assert isinstance(chat, HuggingFaceChat)
         stock = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=1, max_length=CONTEXT)
@@ -223,7 +225,9 @@ def test_text_is_treated_as_by_lm_evals_own_transformers_model(data: Path, model
                 assert values == pytest.approx(theirs["metrics"][metric], abs=1e-3), run
 
 
-def test_a_suite_of_local_tasks_has_the_scores_that_lm_eval_gives(data: Path, models: dict[str, Opened]) -> None:
+def test_a_suite_of_local_tasks_has_the_scores_that_lm_eval_gives(
+    data: Path, models: dict[str, Opened], manager: TaskManager
+) -> None:
     """Against lm-eval's own aggregation, through the summary that the report shows."""
     run_benchmarks.run_all(LOCAL[:4], data / "out", models["transformers"], CONTEXT)
     metrics = ("acc_norm", "acc", "acc", "multiple_choice_grade")
@@ -233,7 +237,6 @@ def test_a_suite_of_local_tasks_has_the_scores_that_lm_eval_gives(data: Path, mo
     )
     found = {run: json.loads((data / f"out/{run.label}.json").read_text()) for run in LOCAL[:4]}
     summary = benchmarks.summary(Suite("local", parts, ()), {"base": found})
-    manager = run_benchmarks.task_manager()
     for run, metric in zip(LOCAL, metrics, strict=False):
         with models["transformers"]() as chat:
             task = run_benchmarks.load_task(run, manager)
@@ -322,7 +325,7 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
     monkeypatch.setattr(run_benchmarks, "ROOT", tmp_path)
     model = tmp_path / "model.gguf"
     model.write_bytes(b"weights")
-    batching = Batching(max_new_tokens=8, batch_size=4, slots=4, context=64, threads=2)
+    batching = Batching(max_new_tokens=8, batch_size=4, slots=4, context=64, threads=1)
     settings = EvaluateSettings(**read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]["evaluate"])
     found = {run_benchmarks.folder_name(model, batching)}
 
@@ -371,15 +374,10 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
 
 def test_the_modules_that_shape_results_import_no_other_that_does() -> None:
     """Those left out read, write, check or say something; a module that is new among the imports is to be put on either list."""
-    left_out = {"artifacts", "console", "hub", "params", "suites"}
-    imported = set()
-    for module in run_benchmarks.CODE:
-        text = (ROOT / f"stages/{module}.py").read_text()
-        imported |= set(re.findall(r"^from stages\.(\w+) import", text, re.MULTILINE))
-        imported |= {
-            name for line in re.findall(r"^from stages import (.+)$", text, re.MULTILINE) for name in line.split(", ")
-        }
-    assert imported | {"harness"} == left_out | set(run_benchmarks.CODE)
+    left_out = {f"hermes/{name}.py" for name in ("artifacts", "console", "evaluation/benchmarks", "hub", "params")}
+    shaping = {f"hermes/{name}.py" for name in run_benchmarks.CODE}
+    imported = {file_of(name) for file in shaping for name in imports(MODULES[file])} & MODULES.keys()
+    assert imported | {"hermes/evaluation/run_benchmarks.py"} == left_out | shaping
 
 
 @pytest.mark.parametrize("backend", ["transformers", "gguf"])
@@ -521,6 +519,7 @@ def test_gpqas_choices_have_an_order_of_their_own_whatever_is_cached(data: Path,
 @pytest.mark.skipif(
     not run_benchmarks.MATH.is_dir(), reason="what the mathematics tasks need is not installed: ./setup.sh math"
 )
+@pytest.mark.slow
 def test_a_mathematics_task_runs_end_to_end_in_its_environment_on_both_backends(
     tmp_path: Path, tiny_model_folder: Path, gguf_file: Path
 ) -> None:
@@ -531,19 +530,19 @@ from pathlib import Path
 import datasets
 from transformers import AutoTokenizer
 datasets.config.HF_DATASETS_CACHE = Path("cache")
-from stages import harness
+from hermes.evaluation import run_benchmarks
+from hermes.evaluation.benchmarks import Run
 from hermes.evaluation.chat_models import opened
 from hermes.settings.evaluate import Batching
-from hermes.evaluation.benchmarks import Run
 from tests.hermes.test_run_benchmarks import data_set, with_short_answers
 
 rows = [
     {"problem": f"What is half of {i}?", "solution": rf"It is $\boxed{{\frac{{{i}}}{{2}}}}$.", "level": "Level 5"} for i in (1, 3)
 ]
 data_set("DigitalLearningGmbH/MATH-lighteval", "algebra", {"train": rows, "test": [*rows, rows[0] | {"level": "Level 4"}]})
-run, load_task = Run("leaderboard_math_algebra_hard", 4, True), harness.load_task
-harness.load_task = lambda *asked: with_short_answers(load_task(*asked))
-batching = Batching(max_new_tokens=8, batch_size=2, slots=4, context=2000, threads=2)
+run, load_task = Run("leaderboard_math_algebra_hard", 4, True), run_benchmarks.load_task
+run_benchmarks.load_task = lambda *asked: with_short_answers(load_task(*asked))
+batching = Batching(max_new_tokens=8, batch_size=2, slots=4, context=2000, threads=1)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 half = r"Final Answer: The final answer is $\frac{2}{4}$. I hope it is correct. Problem: What is $3$?"
 found = {}
@@ -553,7 +552,7 @@ for backend, path in zip(("transformers", "gguf"), map(Path, sys.argv[1:])):
         with opened(path, batching, tokenizer) as chat:
             if answer == "a half":
                 chat.generate = lambda prompts: [tokenizer(half)["input_ids"]] * len(prompts)
-            harness.run_all([run], folder, lambda: contextlib.nullcontext(chat), batching.context)
+            run_benchmarks.run_all([run], folder, lambda: contextlib.nullcontext(chat), batching.context)
         found[str(folder)] = json.loads((folder / f"{run.label}.json").read_text())
         with gzip.open(folder / f"{run.label}.jsonl.gz", "rt") as file:
             log = [json.loads(line) for line in file]

@@ -56,7 +56,7 @@ def test_merged_tensors_have_the_bits_of_pefts_merge(
     target = tmp_path / "merged"
     adapter_merge.Merger(tiny_model_folder, adapter, onto, double).write(target, 10**9)
     settings = BaseSettings(
-        quantization="nf4", double_quantization=double, keep_dequantized=True, dtype="bfloat16", threads=2
+        quantization="nf4", double_quantization=double, keep_dequantized=True, dtype="bfloat16", threads=1
     )
     base = load(tiny_model_folder, torch.bfloat16) if onto == "bf16" else load_base(tiny_model_folder, settings)
     peft = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()

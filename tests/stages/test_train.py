@@ -25,8 +25,8 @@ from hermes.settings.train import LossType
 from stages import reference, train
 from stages.tokenize import schema
 
-FP32 = BaseSettings(quantization="none", double_quantization=False, keep_dequantized=False, dtype="float32", threads=2)
-NF4 = BaseSettings(quantization="nf4", double_quantization=True, keep_dequantized=False, dtype="bfloat16", threads=2)
+FP32 = BaseSettings(quantization="none", double_quantization=False, keep_dequantized=False, dtype="float32", threads=1)
+NF4 = BaseSettings(quantization="nf4", double_quantization=True, keep_dequantized=False, dtype="bfloat16", threads=1)
 SETTINGS = train.TrainSettings(
     lora_rank=4,
     lora_alpha=8,
@@ -54,18 +54,18 @@ PARAMS = train.Params(seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, byte_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a tiny base, 24 pairs of random ids, and their fp32 reference; the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    (tmp_path / "models/base").symlink_to(tiny_model_folder)
+    (tmp_path / "models/base").symlink_to(byte_model_folder)
     (tmp_path / "params.yaml").write_text("wandb: {enabled: false, project: p}\nprofile: p\nprofiles: {p: {}}\n")
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     generator = torch.Generator().manual_seed(1)
-    eos = AutoTokenizer.from_pretrained(tiny_model_folder).eos_token_id
+    eos = AutoTokenizer.from_pretrained(byte_model_folder).eos_token_id
 
     def ids(n: int) -> list[int]:
-        return torch.randint(10, 400, (n,), generator=generator).tolist()
+        return torch.randint(10, 259, (n,), generator=generator).tolist()
 
     for split, count in (("train", 24), ("validation", 8)):
         rows = [
@@ -229,7 +229,7 @@ def losses(loaded: train.Params) -> torch.Tensor:
 
 
 def test_the_trajectory_is_that_of_stock_trl(workspace: Path) -> None:
-    loaded = with_train(evaluations=0, epochs=9.0)
+    loaded = with_train(evaluations=0, epochs=9.0, checkpoint_steps=100)
     residual = losses(loaded) - losses_of_stock_trl(loaded)
     assert len(residual) == 54
     assert residual.abs().max() < 1e-4
@@ -240,7 +240,12 @@ def test_in_nf4_the_trajectory_is_within_what_two_batch_sizes_of_stock_trl_diffe
     write_reference(NF4)
     runs = {
         batch_size: with_train(
-            evaluations=0, epochs=9.0, sft_weight=0.0, batch_size=batch_size, accumulation=4 // batch_size
+            evaluations=0,
+            epochs=4.0,
+            sft_weight=0.0,
+            batch_size=batch_size,
+            accumulation=4 // batch_size,
+            checkpoint_steps=100,
         )
         for batch_size in (4, 1)
     }

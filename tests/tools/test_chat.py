@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from hermes.console import UserError
-from hermes.model.gguf_files import convert
 from tools import chat
 from tools.chat import Conversation
 
@@ -103,13 +102,9 @@ def test_an_unfinished_answer_says_so() -> None:
     assert conversation(Script(["12345"])).ask("?", max_new_tokens=6) == "12345"
 
 
-def test_an_answer_ends_where_the_chat_template_ends_one(
-    tiny_model_folder: Path, byte_tokenizer: Any, tmp_path: Path
-) -> None:
-    path = tmp_path / "f16.gguf"
-    convert(tiny_model_folder, path, "f16")
+def test_an_answer_ends_where_the_chat_template_ends_one(gguf_file: Path, byte_tokenizer: Any) -> None:
     byte_tokenizer.chat_template = byte_tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
-    with chat.open_gguf(path, byte_tokenizer) as model:
+    with chat.open_gguf(gguf_file, byte_tokenizer) as model:
         assert model.end == byte_tokenizer.convert_tokens_to_ids("<|endoftext|>") != byte_tokenizer.eos_token_id
 
 

@@ -23,7 +23,7 @@ from tests.stages.test_train import SETTINGS
 from tools.memory_plan import layer_activations, training_memory
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SIZES: list[dict[str, Any]] = [
+SIZES: list[Any] = [
     {
         "hidden_size": 128,
         "intermediate_size": 320,
@@ -38,13 +38,16 @@ SIZES: list[dict[str, Any]] = [
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
     },
-    {
-        "hidden_size": 512,
-        "intermediate_size": 1792,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    },
+    pytest.param(
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1792,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+        },
+        marks=pytest.mark.slow,
+    ),
 ]
 VOCABULARY = 5003
 
