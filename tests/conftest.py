@@ -31,6 +31,7 @@ from hermes.model import bf16_on_cpu, gguf_files
 from hermes.params import read_yaml
 from stages.fetch_model import EMBEDDED_FILE, EMBEDDED_PACKAGE
 
+ROOT = Path(__file__).resolve().parent.parent
 bf16_on_cpu.fit_to_cpu()  # as every stage with a model does
 
 SPECIAL = {
