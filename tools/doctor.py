@@ -49,13 +49,13 @@ class Check:
 
 
 def pins(lock: Path) -> dict[str, str]:
-    """The `package==version` lines of a lock file and of those it names with -r, as {package: version}."""
+    """The `package==version` lines of a lock file and of those it names with -r, as {package: version}, without their hashes."""
     found: dict[str, str] = {}
     for line in lock.read_text(encoding="utf-8").splitlines():
-        name, _, version = line.partition("#")[0].strip().partition("==")
+        name, _, version = line.partition("#")[0].rstrip("\\ ").partition("==")
         if name.startswith("-r "):
             found |= pins(lock.parent / name[3:])
-        elif name:
+        elif version:
             found[name] = version.lstrip("=")
     return found
 

@@ -129,9 +129,9 @@ def test_a_line_names_the_check_the_finding_and_the_mend() -> None:
     assert str(doctor.Check("disk", True, "90 GB free")) == "ok       disk: 90 GB free"
 
 
-def test_a_lock_file_is_read_without_its_comments(tmp_path: Path) -> None:
+def test_a_lock_file_is_read_without_its_comments_and_hashes(tmp_path: Path) -> None:
     lock = tmp_path / "requirements.lock"
-    lock.write_text("# why\ntorch==2.13.0\n\npeft==0.21.2  # note\n")
+    lock.write_text("# why\ntorch==2.13.0 \\\n    --hash=sha256:0a \\\n    --hash=sha256:0b\n\npeft==0.21.2  # note\n")
     assert doctor.pins(lock) == {"torch": "2.13.0", "peft": "0.21.2"}
 
 
