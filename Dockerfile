@@ -9,8 +9,6 @@
 ARG DEVICE=cpu
 
 FROM python:3.11-slim-bookworm AS base-cpu
-# The CPU build of torch; the locks name its hashes too.
-ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS base-cuda
 RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-dev python3-venv && rm -rf /var/lib/apt/lists/* \

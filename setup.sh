@@ -13,8 +13,7 @@
 # pip resolves nothing: a package comes in the locked version, as a file whose hash the lock names, or not at all. What has no wheel is
 # built with the tools of requirements-build.lock.
 #
-# Disk: about 3 GB with a CPU build of torch. The public index serves a CUDA build for Linux: about 12 GB, pip's cache included.
-# PyTorch's index has the CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ./setup.sh
+# Disk: about 3 GB with a CPU build of torch; about 12 GB with a CUDA build, pip's cache included.
 set -eu
 cd "$(dirname "$0")"
 
@@ -103,25 +102,29 @@ warn_identity() { # an environment variable serves as well as the setting
         "git config --global user.name 'Your Name' && git config --global user.email you@example.org"
 }
 
-altered() { # prints the first pin that pip refused by its hash
-    sed -n '/DO NOT MATCH THE HASHES/,$ s/^ *\([^ ]*==[^ ]*\) from .*/\1/p' "$LOG" | head -n 1
+refuse_altered() { # ends the script where pip refused a file by its hash
+    pin=$(sed -n '/DO NOT MATCH THE HASHES/,$ s/^ *\([^ ]*==[^ ]*\) from .*/\1/p' "$LOG" | head -n 1)
+    [ -z "$pin" ] ||
+        die "the file that came for $pin has none of the hashes in the locks; $LOG names it; see \"Change a package\" in CONTRIBUTING.md"
 }
 
 step() { # step "what it does" command...: one line on success, the log's end on failure
     say "$1 ..."
     shift
     "$@" >>"$LOG" 2>&1 && return
-    pin=$(altered)
-    [ -z "$pin" ] ||
-        die "the file that came for $pin has none of the hashes in the locks; $LOG names it; see \"Change a package\" in CONTRIBUTING.md"
+    refuse_altered
     tail -n 40 "$LOG" >&2
     die "the step above failed, its log is $LOG; mend what its last lines name, then run ./setup.sh again"
 }
 
 pip() { .venv/bin/python -m pip install --no-input --no-deps --require-hashes --no-build-isolation "$@"; }
 
-needs_cuda_libraries() { # on a CPU too, where the index has no other build of torch
-    [ -n "$(.venv/bin/python -c 'from importlib.metadata import requires as r; print(*(x for x in r("torch") if "nvidia" in x))')" ]
+install_cpu_torch() { # fails where no index has that build
+    say "installing the CPU build of torch ..."
+    pip --retries 1 -r requirements-cpu.lock >>"$LOG" 2>&1 && return
+    refuse_altered
+    say "warning: no index here has the CPU build of torch; the CUDA build, which runs on a CPU too, comes instead (several GB more)"
+    return 1
 }
 
 take_lock() { # one set-up at a time: a second one waits, and then finds the work done
@@ -156,12 +159,13 @@ fi
 
 device=$(find_device) # its die ends this script too, through set -e
 min_free_gb=8
-locks="requirements-build.lock requirements.lock requirements-nodeps.lock"
+torch_lock=requirements-cpu.lock
 case $device in cuda*)
     min_free_gb=$CUDA_FREE_GB
-    locks="$locks requirements-cuda.lock"
+    torch_lock=requirements-cuda.lock
     ;;
 esac
+locks="requirements-build.lock requirements.lock requirements-nodeps.lock $torch_lock"
 is_current && exit 0
 
 command -v git >/dev/null 2>&1 || die "no git; run: apt-get install git"
@@ -200,10 +204,9 @@ cuda) # pip does not tell a CUDA build from a CPU one, so each has a cache of it
         pip -r .venv/llama.lock
     ;;
 esac
-case $device in cuda*) lock=requirements-cuda.lock ;; *) lock=requirements.lock ;; esac
+lock=requirements-cuda.lock
+[ "$torch_lock" = "$lock" ] || ! install_cpu_torch || lock=requirements.lock
 step "installing $packages packages (about 4 minutes)" pip -r "$lock"
-[ "$lock" = requirements-cuda.lock ] || ! needs_cuda_libraries ||
-    step "installing CUDA's libraries, which this build of torch needs on a CPU too" pip -r requirements-cuda.lock
 step "installing the embedded model" pip -r requirements-nodeps.lock
 step "checking that the compiled packages load" .venv/bin/python -c 'import bitsandbytes, llama_cpp, torch'
 wanted_stamp >"$STAMP.new"

@@ -37,7 +37,7 @@ def test_no_tracked_name_holds_a_dot_which_dvc_would_read_as_a_path() -> None:
 
 
 LOCKS = sorted(ROOT.glob("requirements*.lock"))
-PIN = re.compile(r"^([\w.-]+)==(=?[\w.]+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", re.MULTILINE)
+PIN = re.compile(r"^([\w.-]+)==(=?[\w.+]+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", re.MULTILINE)
 
 
 def pinned_here(lock: str) -> list[tuple[str, str]]:
@@ -48,13 +48,17 @@ def pinned_here(lock: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
 def test_every_line_of_a_lock_is_a_comment_another_lock_or_a_pin_with_its_hashes(lock: Path) -> None:
     rest = PIN.sub("", lock.read_text()).splitlines()
-    assert not [line for line in rest if line and not line.startswith(("#", "-r "))]
+    assert not [line for line in rest if line and not line.startswith(("#", "-r ", "--extra-index-url "))]
     assert pins(lock).keys() >= dict(pinned_here(lock.name)).keys() != set()
 
 
 def test_no_package_is_pinned_twice() -> None:
     names = [name for part in ("-build", "", "-nodeps") for name, _ in pinned_here(f"requirements{part}.lock")]
     assert len(names) == len(set(names)) == len(PINNED)
+
+
+def test_the_cpu_lock_is_the_cpu_build_of_the_locked_torch() -> None:
+    assert pinned_here("requirements-cpu.lock") == [("torch", f"{PINNED['torch']}+cpu")]
 
 
 def test_the_cuda_lock_is_the_other_one_and_what_cuda_adds() -> None:

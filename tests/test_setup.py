@@ -39,12 +39,13 @@ FILES = (
     "setup.sh",
     "requirements.lock",
     "requirements-build.lock",
+    "requirements-cpu.lock",
     "requirements-cuda.lock",
     "requirements-nodeps.lock",
     "requirements-math.lock",
 )
 # Like pip, it does not take a target where a user's setting asks for the user's own folder; and it fails where a file says so. Where there
-# is a folder `wheels`, pip itself installs the last lock from it. The file cuda-torch stands for a torch that names CUDA's libraries.
+# is a folder `wheels`, pip itself installs the last lock from it. The file no-cpu-torch stands for an index without that build of torch.
 PYTHON = f"""#!/bin/sh
 case "$*" in
 "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
@@ -58,8 +59,11 @@ case "$*" in
     [ ! -d wheels ] || exec {sys.executable} "$@" --no-index --find-links wheels --target .venv/site
     echo "$*" >>pip.log
     ;;
+"-m pip"*-cpu.lock)
+    [ ! -e no-cpu-torch ] || {{ echo "ERROR: No matching distribution found for torch==2.13.0+cpu" >&2; exit 1; }}
+    echo "$*" >>pip.log
+    ;;
 "-m pip"*) echo "$* [${{CMAKE_ARGS:-}}]" >>pip.log ;;
--c*requires*torch*) [ ! -e cuda-torch ] || echo "nvidia-cublas==13.1.1.3" ;;
 -c*torch*) ;;
 *) exec {sys.executable} "$@" ;;
 esac
@@ -151,12 +155,17 @@ def test_every_file_needs_its_hash_nothing_is_resolved_and_builds_take_the_locke
         assert {"--require-hashes", "--no-deps", "--no-build-isolation", "-r"} <= set(line.split())
 
 
-def test_on_a_cpu_a_cuda_build_of_torch_gets_its_libraries_too(checkout: Path) -> None:
-    (checkout / "cuda-torch").touch()
+def test_on_a_cpu_the_cuda_build_of_torch_and_its_libraries_serve_where_there_is_no_other(checkout: Path) -> None:
+    code, _, asked = set_up(checkout)
+    assert code == 0
+    assert asked.index("-r requirements-cpu.lock") < asked.index("-r requirements.lock")
+    (checkout / "no-cpu-torch").touch()
+    shutil.rmtree(checkout / ".venv")
     code, said, asked = set_up(checkout)
     assert code == 0
-    assert "CUDA's libraries" in said
-    assert asked.index("-r requirements.lock") < asked.index("-r requirements-cuda.lock")
+    assert "no index here has the CPU build of torch" in said
+    assert "-r requirements-cuda.lock" in asked
+    assert "-r requirements.lock" not in asked
     assert stamp(checkout) == "cpu"
 
 
