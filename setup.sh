@@ -103,7 +103,7 @@ warn_identity() { # an environment variable serves as well as the setting
 }
 
 refuse_altered() { # ends the script where pip refused a file by its hash
-    pin=$(sed -n '/DO NOT MATCH THE HASHES/,$ s/^ *\([^ ]*==[^ ]*\) from .*/\1/p' "$LOG" | head -n 1)
+    pin=$(tail -n 40 "$LOG" | sed -n '/DO NOT MATCH THE HASHES/,$ s/^ *\([^ ]*==[^ ]*\) from .*/\1/p' | head -n 1)
     [ -z "$pin" ] ||
         die "the file that came for $pin has none of the hashes in the locks; $LOG names it; see \"Change a package\" in CONTRIBUTING.md"
 }
