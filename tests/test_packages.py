@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -35,21 +36,34 @@ def test_no_tracked_name_holds_a_dot_which_dvc_would_read_as_a_path() -> None:
     assert not [package for package in TRACKED if "." in package]
 
 
+LOCKS = sorted(ROOT.glob("requirements*.lock"))
+PIN = re.compile(r"^([\w.-]+)==(=?[\w.+]+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", re.MULTILINE)
+
+
+def pinned_here(lock: str) -> list[tuple[str, str]]:
+    """The (package, version) of each pin that a lock itself holds; of `===` one equals sign stays before the version."""
+    return [(name, version) for name, version, _ in PIN.findall((ROOT / lock).read_text())]
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
+def test_every_line_of_a_lock_is_a_comment_another_lock_or_a_pin_with_its_hashes(lock: Path) -> None:
+    rest = PIN.sub("", lock.read_text()).splitlines()
+    assert not [line for line in rest if line and not line.startswith(("#", "-r ", "--extra-index-url "))]
+    assert pins(lock).keys() >= dict(pinned_here(lock.name)).keys() != set()
+
+
 def test_no_package_is_pinned_twice() -> None:
-    locks = [pins(ROOT / "requirements.lock"), pins(ROOT / "requirements-nodeps.lock")]
-    lines = [line for name in ("requirements.lock", "requirements-nodeps.lock") for line in _pin_lines(ROOT / name)]
-    assert len(lines) == len(locks[0] | locks[1])
+    names = [name for part in ("-build", "", "-nodeps") for name, _ in pinned_here(f"requirements{part}.lock")]
+    assert len(names) == len(set(names)) == len(PINNED)
 
 
-def _pin_lines(lock: Path) -> list[str]:
-    return [line for line in lock.read_text().splitlines() if line.strip() and not line.startswith("#")]
+def test_the_cpu_lock_is_the_cpu_build_of_the_locked_torch() -> None:
+    assert pinned_here("requirements-cpu.lock") == [("torch", f"{PINNED['torch']}+cpu")]
 
 
 def test_the_cuda_lock_is_the_other_one_and_what_cuda_adds() -> None:
-    lines = _pin_lines(ROOT / "requirements-cuda.lock")
-    assert lines[0] == "-r requirements.lock"
     both = pins(ROOT / "requirements.lock")
-    added = dict(line.split("==", 1) for line in lines[1:])
+    added = dict(pinned_here("requirements-cuda.lock"))
     assert added.pop("torch") == f"={both['torch']}"  # === refuses the CPU build, 2.13.0+cpu
     assert not added.keys() & both.keys()
     assert pins(ROOT / "requirements-cuda.lock") == both | added

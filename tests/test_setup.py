@@ -1,11 +1,16 @@
-"""setup.sh installs for the device that it finds, remembers which, and does nothing twice. pip and nvidia-smi are stand-ins."""
+"""setup.sh installs for the device that it finds, remembers which, and does nothing twice. pip and nvidia-smi are stand-ins there.
+
+That a file whose hash is not in the lock is refused is tried with pip itself, on packages made here.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,20 +27,25 @@ SYSTEM = [
     "getconf",
     "git",
     "grep",
+    "head",
     "mkdir",
     "mv",
     "rm",
+    "sed",
     "sh",
     "tail",
 ]
 FILES = (
     "setup.sh",
     "requirements.lock",
+    "requirements-build.lock",
+    "requirements-cpu.lock",
     "requirements-cuda.lock",
     "requirements-nodeps.lock",
     "requirements-math.lock",
 )
-# Like pip, it does not take a target where a user's setting asks for the user's own folder; and it fails where a file says so.
+# Like pip, it does not take a target where a user's setting asks for the user's own folder; and it fails where a file says so. Where there
+# is a folder `wheels`, pip itself installs the last lock from it. The file no-cpu-torch stands for an index without that build of torch.
 PYTHON = f"""#!/bin/sh
 case "$*" in
 "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
@@ -44,6 +54,14 @@ case "$*" in
     echo "$*" >>pip.log
     [ ! -e fail-pip ] || exit 1
     cat requirements-math.lock >.venv/math.new/module.py
+    ;;
+"-m pip"*-nodeps.lock)
+    [ ! -d wheels ] || exec {sys.executable} "$@" --no-index --find-links wheels --target .venv/site
+    echo "$*" >>pip.log
+    ;;
+"-m pip"*-cpu.lock)
+    [ ! -e no-cpu-torch ] || {{ echo "ERROR: No matching distribution found for torch==2.13.0+cpu" >&2; exit 1; }}
+    echo "$*" >>pip.log
     ;;
 "-m pip"*) echo "$* [${{CMAKE_ARGS:-}}]" >>pip.log ;;
 -c*torch*) ;;
@@ -120,13 +138,61 @@ def test_with_a_gpu_and_nvcc_the_cuda_lock_and_a_cuda_llama_cpp_are_installed(ch
     give(checkout, "nvidia-smi", "nvcc")
     code, _, asked = set_up(checkout, CMAKE_ARGS="-DGGML_NATIVE=off")
     assert code == 0
-    llama, locks, _ = asked.splitlines()
+    _, llama, locks, _ = asked.splitlines()
     assert "--no-binary llama-cpp-python" in llama
     assert "--cache-dir" in llama
     assert llama.endswith("[-DGGML_CUDA=on -DGGML_NATIVE=off]")
     assert "-r requirements-cuda.lock" in locks
     assert stamp(checkout) == "cuda"
     assert set_up(checkout) == (0, "", "")
+
+
+def test_every_file_needs_its_hash_nothing_is_resolved_and_builds_take_the_locked_tools(checkout: Path) -> None:
+    code, _, asked = set_up(checkout, "math")
+    assert code == 0
+    assert "-r requirements-build.lock" in asked.splitlines()[0]
+    for line in asked.splitlines():
+        assert {"--require-hashes", "--no-deps", "--no-build-isolation", "-r"} <= set(line.split())
+
+
+def test_on_a_cpu_the_cuda_build_of_torch_and_its_libraries_serve_where_there_is_no_other(checkout: Path) -> None:
+    code, _, asked = set_up(checkout)
+    assert code == 0
+    assert asked.index("-r requirements-cpu.lock") < asked.index("-r requirements.lock")
+    (checkout / "no-cpu-torch").touch()
+    shutil.rmtree(checkout / ".venv")
+    code, said, asked = set_up(checkout)
+    assert code == 0
+    assert "no index here has the CPU build of torch" in said
+    assert "-r requirements-cuda.lock" in asked
+    assert "-r requirements.lock" not in asked
+    assert stamp(checkout) == "cpu"
+
+
+def make_wheel(folder: Path, name: str) -> str:
+    """Writes the wheel of version 1.0 of an empty package, and returns its line of a lock."""
+    folder.mkdir(exist_ok=True)
+    path, info = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return f"{name}==1.0 \\\n    --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+
+def test_a_file_that_has_not_the_locked_hash_is_refused_in_one_clear_line(checkout: Path) -> None:
+    lock = checkout / "requirements-nodeps.lock"
+    lock.write_text(make_wheel(checkout / "wheels", "model"))
+    assert set_up(checkout)[0] == 0
+    assert (checkout / ".venv/site/model-1.0.dist-info").is_dir()
+    pin, digest = lock.read_text().split("sha256:")
+    lock.write_text(f"{pin}sha256:{'1' if digest[0] == '0' else '0'}{digest[1:]}")
+    code, said, _ = set_up(checkout)
+    assert code == 1
+    assert "the file that came for model==1.0 has none of the hashes in the locks" in said.splitlines()[-1]
+    assert said.count("error") == 1
+    assert not (checkout / ".venv/site/model-1.0.dist-info").exists()
+    assert not (checkout / ".venv/setup-stamp").exists()
 
 
 def test_with_a_gpu_and_without_nvcc_llama_cpp_is_a_cpu_build_until_nvcc_is_there(checkout: Path) -> None:
@@ -191,7 +257,7 @@ def test_the_packages_of_mathematics_are_installed_beside_the_others_and_once(ch
     code, _, asked = set_up(checkout, "math", PIP_USER="1")
     assert code == 0
     assert "-r requirements.lock" in asked  # what they go beside
-    assert asked.splitlines()[-1].endswith("--no-deps --target .venv/math.new -r requirements-math.lock")
+    assert asked.splitlines()[-1].endswith("--target .venv/math.new -r requirements-math.lock")
     assert (checkout / MODULE).read_text() == (checkout / "requirements-math.lock").read_text()
     assert set_up(checkout, "math") == (0, "", "")
     assert set_up(checkout) == (0, "", "")
