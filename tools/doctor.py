@@ -27,6 +27,7 @@ MIN_FREE_GB = 8
 # the first driver that runs programs built with a CUDA of this major version
 DRIVERS = {"12": (525, 60), "13": (580, 65)}
 SHOWN = 3  # of many findings in one line
+DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Gpu:
     driver: str
 
 
-def present_gpu(devices: Path = Path("/dev")) -> Gpu | None:
+def present_gpu() -> Gpu | None:
     """The NVIDIA GPU of this machine, or None."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
@@ -65,7 +66,7 @@ def present_gpu(devices: Path = Path("/dev")) -> Gpu | None:
     if answer:
         name, _, driver = answer.splitlines()[0].rpartition(", ")
         return Gpu(name, driver)
-    return Gpu("an NVIDIA GPU", "") if list(devices.glob("nvidia[0-9]*")) else None
+    return Gpu("an NVIDIA GPU", "") if list(DEVICES.glob("nvidia[0-9]*")) else None
 
 
 def read(path: Path) -> str:

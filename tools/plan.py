@@ -36,6 +36,7 @@ from hermes.model.llama3 import Shape
 from hermes.pages import published_run
 from hermes.settings import experiment
 from hermes.settings.experiment import Profile
+from tools import doctor
 from tools.memory_plan import CONTEXT, GIB, SIZES, Memory, gibibytes, on_one_gpu, training_memory, with_overhead
 
 RAW, TOKENS, BASE, SUBSET = Path("data/raw"), Path("data/tokens"), Path("models/base"), Path("reports/subset.json")
@@ -436,6 +437,7 @@ def main() -> None:
     parser.add_argument("--profile", help="of params.yaml; the selected one by default")
     parser.add_argument("--gpu", choices=sorted(GPUS), help="by default the GPU here, or else this CPU")
     parser.add_argument("--quiet", action="store_true", help="print nothing, and refuse only what does not fit a GPU")
+    parser.add_argument("--disk", action="store_true", help="refuse a run that the disk has no room for, too")
     given = parser.parse_args()
     if given.quiet and not given.gpu and not torch.cuda.is_available():
         return
@@ -447,6 +449,10 @@ def main() -> None:
         print(text)
     if why:
         sys.exit(f"plan: does not fit: {why}")
+    if given.disk:
+        room = doctor.check_disk(Path.cwd(), doctor.disk_to_fill(Path.cwd(), given.profile))
+        if not room.ok:
+            sys.exit(f"plan: does not fit: {room.finding}; {room.mend}")
 
 
 if __name__ == "__main__":

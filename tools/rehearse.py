@@ -42,6 +42,7 @@ from hermes.model.gguf import GgufModel
 from hermes.model.llama3 import Shape
 from hermes.model.safetensors_stream import DTYPES, PIECE, Stored, write_folder
 from hermes.settings.experiment import Profile
+from tools import doctor
 from tools.dvc_runs import environment
 from tools.memory_plan import gibibytes
 from tools.plan import BITS, load, model_shape, pair_lengths
@@ -170,10 +171,9 @@ def check_disk(folder: Path, shape: Shape) -> None:
     """
     weights = shape.linear_weights + shape.other_weights
     needed = weights * (3 * 2 + BITS[TYPE] / 8) - disk_used(folder)
-    if (free := shutil.disk_usage(ROOT).free) < needed:
-        raise UserError(
-            f"{folder}: needs {gibibytes(needed)} more of disk, {gibibytes(free)} are free; make room, or use fewer --layers"
-        )
+    check = doctor.check_disk(ROOT, needed / 2**30)
+    if not check.ok:
+        raise UserError(f"{check.finding}; {check.mend}, or use fewer --layers")
 
 
 def positive(text: str) -> int:

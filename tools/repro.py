@@ -11,7 +11,6 @@ however the run ended; after a kill -9 the next start puts them back. The exit c
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -71,26 +70,14 @@ def check_cuda() -> None:
 
 
 def check_plan(profile: str | None, gpu: Path = NVIDIA) -> None:
-    """Refuses a profile that does not fit the GPU here, before anything is fetched.
+    """Refuses a profile that does not fit the GPU or the disk here, before anything is fetched.
 
     Raises:
         UserError: it does not fit; tools/plan.py has said why.
     """
-    command = [sys.executable, "-m", "tools.plan", "--quiet", *(["--profile", profile] if profile else [])]
+    command = [sys.executable, "-m", "tools.plan", "--quiet", "--disk", *(["--profile", profile] if profile else [])]
     if gpu.exists() and subprocess.run(command, check=False).returncode:
         raise UserError("nothing was started; `make plan` shows what the run needs")
-
-
-def check_disk(profile: str | None) -> None:
-    """Refuses a disk with less room than the run is going to fill at least.
-
-    Raises:
-        UserError: there is less.
-    """
-    free = shutil.disk_usage(".").free / 2**30
-    check = doctor.check_disk(Path.cwd(), free, doctor.disk_to_fill(Path.cwd(), profile) or 0.0)
-    if not check.ok:
-        raise UserError(f"{check.finding}; {check.mend}; nothing was started")
 
 
 def prepare_suites(path: Path = params.PARAMS) -> None:
@@ -160,7 +147,6 @@ def repro(profile: str | None, rest: Sequence[str]) -> int:
         if uses_gpu():
             check_cuda()
             check_plan(profile)
-            check_disk(profile)
         with selected(profile):
             prepare_suites()
             return relay.run([sys.executable, "-m", "dvc", "repro", *rest], lock)

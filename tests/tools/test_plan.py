@@ -251,6 +251,18 @@ def test_a_model_too_large_for_this_cpu_is_one_line_that_holds_no_stage_up(
     assert capsys.readouterr().out == ""
 
 
+def test_a_run_that_the_disk_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["plan", "--profile", "a40", "--gpu", "A40", "--quiet"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 30))
+    monkeypatch.setattr(sys, "argv", argv)
+    plan.main()
+    monkeypatch.setattr(sys, "argv", [*argv, "--disk"])
+    with pytest.raises(SystemExit, match=r"^plan: does not fit: 5 GB free in .*, \d\d are needed; free some"):
+        plan.main()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500 << 30))
+    plan.main()
+
+
 def test_nothing_starts_where_the_plan_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -263,7 +275,7 @@ def test_nothing_starts_where_the_plan_does_not_fit(tmp_path: Path, monkeypatch:
     assert asked == []
     with pytest.raises(UserError, match="nothing was started"):
         repro.check_plan("a40", tmp_path)
-    assert asked == [["tools.plan", "--quiet", "--profile", "a40"]]
+    assert asked == [["tools.plan", "--quiet", "--disk", "--profile", "a40"]]
 
 
 def test_an_unknown_profile_is_refused() -> None:
