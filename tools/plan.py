@@ -100,7 +100,7 @@ STARTING = 10  # seconds in which a stage starts, is hashed and ends; what the s
 # Weights a second on two CPU cores, as the committed rehearsal did them: merged, written as f16, and quantized to one more type.
 MERGED, CONVERTED, QUANTIZED = 8e9 / 120, 8e9 / 130, 8e9 / 320
 BITS = {"f16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_K_M": 5.7, "Q4_K_M": 4.9}  # a weight, about
-PYTHON = GIB  # of a process with torch, its model apart; an assumption
+PYTHON = GIB  # of a process with torch, its model apart; with it training's memory on two cores was within 11 % of reports/bench.md
 ORDERS = 100
 
 
@@ -150,7 +150,7 @@ def model_shape(loaded: Profile) -> Shape:
         return Shape.of(AutoConfig.from_pretrained(BASE))
     if source == "embedded":
         return EMBEDDED
-    if is_folder(source):
+    if hub.is_folder(source):
         return Shape.of(AutoConfig.from_pretrained(source))
     if source == published_run.BASE:
         return llama3.SHAPE
@@ -176,12 +176,15 @@ def pair_lengths(loaded: Profile) -> tuple[Lengths, str]:
     The pairs here may be those of another profile with the same data: they are repeated, or cut, to as many as this one takes.
     """
     manifest, tokens = RAW / "manifest.json", TOKENS / "train.parquet"
-    if tokens.is_file() and manifest.is_file() and read_json(manifest)["source"] == loaded.data.source:
+    if (
+        all(path.is_file() for path in (tokens, manifest, SUBSET))
+        and read_json(manifest)["source"] == loaded.data.source
+    ):
         with open_parquet(tokens) as file:
             columns = [file.read(columns=[f"{name}_ids"]).column(0) for name in ("prompt", "chosen", "rejected")]
         subset = read_json(SUBSET)["train"]
-        most = subset["read"] - sum(subset["removed"].values())
-        count = min(loaded.subset.k or most, most)
+        usable = subset["read"] - sum(subset["removed"].values())
+        count = min(loaded.subset.k or usable, usable)
         found = [np.resize([len(ids) for ids in column.to_pylist()], count) for column in columns]
         return Lengths(*found), f"{tokens}, {count:,} pairs"
     random = np.random.default_rng(0)
@@ -287,17 +290,14 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     evaluating += [round(weights * BITS.get(kind, 16.0) / 8) + cells * cache for kind in e.types]
     evaluating += [4 * weights + e.context * shape.vocabulary * 4] if e.divergence_pairs else []
     kept = base.weights + base.constants
+    training, largest_of_all = with_overhead(step) - CONTEXT, max(evaluating)
     if is_gpu:
-        found = {
-            "reference": kept + forward,
-            "train": max(with_overhead(step) - CONTEXT, kept),
-            "evaluate": max(evaluating),
-        }
+        found = {"reference": kept + forward, "train": max(training, kept), "evaluate": largest_of_all}
         return {stage: memory + CONTEXT for stage, memory in found.items()}
     logits = int(e.divergence_pairs * 2 * lengths.chosen.mean() * shape.vocabulary * 4)
-    largest = 8 * max(shape.vocabulary * shape.hidden, *(inputs * outputs for inputs, outputs in shape.linear.values()))
-    found = {"reference": kept + forward, "train": step.total, "evaluate": max(evaluating) + logits}
-    return {stage: memory + PYTHON for stage, memory in (found | dict.fromkeys(("merge", "quantize"), largest)).items()}
+    matrix = 8 * max(shape.vocabulary * shape.hidden, *(inputs * outputs for inputs, outputs in shape.linear.values()))
+    found = {"reference": kept + forward, "train": training, "evaluate": largest_of_all + logits}
+    return {stage: memory + PYTHON for stage, memory in (found | dict.fromkeys(("merge", "quantize"), matrix)).items()}
 
 
 def disk_of(loaded: Profile, shape: Shape) -> dict[str, int]:
@@ -383,8 +383,11 @@ def report(run: Run, source: str, name: str, device: Device) -> str:
     tokens, answers = lengths.largest_row(loaded.train.batch_size)
     memory, disk, seconds = memory_of(run, device.is_gpu), disk_of(loaded, shape), seconds_of(run, device)
     rows = [(stage, memory.get(stage, 0), disk.get(stage, 0), seconds[stage]) for stage in seconds]
-    size = lambda count: gibibytes(count) if count else ""  # noqa: E731
     rows.append(("all", max(memory.values()), sum(disk.values()), sum(seconds.values())))
+
+    def size(count: int) -> str:
+        return gibibytes(count) if count else ""
+
     lines = [
         f"model: {loaded.model.source}, {(shape.linear_weights + shape.other_weights) / 1e9:.2f} billion weights",
         f"lengths: {source}; largest row of {loaded.train.batch_size} pairs: {tokens:,} tokens, {answers:,} scored",
@@ -429,7 +432,7 @@ def plan(profile: str | None, gpu: str | None) -> tuple[str, str | None]:
     why = refusal(run, device)
     if why is None or device.is_gpu:
         return report(run, source, name, device), why and f"{why} (a prediction for {name}, {gibibytes(device.memory)})"
-    return "", f"{why} (a prediction for this {name}, {gibibytes(device.memory)}); --gpu plans for a GPU"
+    return "", f"{why} (a prediction for this {name}, {gibibytes(device.memory)}); GPU=NAME (--gpu) plans for a GPU"
 
 
 def main() -> None:

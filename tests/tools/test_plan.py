@@ -15,7 +15,7 @@ from hermes.console import UserError
 from hermes.model import llama3
 from hermes.model.bf16_on_cpu import has_bfloat16
 from tools import plan, repro
-from tools.memory_plan import training_memory
+from tools.memory_plan import CONTEXT, training_memory, with_overhead
 from tools.plan import (
     GPUS,
     Lengths,
@@ -201,8 +201,20 @@ def test_on_a_cpu_python_and_the_model_are_one_memory_and_cuda_is_not_there() ->
     memory = memory_of(run, is_gpu=False)
     tokens, answers = run.lengths.largest_row(run.settings.train.batch_size)
     step = training_memory(run.shape, run.settings.base, run.settings.train, tokens, answers, cuda=False)
-    assert memory["train"] == step.total + plan.PYTHON
+    assert memory["train"] == with_overhead(step) - CONTEXT + plan.PYTHON
     assert memory["evaluate"] > 4 * (run.shape.linear_weights + run.shape.other_weights)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "answers", "measured"),
+    [(950, 760, 2_181), (3_800, 3_040, 4_898), (948, 190, 2_116), (3_950, 790, 4_969)],
+)
+def test_on_a_cpu_training_needs_what_the_benchmark_measured(
+    tokens: int, answers: int, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = run_of(load("cpu"))
+    monkeypatch.setattr(Lengths, "largest_row", lambda self, pairs: (tokens, answers))
+    assert memory_of(run, is_gpu=False)["train"] / 1e6 == pytest.approx(measured, rel=0.15)
 
 
 def test_the_pairs_here_count_as_many_as_the_profile_takes_of_them(
@@ -244,7 +256,9 @@ def test_a_model_too_large_for_this_cpu_is_one_line_that_holds_no_stage_up(
 ) -> None:
     monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=20 << 30))
     monkeypatch.setattr(sys, "argv", ["plan", "--profile", "a40"])
-    with pytest.raises(SystemExit, match=r"^plan: does not fit: evaluate needs about .*--gpu plans for a GPU$"):
+    with pytest.raises(
+        SystemExit, match=r"^plan: does not fit: evaluate needs about .*GPU=NAME \(--gpu\) plans for a GPU$"
+    ):
         plan.main()
     monkeypatch.setattr(sys, "argv", ["plan", "--profile", "a40", "--quiet"])
     plan.main()  # as run-stage asks: a CPU swaps where it must
