@@ -150,7 +150,7 @@ def model_shape(loaded: Profile) -> Shape:
         return Shape.of(AutoConfig.from_pretrained(BASE))
     if source == "embedded":
         return EMBEDDED
-    if hub.is_folder(source):
+    if is_folder(source):
         return Shape.of(AutoConfig.from_pretrained(source))
     if source == published_run.BASE:
         return llama3.SHAPE
