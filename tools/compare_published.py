@@ -4,7 +4,6 @@ Only a subset that was made as the published one is compared: the top 2,000 of t
 a40_published makes. What was found is printed and kept in reports/compare-published.json, with the hash of the rows that it is about.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from hermes import hub
 from hermes.artifacts import open_parquet, read_json, sha256_file, write_json
 from hermes.console import UserError
 from hermes.pages import published_run
+from hermes.run import run_tool
 
 SUBSET, COMMIT = "yuvraj17/chatml-OpenHermes2.5-dpo-binarized-alpha-2k", "60bac7f"
 MANIFEST, ROWS = Path("data/raw/manifest.json"), Path("data/subset/train.parquet")
@@ -124,11 +124,8 @@ def compare() -> list[str]:
 
 
 def main() -> None:
-    try:
-        print("\n".join(compare()))
-    except UserError as error:
-        sys.exit(f"compare-published: {error}")
+    print("\n".join(compare()))
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("compare-published", main)

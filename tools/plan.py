@@ -14,7 +14,6 @@ A run that does not fit is refused, with the smallest change that would: here, a
 import argparse
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import UBATCH
 from hermes.model.llama3 import Shape
 from hermes.pages import published_run
+from hermes.run import run_tool
 from hermes.settings import experiment
 from hermes.settings.experiment import Profile
 from hermes.settings.sources import is_folder
@@ -441,19 +441,15 @@ def main() -> None:
     given = parser.parse_args()
     if given.quiet and not given.gpu and not torch.cuda.is_available():
         return
-    try:
-        text, why = plan(given.profile, given.gpu)
-    except UserError as error:
-        sys.exit(f"plan: {error}")
+    text, why = plan(given.profile, given.gpu)
     if text and not given.quiet:
         print(text)
-    if why:
-        sys.exit(f"plan: does not fit: {why}")
-    if given.disk:
+    if given.disk and not why:
         found, mend = room(Path.cwd(), disk(load(given.profile)) - held(Path.cwd()))
-        if mend:
-            sys.exit(f"plan: does not fit: {found}; {mend}")
+        why = mend and f"{found}; {mend}"
+    if why:
+        raise UserError(f"does not fit: {why}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("plan", main)

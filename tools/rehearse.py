@@ -42,6 +42,7 @@ from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import GgufModel
 from hermes.model.llama3 import Shape
 from hermes.model.safetensors_stream import DTYPES, PIECE, Stored, write_folder
+from hermes.run import run_tool
 from hermes.settings.experiment import Profile
 from tools import disk
 from tools.dvc_runs import environment
@@ -313,17 +314,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=positive, help="fewer pairs in the optimizer step than the profile has")
     given = parser.parse_args()
     options = {name.upper(): value for name, value in vars(given).items() if value}
-    try:
-        loaded = load(given.profile)
-        shape = model_shape(loaded)
-        shape = replace(shape, layers=given.layers or shape.layers)
-        pairs = given.pairs or loaded.train.batch_size * loaded.train.accumulation
-        folder = scratch_folder("rehearsal") / "-".join(map(str, options.values()))
-        found = rehearse(given.profile, shape, pairs, folder)
-    except UserError as error:
-        sys.exit(f"rehearse: {error}")
-    except KeyboardInterrupt:
-        sys.exit("rehearse: interrupted; run this again, it goes on from here")
+    loaded = load(given.profile)
+    shape = model_shape(loaded)
+    shape = replace(shape, layers=given.layers or shape.layers)
+    pairs = given.pairs or loaded.train.batch_size * loaded.train.accumulation
+    folder = scratch_folder("rehearsal") / "-".join(map(str, options.values()))
+    found = rehearse(given.profile, shape, pairs, folder)
     found["command"] = " ".join(["make rehearse", *(f"{name}={value}" for name, value in options.items())])
     target = (folder / "reports" if given.layers else REPORTS) / f"rehearsal{f'-{given.pairs}' if given.pairs else ''}"
     write_json(target.with_suffix(".json"), found)
@@ -333,4 +329,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("rehearse", main)

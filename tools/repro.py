@@ -24,6 +24,7 @@ from hermes import hub, params
 from hermes.artifacts import read_json
 from hermes.console import UserError
 from hermes.evaluation import benchmarks
+from hermes.run import run_tool
 from tools import compare_published, doctor
 from tools.dvc_runs import DVC, Relay, environment, only_one
 from tools.profiles import check_profile, put_back, selected
@@ -173,16 +174,11 @@ def main() -> int:
     parser.add_argument("--profile", metavar="NAME", help="an entry of `profiles` in params.yaml, for this run only")
     parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="run an experiment")
     arguments, rest = parser.parse_known_args()
-    try:
-        code = repro(arguments.profile, rest, arguments.set_param)
-        if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
-            print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}")
-            for line in beside_the_published():
-                print(line)
-    except UserError as error:
-        sys.exit(f"repro: {error}")
+    code = repro(arguments.profile, rest, arguments.set_param)
+    if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
+        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *beside_the_published(), sep="\n")
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool("repro", main)

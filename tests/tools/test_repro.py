@@ -19,6 +19,7 @@ import nltk
 import pytest
 
 from hermes.console import UserError
+from hermes.run import run_tool
 from tools import doctor, dvc_runs, profiles, repro
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +57,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["repro", *arguments])
         try:
-            code = repro.main()
+            run_tool("repro", repro.main)
+            code = 0
         except SystemExit as exit:
             code = exit.code
     if isinstance(code, str):
