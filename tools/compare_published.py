@@ -6,6 +6,7 @@ a40_published makes. What was found is printed and kept in reports/compare-publi
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,37 +33,21 @@ def difference_in_making() -> str | None:
         return f"{MANIFEST}: the last run's data are {source}, not {published_run.DATA}"
     if train["kept"] != KEPT:
         return f"{REPORT}: the last run kept {train['kept']:,} pairs; the published subset has {KEPT:,}"
-    if others := sorted(set(train["removed"]) - {"below_top_k"}):
-        rules = ", ".join(others)
+    if rules := ", ".join(sorted(set(train["removed"]) - {"below_top_k"})):
         return f"{REPORT}: the last run also removed pairs by {rules}; the published subset is the top {KEPT:,} as they stood"
     return None
 
 
-def our_rows() -> list[Row]:
-    """The rows of data/subset.
-
-    Raises:
-        UserError: they were not made as the published ones, so that a difference would say nothing.
-    """
-    why = difference_in_making()
-    rows = [] if why else read_rows(ROWS)
-    if why is None and len(rows) != KEPT:
-        why = f"{ROWS}: has {len(rows):,} rows, and {REPORT} speaks of {KEPT:,}"
-    if why:
-        raise UserError(f"{why}; run `make repro PROFILE=a40_published` first")
-    return rows
-
-
 def compare_rows(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, Any]:
     """What two tables have in common, row by row and as bags of rows; `first_difference` is the place of the first row that differs."""
-    apart = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    here, published = Counter(ours), Counter(theirs)
     return {
         "rows": len(ours),
         "published_rows": len(theirs),
-        "common": (Counter(ours) & Counter(theirs)).total(),
-        "first_difference": None if apart == len(ours) == len(theirs) else apart,
-        "only_here": [row[0][:100] for row in (Counter(ours) - Counter(theirs)).elements()],
-        "only_published": [row[0][:100] for row in (Counter(theirs) - Counter(ours)).elements()],
+        "common": (here & published).total(),
+        "first_difference": next((i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b), None),
+        "only_here": [row[0][:100] for row in (here - published).elements()],
+        "only_published": [row[0][:100] for row in (published - here).elements()],
     }
 
 
@@ -105,18 +90,22 @@ def read_rows(path: Path) -> list[Row]:
 
 def is_due() -> bool:
     """Whether the last run's subset was made as the published one, and has not been compared yet."""
-    if difference_in_making() is not None:
-        return False
-    return not COMPARISON.is_file() or read_json(COMPARISON)["subset_sha256"] != sha256_file(ROWS)
+    known = read_json(COMPARISON)["subset_sha256"] if COMPARISON.is_file() else None
+    return difference_in_making() is None and known != sha256_file(ROWS)
 
 
 def compare() -> list[str]:
     """Compares, keeps what was found, and says it.
 
     Raises:
-        UserError: the rows were made otherwise, or the Hub cannot give the published ones.
+        UserError: the rows were made otherwise, so that a difference would say nothing, or the Hub cannot give the published ones.
     """
-    ours = our_rows()
+    why = difference_in_making()
+    ours = [] if why else read_rows(ROWS)
+    if not why and len(ours) != KEPT:
+        why = f"{ROWS}: has {len(ours):,} rows, and {REPORT} speaks of {KEPT:,}"
+    if why:
+        raise UserError(f"{why}; run `make repro PROFILE=a40_published` first")
     revision, theirs = published_rows()
     found = compare_rows(ours, theirs)
     write_json(COMPARISON, {"source": SUBSET, "revision": revision, "subset_sha256": sha256_file(ROWS), **found})
