@@ -238,7 +238,7 @@ def check_params(root: Path, asked: str | None) -> Check:
     if not changed:
         return Check("params", f"as committed, profile: {now.get('profile')}")
     mend = f"commit it if it is meant, or drop it: {restore}"
-    if (root / ".scratch/params.yaml.before").exists():  # tools/profiles.py
+    if (root / ".scratch/profile.before").exists():  # tools/profiles.py
         mend = "a `make repro` that works or was killed chose its profile; when it is over, run: make repro"
     return Check("params", f"params.yaml differs from the commit: {few(changed)}", mend)
 

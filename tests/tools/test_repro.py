@@ -89,7 +89,8 @@ def seen_profile() -> str:
 
 def test_only_the_profile_changes() -> None:
     text = PARAMS.decode()
-    assert profiles.with_profile(text, "a40") == text.replace("profile:   cpu   #", 'profile:   "a40"   #')
+    changed = text.replace("profile:   cpu   #", "profile:   a40   #")
+    assert profiles.with_profile(text, "a40") == (changed, "cpu")
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -201,7 +202,7 @@ def test_an_edit_made_during_the_run_stays(checkout: Path) -> None:
     with profiles.selected("a40"):
         edited = Path("params.yaml").read_bytes().replace(b"seed: 1", b"seed: 2")
         Path("params.yaml").write_bytes(edited)
-    assert Path("params.yaml").read_bytes() == PARAMS.replace(b"seed: 1", b"seed: 2").replace(b"   cpu ", b'   "cpu" ')
+    assert Path("params.yaml").read_bytes() == PARAMS.replace(b"seed: 1", b"seed: 2")
     assert not profiles.BEFORE.exists()
 
 
