@@ -263,7 +263,7 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPa
     plan.main()
 
 
-def test_nothing_starts_where_the_plan_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_starts_where_the_plan_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
@@ -271,10 +271,8 @@ def test_nothing_starts_where_the_plan_does_not_fit(tmp_path: Path, monkeypatch:
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(repro.subprocess, "run", run)
-    repro.check_plan("a40", tmp_path / "no-driver")
-    assert asked == []
     with pytest.raises(UserError, match="nothing was started"):
-        repro.check_plan("a40", tmp_path)
+        repro.check_plan("a40")
     assert asked == [["tools.plan", "--quiet", "--disk", "--profile", "a40"]]
 
 
