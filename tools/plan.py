@@ -395,7 +395,7 @@ def report(run: Run, source: str, name: str, device: Device) -> str:
     ]
     if device.is_gpu:
         lines += ["", "train, by component; CUDA and what its allocator loses come on top"]
-        lines += [f"  {name:<10} {gibibytes(value):>12}" for name, value in vars(training_step(run, True)).items()]
+        lines += [f"  {name:<10} {gibibytes(value):>12}" for name, value in training_step(run, True)._asdict().items()]
     return "\n".join(lines)
 
 
