@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+import pyarrow.compute as pc
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
 from hermes import hub
 from hermes.artifacts import open_parquet, read_json
@@ -40,7 +41,7 @@ from tools.disk import held, room
 from tools.memory_plan import CONTEXT, GIB, SIZES, Memory, gibibytes, on_one_gpu, training_memory, with_overhead
 
 RAW, TOKENS, BASE, SUBSET = Path("data/raw"), Path("data/tokens"), Path("models/base"), Path("reports/subset.json")
-EMBEDDED = Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True)
+KNOWN = {"embedded": Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True), published_run.BASE: llama3.SHAPE}
 
 
 class Device(NamedTuple):
@@ -142,21 +143,18 @@ def model_shape(loaded: Profile) -> Shape:
     """The shape of the profile's base.
 
     Raises:
-        UserError: it is known neither here nor from the Hub.
+        UserError: it is known neither here nor from its folder or the Hub.
     """
     source, revision = loaded.model.source, loaded.model.revision
     manifest = BASE / "manifest.json"
     if manifest.is_file() and read_json(manifest)["source"] == source:
         return Shape.of(AutoConfig.from_pretrained(BASE))
-    if source == "embedded":
-        return EMBEDDED
-    if is_folder(source):
-        return Shape.of(AutoConfig.from_pretrained(source))
-    if source == published_run.BASE:
-        return llama3.SHAPE
-    commit = str(revision)
-    files = [file for file in hub.list_files(source, commit, "model") if file.path == "config.json"]
-    return Shape.of(LlamaConfig.from_json_file(hub.download(source, commit, "model", files) / "config.json"))
+    if source in KNOWN:
+        return KNOWN[source]
+    try:
+        return Shape.of(AutoConfig.from_pretrained(source, revision=revision))
+    except hub.ERRORS as error:
+        raise hub.failure(error, source, str(revision)) from None
 
 
 def kind(loaded: Profile) -> str:
@@ -178,11 +176,11 @@ def pair_lengths(loaded: Profile) -> tuple[Lengths, str]:
     manifest, tokens = RAW / "manifest.json", TOKENS / "train.parquet"
     if tokens.is_file() and manifest.is_file() and read_json(manifest)["source"] == loaded.data.source:
         with open_parquet(tokens) as file:
-            columns = [file.read(columns=[f"{name}_ids"]).column(0) for name in ("prompt", "chosen", "rejected")]
+            table = file.read(columns=[f"{name}_ids" for name in Lengths._fields])
         subset = read_json(SUBSET)["train"]
         most = subset["read"] - sum(subset["removed"].values())
         count = min(loaded.subset.k or most, most)
-        found = [np.resize([len(ids) for ids in column.to_pylist()], count) for column in columns]
+        found = [np.resize(pc.list_value_length(table[f"{name}_ids"]), count) for name in Lengths._fields]
         return Lengths(*found), f"{tokens}, {count:,} pairs"
     random = np.random.default_rng(0)
     drawn = [
@@ -287,17 +285,14 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     evaluating += [round(weights * BITS.get(kind, 16.0) / 8) + cells * cache for kind in e.types]
     evaluating += [4 * weights + e.context * shape.vocabulary * 4] if e.divergence_pairs else []
     kept = base.weights + base.constants
+    found = {"reference": kept + forward, "train": step.total, "evaluate": max(evaluating)}
     if is_gpu:
-        found = {
-            "reference": kept + forward,
-            "train": max(with_overhead(step) - CONTEXT, kept),
-            "evaluate": max(evaluating),
-        }
+        found["train"] = max(with_overhead(step) - CONTEXT, kept)
         return {stage: memory + CONTEXT for stage, memory in found.items()}
-    logits = int(e.divergence_pairs * 2 * lengths.chosen.mean() * shape.vocabulary * 4)
+    found["evaluate"] += int(e.divergence_pairs * 2 * lengths.chosen.mean() * shape.vocabulary * 4)
     largest = 8 * max(shape.vocabulary * shape.hidden, *(inputs * outputs for inputs, outputs in shape.linear.values()))
-    found = {"reference": kept + forward, "train": step.total, "evaluate": max(evaluating) + logits}
-    return {stage: memory + PYTHON for stage, memory in (found | dict.fromkeys(("merge", "quantize"), largest)).items()}
+    found |= dict.fromkeys(("merge", "quantize"), largest)
+    return {stage: memory + PYTHON for stage, memory in found.items()}
 
 
 def disk_of(loaded: Profile, shape: Shape) -> dict[str, int]:
