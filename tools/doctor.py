@@ -102,8 +102,7 @@ def of_python(root: Path, lock: str) -> Iterator[Check]:
     else:
         yield Check("python", f"{running}, not this checkout's .venv", "run: make doctor")
     pinned = pins(root / lock) | pins(root / "requirements-nodeps.lock")
-    found = {name: version_of(name) for name in pinned}
-    wrong = [f"{name} is {found[name]}, pinned {pinned[name]}" for name in pinned if found[name] != pinned[name]]
+    wrong = [f"{name} is {found}, pinned {pin}" for name, pin in pinned.items() if (found := version_of(name)) != pin]
     mend = "delete .venv, then run: make setup" if wrong else ""
     yield Check("packages", few(wrong) or f"all {len(pinned)} as locked", mend)
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])

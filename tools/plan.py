@@ -246,9 +246,8 @@ def seconds_of(run: Run, device: Device) -> dict[str, float]:
     if train.max_steps is not None:
         trained = train.max_steps * train.batch_size * train.accumulation
     passes, validated = 3 if train.gradient_checkpointing else 2, held_out(loaded)
-    is_here = is_folder(loaded.model.source)
     found = {
-        "fetch_model": 0 if is_here else 2 * weights / DOWNLOAD,
+        "fetch_model": 0 if is_folder(loaded.model.source) else 2 * weights / DOWNLOAD,
         "reference": computing(pairs + validated, loaded.reference.batch_size),
         "train": computing(passes * trained + train.evaluations * validated, train.batch_size),
         "merge": weights / MERGED,

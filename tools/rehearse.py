@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hermes import params
@@ -75,20 +75,18 @@ def random_model(folder: Path, shape: Shape, tokenizer: PreTrainedTokenizerBase)
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        state = AutoModelForCausalLM.from_config(config).state_dict()
     if shape.tied:
-        sizes.pop("lm_head.weight")
-    tensors = [Stored(name, "BF16", dims, folder, 0, 2 * int(np.prod(dims))) for name, dims in sorted(sizes.items())]
+        state.pop("lm_head.weight")
+    tensors = [Stored(name, "BF16", tuple(t.shape), folder, 0, 2 * t.numel()) for name, t in sorted(state.items())]
     generator = torch.Generator().manual_seed(0)
 
     def content(tensor: Stored) -> Iterator[bytes]:
-        left = tensor.size // 2
-        while left:
-            count = min(PIECE, left)
+        numbers = tensor.size // 2
+        for start in range(0, numbers, PIECE):
+            count = min(PIECE, numbers - start)
             values = torch.ones(count) if len(tensor.shape) == 1 else 0.02 * torch.randn(count, generator=generator)
             yield values.to(DTYPES[tensor.dtype]).view(torch.uint8).numpy().tobytes()
-            left -= count
 
     with complete_folder(folder) as target:
         write_folder(target, tensors, content, 5 * 10**9)
@@ -213,8 +211,8 @@ def run_watched(command: list[str], folder: Path, records: Path) -> None:
 
 def moved(adapter: Path) -> float:
     """The largest absolute value in the B factors of an adapter; 0 before its first step."""
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        return max(float(file.get_tensor(name).abs().max()) for name in file.keys() if "lora_B" in name)  # noqa: SIM118
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return max(float(tensor.abs().max()) for name, tensor in tensors.items() if "lora_B" in name)
 
 
 def generate() -> None:

@@ -100,7 +100,7 @@ def prepare_suites(path: Path = params.PARAMS) -> None:
 
 def is_up_to_date(stage: str) -> bool:
     """Whether DVC would run neither a stage nor any before it."""
-    command = [sys.executable, "-m", "dvc", "status", "--quiet", "--with-deps", stage]
+    command = [*DVC, "status", "--quiet", "--with-deps", stage]
     return subprocess.run(command, env=environment(), capture_output=True, check=False).returncode == 0
 
 
