@@ -63,11 +63,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
 
 
 def published_rows() -> tuple[str, list[Row]]:
-    """The full commit of the published subset, and its rows.
-
-    Raises:
-        UserError: the Hub cannot give it.
-    """
+    """The full commit of the published subset, and its rows; a UserError where the Hub cannot give them."""
     try:
         commits = [commit.commit_id for commit in HfApi().list_repo_commits(SUBSET, repo_type="dataset")]
     except hub.ERRORS as error:

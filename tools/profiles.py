@@ -42,11 +42,7 @@ def with_profile(text: str, value: str) -> tuple[str, str]:
 
 
 def check_profile(name: str) -> None:
-    """Refuses a profile that params.yaml does not have.
-
-    Raises:
-        UserError: names those allowed.
-    """
+    """Refuses a profile that params.yaml does not have, by a UserError that names those allowed."""
     profiles = read_yaml(PARAMS).get("profiles") or {}
     if name not in profiles:
         raise UserError(f"--profile {name}: no such profile in {PARAMS}; choose one of {', '.join(sorted(profiles))}")

@@ -179,12 +179,9 @@ def disk_used(folder: Path) -> int:
 
 
 def run_watched(command: list[str], folder: Path, records: Path) -> None:
-    """Runs a command in a folder, and records what each stage takes that its output names.
+    """Runs a command in a folder, and records what each stage takes that its output names; a UserError where it fails.
 
     The record of a stage is written while it runs, so that one which DVC skips after an interruption has its own.
-
-    Raises:
-        UserError: it fails.
     """
     found: dict[str, Any] = read_json(records) if records.is_file() else {}
     names: list[str] = []

@@ -59,11 +59,7 @@ def uses_gpu(driver: Path = NVIDIA, stamp: Path = STAMP) -> bool:
 
 
 def check_cuda() -> None:
-    """Refuses to run beside a GPU that torch cannot use: every stage would fall back to the CPU and take weeks.
-
-    Raises:
-        UserError: torch cannot use it; why, as far as the doctor knows.
-    """
+    """Refuses, by a UserError, to run beside a GPU that torch cannot use: every stage would fall back to the CPU and take weeks."""
     program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode:
         raise UserError(
@@ -72,24 +68,16 @@ def check_cuda() -> None:
 
 
 def check_plan(profile: str | None) -> None:
-    """Refuses a profile that does not fit the GPU or the disk here, before anything is fetched.
-
-    Raises:
-        UserError: it does not fit; tools/plan.py has said why.
-    """
+    """Refuses, by a UserError, a profile that does not fit the GPU or the disk here; tools/plan.py has said why."""
     command = [sys.executable, "-m", "tools.plan", "--quiet", "--disk", *(["--profile", profile] if profile else [])]
     if subprocess.run(command, check=False).returncode:
         raise UserError("nothing was started; `make plan` shows what the run needs")
 
 
-def prepare_suites(path: Path = params.PARAMS) -> None:
-    """Gets what the selected profile's benchmark suites need beside .venv, before hours are spent on what comes earlier.
-
-    Raises:
-        UserError: something cannot be had.
-    """
-    tree = params.read_yaml(path)
-    wanted = tree["profiles"][params.selected_profile(tree, path)].get("evaluate", {}).get("suites", ())
+def prepare_suites() -> None:
+    """Gets what the selected profile's benchmark suites need beside .venv, before hours are spent; a UserError where it cannot."""
+    tree = params.read_yaml(params.PARAMS)
+    wanted = tree["profiles"][params.selected_profile(tree)].get("evaluate", {}).get("suites", ())
     runs = benchmarks.runs([name for name in wanted if name in benchmarks.SUITES])
     if any(benchmarks.needs_math(run.task) for run in runs) and subprocess.run(["./setup.sh", "math"]).returncode:
         raise UserError("./setup.sh math failed; see above, or take open_llm_v2 out of `evaluate.suites`")
@@ -105,11 +93,7 @@ def is_up_to_date(stage: str) -> bool:
 
 
 def check_gpqa() -> None:
-    """Refuses to begin where the Hub will not give GPQA, whose licence is accepted by hand. Without a network it may be here already.
-
-    Raises:
-        UserError: the Hub says no.
-    """
+    """Refuses, by a UserError, where the Hub says no to GPQA, whose licence is accepted by hand; without a network it may be here."""
     why = hub.why_closed(GPQA, "dataset")
     if isinstance(why, HfHubHTTPError) and why.response.status_code in CLOSED:
         raise UserError(
@@ -118,11 +102,7 @@ def check_gpqa() -> None:
 
 
 def prepare_punkt() -> None:
-    """Downloads what IFEval splits sentences with, where it is not here, as lm-eval would hours later.
-
-    Raises:
-        UserError: it cannot be downloaded.
-    """
+    """Downloads what IFEval splits sentences with, where it is not here, as lm-eval would hours later; a UserError where it cannot."""
     import nltk  # takes a second, and most runs have no suites
 
     try:
