@@ -41,13 +41,6 @@ def with_profile(text: str, value: str) -> tuple[str, str]:
     raise UserError(f"{PARAMS}: key `profile` is missing")
 
 
-def check_profile(name: str) -> None:
-    """Refuses a profile that params.yaml does not have, by a UserError that names those allowed."""
-    profiles = read_yaml(PARAMS).get("profiles") or {}
-    if name not in profiles:
-        raise UserError(f"--profile {name}: no such profile in {PARAMS}; choose one of {', '.join(sorted(profiles))}")
-
-
 def put_back() -> bool:
     """Undoes `selected`, in this process or in one that was killed, and no edit made since then; whether there was anything to undo."""
     if not BEFORE.exists():
@@ -70,8 +63,16 @@ def replace(path: Path, text: str) -> None:
 
 @contextmanager
 def selected(name: str | None) -> Iterator[None]:
-    """Selects a profile in params.yaml for the length of the block; None leaves the file alone."""
-    if name is None or read_yaml(PARAMS).get("profile") == name:
+    """Selects a profile in params.yaml for the length of the block; None leaves the file alone.
+
+    Raises:
+        UserError: there is no such profile; names those that there are.
+    """
+    tree = read_yaml(PARAMS)
+    profiles = tree.get("profiles") or {}
+    if name is not None and name not in profiles:
+        raise UserError(f"--profile {name}: no such profile in {PARAMS}; choose one of {', '.join(sorted(profiles))}")
+    if name in (None, tree.get("profile")):
         yield
         return
     text, before = with_profile(PARAMS.read_bytes().decode(), json.dumps(name))

@@ -27,7 +27,7 @@ from hermes.evaluation import benchmarks
 from hermes.run import run_tool
 from tools import compare_published, doctor
 from tools.dvc_runs import DVC, Relay, environment, only_one
-from tools.profiles import check_profile, put_back, selected
+from tools.profiles import put_back, selected
 
 NVIDIA = Path("/proc/driver/nvidia")  # where the driver of a GPU is loaded
 STAMP = Path(".venv/setup-stamp")  # begins with the device that setup.sh made .venv for
@@ -124,12 +124,10 @@ def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ())
     with only_one("repro") as lock, Relay() as relay:
         if put_back():
             print(f"repro: {params.PARAMS} is as it was before a run that was killed", file=sys.stderr)
-        if profile is not None:
-            check_profile(profile)
-        if uses_gpu():
-            check_cuda()
-            check_plan(profile)
         with selected(profile):
+            if uses_gpu():
+                check_cuda()
+                check_plan(profile)
             if "train" not in rest:  # which ends before the evaluation
                 prepare_suites()
             verb = ["exp", "run", *(f"--set-param={change}" for change in changes)] if changes else ["repro"]
