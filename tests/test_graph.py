@@ -159,7 +159,7 @@ def test_an_edit_to_planner_or_tokenize_makes_neither_train_nor_merge_stale() ->
 def test_the_graph_resolves_and_every_stage_can_read_its_params(profile: str, tmp_path: Path) -> None:
     for name in ("dvc.yaml", "params.yaml", "packages.yaml"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "params.yaml").write_text(with_profile((ROOT / "params.yaml").read_text(), profile))
+    (tmp_path / "params.yaml").write_text(with_profile((ROOT / "params.yaml").read_text(), profile)[0])
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
     graph = subprocess.run(
         [sys.executable, "-m", "dvc", "stage", "list", "--name-only"],

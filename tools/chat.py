@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -34,27 +33,15 @@ BASE, MERGED, GGUF, SCRATCH = Path("models/base"), Path("models/merged"), Path("
 CONTEXT, MAX_NEW_TOKENS = 2048, 256
 
 
-class Model(Protocol):
-    """What a conversation needs of `hermes.model.gguf.GgufModel`."""
-
-    end: int
-    context: int
-
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, /, *, stopped: Callable[[list[int]], bool]
-    ) -> list[list[int]]:
-        """Continues each prompt greedily; asks `stopped` behind every token."""
-
-
 class Conversation:
     """One model's side of the chat: its history, and its next answer."""
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.history: list[dict[str, str]] = []
 
     def ask(
-        self, question: str, max_new_tokens: int = MAX_NEW_TOKENS, show: Callable[[str], None] | None = None
+        self, question: str, max_new_tokens: int = MAX_NEW_TOKENS, show: Callable[[str], None] = lambda text: None
     ) -> str:
         """The model's answer, shown as it grows. Where the context is full, the oldest questions and their answers are forgotten.
 
@@ -69,8 +56,7 @@ class Conversation:
             turns = turns[2:]
 
         def stopped(answer: list[int]) -> bool:
-            if show:
-                show(self.text(answer))
+            show(self.text(answer))
             return False
 
         (answer,) = self.model.generate([ids], max_new_tokens, stopped=stopped)
@@ -129,20 +115,15 @@ def open_gguf(path: Path, tokenizer: PreTrainedTokenizerBase) -> GgufModel:
 
 def questions(is_terminal: bool) -> Iterator[str]:
     """The lines that are typed or piped in, up to /quit or the end of the input; empty ones are left out."""
-    while True:
-        try:
-            line = input("you> " if is_terminal else "").strip()
-        except EOFError:
-            return
-        if line == "/quit":
-            return
-        if line:
-            yield line
+    with suppress(EOFError):
+        while (line := input("you> " if is_terminal else "").strip()) != "/quit":
+            if line:
+                yield line
 
 
 def side_by_side(answers: dict[str, str]) -> Table:
     """The answers in columns of equal width, {heading: answer}; what would steer the terminal is left out of them."""
-    table = Table(expand=True, show_lines=False)
+    table = Table(expand=True)
     for heading in answers:
         table.add_column(heading, ratio=1, overflow="fold")
     shown = ("".join(c for c in answer if c.isprintable() or c == "\n") for answer in answers.values())
@@ -179,14 +160,6 @@ def chat(conversations: dict[str, Conversation], is_terminal: bool, console: Con
             console.print(Text(str(error)))
 
 
-def enable_line_editing() -> None:
-    """Gives the prompt arrow keys and a history, where this Python has readline."""
-    try:
-        import readline  # noqa: F401
-    except ImportError:
-        return
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.chat", description="Talk to the tuned model and its base.")
     parser.add_argument(
@@ -203,7 +176,8 @@ def main() -> None:
             for heading, path in files.items()
         }
         if is_terminal:
-            enable_line_editing()
+            with suppress(ImportError):
+                import readline  # noqa: F401  # gives the prompt arrow keys and a history, where this Python has it
             console.print("/reset starts a new conversation, /quit or Ctrl-D ends")
         with suppress(KeyboardInterrupt):
             chat(conversations, is_terminal, console)

@@ -4,9 +4,9 @@ Only a subset that was made as the published one is compared: the top 2,000 of t
 a40_published makes. What was found is printed and kept in reports/compare-published.json, with the hash of the rows that it is about.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hermes import hub
 from hermes.artifacts import open_parquet, read_json, sha256_file, write_json
 from hermes.console import UserError
 from hermes.pages import published_run
+from hermes.run import run_tool
 
 SUBSET, COMMIT = "yuvraj17/chatml-OpenHermes2.5-dpo-binarized-alpha-2k", "60bac7f"
 MANIFEST, ROWS = Path("data/raw/manifest.json"), Path("data/subset/train.parquet")
@@ -32,37 +33,21 @@ def difference_in_making() -> str | None:
         return f"{MANIFEST}: the last run's data are {source}, not {published_run.DATA}"
     if train["kept"] != KEPT:
         return f"{REPORT}: the last run kept {train['kept']:,} pairs; the published subset has {KEPT:,}"
-    if others := sorted(set(train["removed"]) - {"below_top_k"}):
-        rules = ", ".join(others)
+    if rules := ", ".join(sorted(set(train["removed"]) - {"below_top_k"})):
         return f"{REPORT}: the last run also removed pairs by {rules}; the published subset is the top {KEPT:,} as they stood"
     return None
 
 
-def our_rows() -> list[Row]:
-    """The rows of data/subset.
-
-    Raises:
-        UserError: they were not made as the published ones, so that a difference would say nothing.
-    """
-    why = difference_in_making()
-    rows = [] if why else read_rows(ROWS)
-    if why is None and len(rows) != KEPT:
-        why = f"{ROWS}: has {len(rows):,} rows, and {REPORT} speaks of {KEPT:,}"
-    if why:
-        raise UserError(f"{why}; run `make repro PROFILE=a40_published` first")
-    return rows
-
-
 def compare_rows(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, Any]:
     """What two tables have in common, row by row and as bags of rows; `first_difference` is the place of the first row that differs."""
-    apart = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    here, published = Counter(ours), Counter(theirs)
     return {
         "rows": len(ours),
         "published_rows": len(theirs),
-        "common": (Counter(ours) & Counter(theirs)).total(),
-        "first_difference": None if apart == len(ours) == len(theirs) else apart,
-        "only_here": [row[0][:100] for row in (Counter(ours) - Counter(theirs)).elements()],
-        "only_published": [row[0][:100] for row in (Counter(theirs) - Counter(ours)).elements()],
+        "common": (here & published).total(),
+        "first_difference": next((i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b), None),
+        "only_here": [row[0][:100] for row in (here - published).elements()],
+        "only_published": [row[0][:100] for row in (published - here).elements()],
     }
 
 
@@ -78,11 +63,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
 
 
 def published_rows() -> tuple[str, list[Row]]:
-    """The full commit of the published subset, and its rows.
-
-    Raises:
-        UserError: the Hub cannot give it.
-    """
+    """The full commit of the published subset, and its rows; a UserError where the Hub cannot give them."""
     try:
         commits = [commit.commit_id for commit in HfApi().list_repo_commits(SUBSET, repo_type="dataset")]
     except hub.ERRORS as error:
@@ -105,18 +86,22 @@ def read_rows(path: Path) -> list[Row]:
 
 def is_due() -> bool:
     """Whether the last run's subset was made as the published one, and has not been compared yet."""
-    if difference_in_making() is not None:
-        return False
-    return not COMPARISON.is_file() or read_json(COMPARISON)["subset_sha256"] != sha256_file(ROWS)
+    known = read_json(COMPARISON)["subset_sha256"] if COMPARISON.is_file() else None
+    return difference_in_making() is None and known != sha256_file(ROWS)
 
 
 def compare() -> list[str]:
     """Compares, keeps what was found, and says it.
 
     Raises:
-        UserError: the rows were made otherwise, or the Hub cannot give the published ones.
+        UserError: the rows were made otherwise, so that a difference would say nothing, or the Hub cannot give the published ones.
     """
-    ours = our_rows()
+    why = difference_in_making()
+    ours = [] if why else read_rows(ROWS)
+    if not why and len(ours) != KEPT:
+        why = f"{ROWS}: has {len(ours):,} rows, and {REPORT} speaks of {KEPT:,}"
+    if why:
+        raise UserError(f"{why}; run `make repro PROFILE=a40_published` first")
     revision, theirs = published_rows()
     found = compare_rows(ours, theirs)
     write_json(COMPARISON, {"source": SUBSET, "revision": revision, "subset_sha256": sha256_file(ROWS), **found})
@@ -124,11 +109,8 @@ def compare() -> list[str]:
 
 
 def main() -> None:
-    try:
-        print("\n".join(compare()))
-    except UserError as error:
-        sys.exit(f"compare-published: {error}")
+    print("\n".join(compare()))
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("compare-published", main)

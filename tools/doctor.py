@@ -18,9 +18,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import chdir
-from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
+from typing import NamedTuple
 
 from tools import disk
 
@@ -32,8 +32,7 @@ SHOWN = 3  # of many findings in one line
 DEVICES = Path("/dev")
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One finding; `mend` says what to do about it, and is empty where there is nothing to do."""
 
     name: str
@@ -50,8 +49,7 @@ class Check:
         return f"ok       {line}" if self.ok else f"PROBLEM  {line}; {self.mend}"
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """What the driver says of the first GPU; `driver` is empty where there is a GPU and the driver does not answer."""
 
     name: str
@@ -62,13 +60,11 @@ def present_gpu() -> Gpu | None:
     """The NVIDIA GPU of this machine, or None."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        answer = ""
-    if answer:
-        name, _, driver = answer.splitlines()[0].rpartition(", ")
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        name, driver = answer.splitlines()[0].rsplit(", ", 1)
         return Gpu(name, driver)
-    return Gpu("an NVIDIA GPU", "") if list(DEVICES.glob("nvidia[0-9]*")) else None
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):  # it is not there, fails, or says nothing
+        return Gpu("an NVIDIA GPU", "") if list(DEVICES.glob("nvidia[0-9]*")) else None
 
 
 def read(path: Path) -> str:
@@ -106,8 +102,7 @@ def of_python(root: Path, lock: str) -> Iterator[Check]:
     else:
         yield Check("python", f"{running}, not this checkout's .venv", "run: make doctor")
     pinned = pins(root / lock) | pins(root / "requirements-nodeps.lock")
-    found = {name: version_of(name) for name in pinned}
-    wrong = [f"{name} is {found[name]}, pinned {pinned[name]}" for name in pinned if found[name] != pinned[name]]
+    wrong = [f"{name} is {found}, pinned {pin}" for name, pin in pinned.items() if (found := version_of(name)) != pin]
     mend = "delete .venv, then run: make setup" if wrong else ""
     yield Check("packages", few(wrong) or f"all {len(pinned)} as locked", mend)
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
@@ -238,7 +233,7 @@ def check_params(root: Path, asked: str | None) -> Check:
     if not changed:
         return Check("params", f"as committed, profile: {now.get('profile')}")
     mend = f"commit it if it is meant, or drop it: {restore}"
-    if (root / ".scratch/params.yaml.before").exists():  # tools/profiles.py
+    if (root / ".scratch/profile.before").exists():  # tools/profiles.py
         mend = "a `make repro` that works or was killed chose its profile; when it is over, run: make repro"
     return Check("params", f"params.yaml differs from the commit: {few(changed)}", mend)
 

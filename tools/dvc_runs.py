@@ -44,11 +44,7 @@ def environment() -> dict[str, str]:
 
 
 def dvc(*arguments: str) -> str:
-    """What a short DVC command prints.
-
-    Raises:
-        UserError: it fails; gives its reason.
-    """
+    """What a short DVC command prints; where it fails, a UserError that gives its reason."""
     done = subprocess.run([*DVC, *arguments], env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         why = done.stderr.rpartition("ERROR: ")[2].splitlines()

@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -21,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hermes import params
-from hermes.console import UserError
 from hermes.pages.render import clean
+from hermes.run import run_tool
 from tools.dvc_runs import dvc
 
 BASELINE = re.compile(r"^refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/", re.MULTILINE)
@@ -78,7 +77,7 @@ def row(name: str, entry: Data, above: Data | None, status: str = "") -> list[st
     """The cells of one run; `above` is the commit that it derives from."""
     state = entry["data"]
     if not state:
-        return [name, status or "unreadable", *[""] * (len(SCIENCE) + 1 + len(RESULTS) + 1)]
+        return [name, status or "unreadable"]
     mine, metrics = settings(state), results(state)
     theirs = settings(above["data"]) if above and above["data"] else mine
     created = f"{datetime.fromisoformat(state['timestamp']):%d %b %H:%M}" if state["timestamp"] else ""
@@ -104,14 +103,11 @@ def main() -> None:
         table.add_column(heading, overflow="fold", no_wrap=not text, min_width=10 if text else None)
     for heading, _ in RESULTS.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    try:
-        for cells in rows():
-            table.add_row(*(Text(clean(cell)) for cell in cells))
-    except UserError as error:
-        sys.exit(f"experiments: {error}")
+    for cells in rows():
+        table.add_row(*(Text(clean(cell)) for cell in cells))
     Console(width=max(WIDTH, shutil.get_terminal_size().columns)).print(table)
     print(LEGEND)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("experiments", main)

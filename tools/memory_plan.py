@@ -1,32 +1,11 @@
 """What training needs of a device's memory, by component, from the shape of the model and the parameters alone.
 
-In bytes, for a row of T tokens (all prompts and answers of one forward, hermes/training/shared_prefix.py) of which A are scored. h is the
-hidden size, i the intermediate size, q and k the widths of queries and keys, V the vocabulary, L the layers, r the rank of the
-adapter, s the bytes of the base's type, P_q the weights of the linear layers but the output, P_o all others:
-
-    weights       P_o * s + P_q / 2 in nf4, else P_q * s
-    constants     P_q / 64 * 4 in nf4; doubly quantized P_q / 64 + P_q / 64 / 256 * 4
-    adapter       4 * r * (inputs + outputs), of all adapted matrices
-    gradients     as the adapter
-    optimizer     twice the adapter, both moments of AdamW
-    activations   what the backward pass keeps: of L layers, or with checkpointing L * T * h * s and of one layer, each
-                      T * (2 * h + 2) * 4        both normalizations, in float32; a third behind all layers
-                      T * (q + 2 * k) * s        queries, keys, values; on a GPU T * q * s more, the attention's output
-                      T * 3 * i * s              both projections of the gated unit, and its activation
-                      T * inputs * s             of the adapted matrices, what several read once; with dropout each keeps
-                                                 its own, and a mask
-                      T * r * s                  of each adapted matrix
-                      r * (inputs + outputs) * s the adapter in the base's type
-    logits        128 * V * (s + 12), the chunk in which they exist, and A * h * s for their gradient
-    workspace     the largest matrix, dequantized, where the base is in nf4 and not kept dequantized, and the gradients
-                  inside a layer, T * (2 * i + 2 * h) * s
-
-What CUDA takes for itself and what its allocator loses to fragments come on top, as assumptions. Plans were within 4 % of what the driver
-of one H100 counted (docs/environments.md).
+Bytes, for a row of some tokens (all prompts and answers of one forward, hermes/training/shared_prefix.py), of which some are scored. What
+CUDA takes for itself and what its allocator loses to fragments come on top, as assumptions. Plans were within 4 % of what the driver of one
+H100 counted (docs/environments.md).
 """
 
-import dataclasses
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hermes.model.llama3 import Shape
 from hermes.settings.base import BaseSettings
@@ -41,37 +20,38 @@ FRAGMENTS = 0.1  # share of activations, logits and workspace lost between block
 READ_ONCE = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # each reads what the other does
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes by component (module docstring)."""
+class Memory(NamedTuple):
+    """Bytes by component."""
 
     weights: int
-    constants: int
+    constants: int  # of the quantization
     adapter: int
     gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    workspace: int
+    optimizer: int  # both moments of AdamW
+    activations: int  # what the backward pass keeps
+    logits: int  # of the chunk in which they exist, and what is kept for their gradient
+    workspace: int  # the largest matrix, dequantized where that is not kept, and the gradients inside a layer
 
     @property
     def total(self) -> int:
         """All of them together."""
-        return sum(dataclasses.astuple(self))
+        return sum(self)
 
 
 def layer_activations(shape: Shape, base: BaseSettings, train: TrainSettings, tokens: int, cuda: bool) -> int:
     """What the backward pass keeps of one decoder layer, in bytes."""
     s, queries, keys = SIZES[base.dtype], shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     adapted = {name: sizes for name, sizes in shape.linear.items() if name in train.lora_modules}
-    if train.lora_dropout:
+    if train.lora_dropout:  # each adapted matrix keeps its own input, and a mask
         inputs = sum(width * (s + (1 if cuda else s)) for width, _ in adapted.values())
     else:
         inputs = sum({READ_ONCE.get(name, name): width for name, (width, _) in adapted.items()}.values()) * s
-    attention = (queries * (2 if cuda else 1) + 2 * keys) * s
-    token = (2 * shape.hidden + 2) * 4 + attention + 3 * shape.intermediate * s + inputs
+    normalizations = (2 * shape.hidden + 2) * 4  # both, in float32
+    attention = (queries * (2 if cuda else 1) + 2 * keys) * s  # queries, keys, values; on a GPU what comes out, too
+    gated = 3 * shape.intermediate * s  # both projections of the gated unit, and its activation
     ranks = train.lora_rank * s
-    return tokens * (token + len(adapted) * ranks) + ranks * sum(sum(sizes) for sizes in adapted.values())
+    factors = ranks * sum(sum(sizes) for sizes in adapted.values())  # the adapter in the base's type
+    return tokens * (normalizations + attention + gated + inputs + len(adapted) * ranks) + factors
 
 
 def training_memory(
@@ -84,6 +64,7 @@ def training_memory(
     adapted = sum(sum(sizes) for name, sizes in shape.linear.items() if name in train.lora_modules)
     adapter = 4 * shape.layers * train.lora_rank * adapted
     layer = layer_activations(shape, base, train, tokens, cuda)
+    # with checkpointing the inputs of all layers, and all of one
     kept = shape.layers * tokens * shape.hidden * s + layer if train.gradient_checkpointing else shape.layers * layer
     largest = max(inputs * outputs for inputs, outputs in shape.linear.values())
     return Memory(
@@ -92,7 +73,7 @@ def training_memory(
         adapter=adapter,
         gradients=adapter,
         optimizer=2 * adapter,
-        activations=kept + tokens * (shape.hidden + 1) * 4,
+        activations=kept + tokens * (shape.hidden + 1) * 4,  # and the normalization behind all layers
         logits=min(CHUNK, answers) * shape.vocabulary * (s + 12) + answers * shape.hidden * s,
         workspace=(largest * s if nf4 else 0) + tokens * 2 * (shape.intermediate + shape.hidden) * s,
     )
@@ -105,7 +86,7 @@ def on_one_gpu(memory: Memory, shape: Shape, base: BaseSettings, train: TrainSet
     sharded = ("weights", "constants", "adapter", "gradients", "optimizer")
     gathered = shape.vocabulary * shape.hidden * SIZES[base.dtype]
     shares = {name: getattr(memory, name) // train.processes for name in sharded}
-    return dataclasses.replace(memory, **shares, workspace=memory.workspace + gathered)
+    return memory._replace(**shares, workspace=memory.workspace + gathered)
 
 
 def with_overhead(memory: Memory) -> int:

@@ -14,15 +14,15 @@ A run that does not fit is refused, with the smallest change that would: here, a
 import argparse
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+import pyarrow.compute as pc
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
 from hermes import hub
 from hermes.artifacts import open_parquet, read_json
@@ -33,6 +33,7 @@ from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import UBATCH
 from hermes.model.llama3 import Shape
 from hermes.pages import published_run
+from hermes.run import run_tool
 from hermes.settings import experiment
 from hermes.settings.experiment import Profile
 from hermes.settings.sources import is_folder
@@ -40,7 +41,7 @@ from tools.disk import held, room
 from tools.memory_plan import CONTEXT, GIB, SIZES, Memory, gibibytes, on_one_gpu, training_memory, with_overhead
 
 RAW, TOKENS, BASE, SUBSET = Path("data/raw"), Path("data/tokens"), Path("models/base"), Path("reports/subset.json")
-EMBEDDED = Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True)
+KNOWN = {"embedded": Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True), published_run.BASE: llama3.SHAPE}
 
 
 class Device(NamedTuple):
@@ -142,21 +143,18 @@ def model_shape(loaded: Profile) -> Shape:
     """The shape of the profile's base.
 
     Raises:
-        UserError: it is known neither here nor from the Hub.
+        UserError: it is known neither here nor from its folder or the Hub.
     """
     source, revision = loaded.model.source, loaded.model.revision
     manifest = BASE / "manifest.json"
     if manifest.is_file() and read_json(manifest)["source"] == source:
         return Shape.of(AutoConfig.from_pretrained(BASE))
-    if source == "embedded":
-        return EMBEDDED
-    if is_folder(source):
-        return Shape.of(AutoConfig.from_pretrained(source))
-    if source == published_run.BASE:
-        return llama3.SHAPE
-    commit = str(revision)
-    files = [file for file in hub.list_files(source, commit, "model") if file.path == "config.json"]
-    return Shape.of(LlamaConfig.from_json_file(hub.download(source, commit, "model", files) / "config.json"))
+    if source in KNOWN:
+        return KNOWN[source]
+    try:
+        return Shape.of(AutoConfig.from_pretrained(source, revision=revision))
+    except hub.ERRORS as error:
+        raise hub.failure(error, source, str(revision)) from None
 
 
 def kind(loaded: Profile) -> str:
@@ -181,11 +179,11 @@ def pair_lengths(loaded: Profile) -> tuple[Lengths, str]:
         and read_json(manifest)["source"] == loaded.data.source
     ):
         with open_parquet(tokens) as file:
-            columns = [file.read(columns=[f"{name}_ids"]).column(0) for name in ("prompt", "chosen", "rejected")]
+            table = file.read(columns=[f"{name}_ids" for name in Lengths._fields])
         subset = read_json(SUBSET)["train"]
-        usable = subset["read"] - sum(subset["removed"].values())
-        count = min(loaded.subset.k or usable, usable)
-        found = [np.resize([len(ids) for ids in column.to_pylist()], count) for column in columns]
+        most = subset["read"] - sum(subset["removed"].values())
+        count = min(loaded.subset.k or most, most)
+        found = [np.resize(pc.list_value_length(table[f"{name}_ids"]), count) for name in Lengths._fields]
         return Lengths(*found), f"{tokens}, {count:,} pairs"
     random = np.random.default_rng(0)
     drawn = [
@@ -251,9 +249,8 @@ def seconds_of(run: Run, device: Device) -> dict[str, float]:
     if train.max_steps is not None:
         trained = train.max_steps * train.batch_size * train.accumulation
     passes, validated = 3 if train.gradient_checkpointing else 2, held_out(loaded)
-    is_here = is_folder(loaded.model.source)
     found = {
-        "fetch_model": 0 if is_here else 2 * weights / DOWNLOAD,
+        "fetch_model": 0 if is_folder(loaded.model.source) else 2 * weights / DOWNLOAD,
         "reference": computing(pairs + validated, loaded.reference.batch_size),
         "train": computing(passes * trained + train.evaluations * validated, train.batch_size),
         "merge": weights / MERGED,
@@ -290,14 +287,14 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     evaluating += [round(weights * BITS.get(kind, 16.0) / 8) + cells * cache for kind in e.types]
     evaluating += [4 * weights + e.context * shape.vocabulary * 4] if e.divergence_pairs else []
     kept = base.weights + base.constants
-    training, largest_of_all = with_overhead(step) - CONTEXT, max(evaluating)
+    found = {"reference": kept + forward, "train": with_overhead(step) - CONTEXT, "evaluate": max(evaluating)}
     if is_gpu:
-        found = {"reference": kept + forward, "train": max(training, kept), "evaluate": largest_of_all}
+        found["train"] = max(found["train"], kept)
         return {stage: memory + CONTEXT for stage, memory in found.items()}
-    logits = int(e.divergence_pairs * 2 * lengths.chosen.mean() * shape.vocabulary * 4)
-    matrix = 8 * max(shape.vocabulary * shape.hidden, *(inputs * outputs for inputs, outputs in shape.linear.values()))
-    found = {"reference": kept + forward, "train": training, "evaluate": largest_of_all + logits}
-    return {stage: memory + PYTHON for stage, memory in (found | dict.fromkeys(("merge", "quantize"), matrix)).items()}
+    found["evaluate"] += int(e.divergence_pairs * 2 * lengths.chosen.mean() * shape.vocabulary * 4)
+    largest = 8 * max(shape.vocabulary * shape.hidden, *(inputs * outputs for inputs, outputs in shape.linear.values()))
+    found |= dict.fromkeys(("merge", "quantize"), largest)
+    return {stage: memory + PYTHON for stage, memory in found.items()}
 
 
 def disk_of(loaded: Profile, shape: Shape) -> dict[str, int]:
@@ -398,7 +395,7 @@ def report(run: Run, source: str, name: str, device: Device) -> str:
     ]
     if device.is_gpu:
         lines += ["", "train, by component; CUDA and what its allocator loses come on top"]
-        lines += [f"  {name:<10} {gibibytes(value):>12}" for name, value in vars(training_step(run, True)).items()]
+        lines += [f"  {name:<10} {gibibytes(value):>12}" for name, value in training_step(run, True)._asdict().items()]
     return "\n".join(lines)
 
 
@@ -444,19 +441,15 @@ def main() -> None:
     given = parser.parse_args()
     if given.quiet and not given.gpu and not torch.cuda.is_available():
         return
-    try:
-        text, why = plan(given.profile, given.gpu)
-    except UserError as error:
-        sys.exit(f"plan: {error}")
+    text, why = plan(given.profile, given.gpu)
     if text and not given.quiet:
         print(text)
-    if why:
-        sys.exit(f"plan: does not fit: {why}")
-    if given.disk:
+    if given.disk and not why:
         found, mend = room(Path.cwd(), disk(load(given.profile)) - held(Path.cwd()))
-        if mend:
-            sys.exit(f"plan: does not fit: {found}; {mend}")
+        why = mend and f"{found}; {mend}"
+    if why:
+        raise UserError(f"does not fit: {why}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("plan", main)

@@ -37,7 +37,7 @@ from hermes.run import run_tool
 from stages.report import page
 from tools.doctor import git
 from tools.dvc_runs import only_one
-from tools.profiles import check_profile, selected
+from tools.profiles import selected
 
 BASE, DATA = Path("models/base/manifest.json"), Path("data/raw/manifest.json")
 FOLDERS = {"": Path("models/merged"), "gguf": Path("models/gguf"), "adapter": Path("models/adapter")}
@@ -367,8 +367,6 @@ def main() -> None:
     if options.push:
         check_token()
     commit, folder = check_commit(), scratch_folder("release") / options.repo.replace("/", "--")
-    if options.profile is not None:
-        check_profile(options.profile)
     with only_one("repro"), selected(options.profile):
         check_results()
         terms = terms_of(read_json(BASE)["source"], options.licence)

@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hermes import params
@@ -42,6 +42,7 @@ from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import GgufModel
 from hermes.model.llama3 import Shape
 from hermes.model.safetensors_stream import DTYPES, PIECE, Stored, write_folder
+from hermes.run import run_tool
 from hermes.settings.experiment import Profile
 from tools import disk
 from tools.dvc_runs import environment
@@ -52,6 +53,7 @@ ROOT = Path(__file__).parent.parent
 REPORTS = Path("reports")
 STAGES = ("fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize")
 SOURCE = "random-model"
+COLUMNS = ("question", "chosen", "rejected")
 TYPE, NEW_TOKENS, HELD_OUT = "Q4_K_M", 8, 4
 FOLDERS = ("hermes", "stages", "tools", "data/embedded")  # that are copied, fetch_data's dependency among them
 FILES = ("packages.yaml", "dvc.yaml", "run-stage", ".dvcignore", ".dvc/config")
@@ -73,20 +75,18 @@ def random_model(folder: Path, shape: Shape, tokenizer: PreTrainedTokenizerBase)
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        state = AutoModelForCausalLM.from_config(config).state_dict()
     if shape.tied:
-        sizes.pop("lm_head.weight")
-    tensors = [Stored(name, "BF16", dims, folder, 0, 2 * int(np.prod(dims))) for name, dims in sorted(sizes.items())]
+        state.pop("lm_head.weight")
+    tensors = [Stored(name, "BF16", tuple(t.shape), folder, 0, 2 * t.numel()) for name, t in sorted(state.items())]
     generator = torch.Generator().manual_seed(0)
 
     def content(tensor: Stored) -> Iterator[bytes]:
-        left = tensor.size // 2
-        while left:
-            count = min(PIECE, left)
+        numbers = tensor.size // 2
+        for start in range(0, numbers, PIECE):
+            count = min(PIECE, numbers - start)
             values = torch.ones(count) if len(tensor.shape) == 1 else 0.02 * torch.randn(count, generator=generator)
             yield values.to(DTYPES[tensor.dtype]).view(torch.uint8).numpy().tobytes()
-            left -= count
 
     with complete_folder(folder) as target:
         write_folder(target, tensors, content, 5 * 10**9)
@@ -103,26 +103,18 @@ def random_rows(loaded: Profile, tokenizer: PreTrainedTokenizerBase, count: int,
         word for i in range(1000, 20_000) if (word := str(tokenizer.decode([i]))).startswith(" ") and word[1:].isalpha()
     ]
 
-    def text(tokens: int) -> str:
-        return "".join(random.choice(words, max(1, tokens))).strip()
+    def row(i: int) -> dict[str, Any]:
+        texts = ("".join(random.choice(words, max(1, tokens[i]))).strip() for tokens in lengths)
+        return {**dict(zip(COLUMNS, texts, strict=True)), "delta_score": 2.0 + i / len(lengths.prompt)}
 
-    picked = random.choice(len(lengths.prompt), count)
-    return [
-        {
-            "question": text(int(lengths.prompt[i])),
-            "chosen": text(int(lengths.chosen[i])),
-            "rejected": text(int(lengths.rejected[i])),
-            "delta_score": 2.0 + i / len(lengths.prompt),
-        }
-        for i in picked
-    ]
+    return [row(i) for i in random.choice(len(lengths.prompt), count)]
 
 
 def overrides(loaded: Profile, pairs: int) -> dict[str, dict[str, Any]]:
     """What the rehearsal sets in the profile: its material, one step that moves the adapter, and this machine's threads."""
     batch_size = math.gcd(pairs, loaded.train.batch_size)  # so that the step is of all of them
     step = {"batch_size": batch_size, "accumulation": pairs // batch_size, "max_steps": 1}
-    columns = {name: name for name in ("question", "chosen", "rejected")} | {"score": "delta_score", "system": None}
+    columns = {name: name for name in COLUMNS} | {"score": "delta_score", "system": None}
     splits = {"train": "train", "validation": "validation", "test": "validation"}
     rows = {"source": "./rows", "revision": None, "config": None, "format": "plain"}
     return {
@@ -138,18 +130,6 @@ def overrides(loaded: Profile, pairs: int) -> dict[str, dict[str, Any]]:
 def weights(shape: Shape) -> int:
     """How many a model of this shape has."""
     return shape.linear_weights + shape.other_weights
-
-
-def check_disk(folder: Path, shape: Shape) -> None:
-    """Refuses a disk without room for base, merged model and f16 GGUF, two bytes a weight each, and the quantized one.
-
-    Raises:
-        UserError: there is less room than they still need.
-    """
-    needed = weights(shape) * (3 * 2 + BITS[TYPE] / 8) - (disk_used(folder) if folder.is_dir() else 0)
-    found, mend = disk.room(ROOT, needed)
-    if mend:
-        raise UserError(f"{found}; {mend}, or use fewer --layers")
 
 
 def positive(text: str) -> int:
@@ -173,18 +153,13 @@ def prepare(folder: Path, profile: str, loaded: Profile, pairs: int, shape: Shap
             for split, count, seed in (("train", 2 * pairs, 1), ("validation", HELD_OUT, 2)):
                 table = pa.Table.from_pylist(random_rows(loaded, tokenizer, count, seed))
                 write_parquet(rows / f"{split}.parquet", table)
-    if is_fetched(folder):
+    lock = folder / "dvc.lock"
+    if lock.is_file() and "fetch_model" in params.read_yaml(lock)["stages"]:  # DVC has a copy
         shutil.rmtree(folder / SOURCE, ignore_errors=True)
     elif not (folder / SOURCE).is_dir():
         print(f"rehearse: writing {weights(shape) / 1e9:.2f} billion random weights", flush=True)
         random_model(folder / SOURCE, shape, tokenizer)
     write_params(ROOT / params.PARAMS, folder / params.PARAMS, profile, overrides(loaded, pairs))
-
-
-def is_fetched(folder: Path) -> bool:
-    """Whether DVC has a copy of the random weights, so that their source is needed no more."""
-    lock = folder / "dvc.lock"
-    return lock.is_file() and "fetch_model" in params.read_yaml(lock)["stages"]
 
 
 def memory_of(process: psutil.Process) -> tuple[int, int]:
@@ -204,12 +179,9 @@ def disk_used(folder: Path) -> int:
 
 
 def run_watched(command: list[str], folder: Path, records: Path) -> None:
-    """Runs a command in a folder, and records what each stage takes that its output names.
+    """Runs a command in a folder, and records what each stage takes that its output names; a UserError where it fails.
 
     The record of a stage is written while it runs, so that one which DVC skips after an interruption has its own.
-
-    Raises:
-        UserError: it fails.
     """
     found: dict[str, Any] = read_json(records) if records.is_file() else {}
     names: list[str] = []
@@ -236,8 +208,8 @@ def run_watched(command: list[str], folder: Path, records: Path) -> None:
 
 def moved(adapter: Path) -> float:
     """The largest absolute value in the B factors of an adapter; 0 before its first step."""
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        return max(float(file.get_tensor(name).abs().max()) for name in file.keys() if "lora_B" in name)  # noqa: SIM118
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return max(float(tensor.abs().max()) for name, tensor in tensors.items() if "lora_B" in name)
 
 
 def generate() -> None:
@@ -253,10 +225,14 @@ def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, 
     """The whole rehearsal; the content of reports/rehearsal.json.
 
     Raises:
-        UserError: a stage fails, or did not do what it is there for.
+        UserError: the disk has no room, or a stage fails or did not do what it is there for.
     """
     loaded, records = load(profile), folder / "records.json"
-    check_disk(folder, shape)
+    held = disk_used(folder) if folder.is_dir() else 0
+    # base, merged model and f16 GGUF have two bytes a weight
+    free, mend = disk.room(ROOT, weights(shape) * (3 * 2 + BITS[TYPE] / 8) - held)
+    if mend:
+        raise UserError(f"{free}; {mend}, or use fewer --layers")
     prepare(folder, profile, loaded, pairs, shape)
     run_watched([sys.executable, "-m", "dvc", "repro", STAGES[-1]], folder, records)
     if not (largest := moved(folder / "models/adapter")):
@@ -279,31 +255,29 @@ def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, 
 
 def markdown(found: dict[str, Any]) -> str:
     """The page of reports/rehearsal.md."""
-    shape, records = found["shape"], found["stages"]
-    billions, b = found["weights"] / 1e9, found["largest_b"]
-    cpu = f"{found['cores']} cores {'with' if found['has_bfloat16'] else 'without'} bfloat16"
-    lines = [
-        f"# Rehearsal of the profile {found['profile']}",
-        "",
-        f"`{found['command']}` on {cpu}: {billions:.2f} billion random weights ({shape['layers']} layers, hidden size "
-        f"{shape['hidden']}, vocabulary {shape['vocabulary']:,}), one optimizer step of {found['pairs']} of the profile's "
-        f"{found['pairs_of_profile']} pairs, merge, GGUF {TYPE}, and {NEW_TOKENS} tokens written by it. Memory of its own is what no "
-        "file backs; resident also counts the pages of files that a process has mapped. They are the largest that was seen, looking "
-        "every half second.",
-        "",
-        "| stage | minutes | memory of its own, GiB | resident, GiB | most disk, GiB |",
-        "|---|--:|--:|--:|--:|",
-    ]
+    shape, cpu = found["shape"], f"{found['cores']} cores {'with' if found['has_bfloat16'] else 'without'} bfloat16"
+    rows = []
     for name in (*STAGES, "generate"):
-        record = records[name]
+        record = found["stages"][name]
         cells = (record["seconds"] / 60, *(record[key] / 2**30 for key in ("anonymous", "resident", "disk")))
-        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in cells) + " |")
-    lines += [
-        "",
-        f"Disk counts DVC's cache and the random weights themselves. After the step the adapter's B factors reach {b:.2g}; rounding "
-        f"to bfloat16 swallowed {found['merge']['swallowed']:.1%} of the changes that it made to the weights.",
-    ]
-    return "\n".join(lines) + "\n"
+        rows.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in cells) + " |")
+    table = "\n".join(rows)
+    return f"""\
+# Rehearsal of the profile {found["profile"]}
+
+`{found["command"]}` on {cpu}: {found["weights"] / 1e9:.2f} billion random weights ({shape["layers"]} layers,
+hidden size {shape["hidden"]}, vocabulary {shape["vocabulary"]:,}),
+one optimizer step of {found["pairs"]} of the profile's {found["pairs_of_profile"]} pairs,
+merge, GGUF {TYPE}, and {NEW_TOKENS} tokens written by it. Memory of its own is what no file backs; resident also counts the pages of
+files that a process has mapped. They are the largest that was seen, looking every half second.
+
+| stage | minutes | memory of its own, GiB | resident, GiB | most disk, GiB |
+|---|--:|--:|--:|--:|
+{table}
+
+Disk counts DVC's cache and the random weights themselves. After the step the adapter's B factors reach {found["largest_b"]:.2g};
+rounding to bfloat16 swallowed {found["merge"]["swallowed"]:.1%} of the changes that it made to the weights.
+"""
 
 
 def main() -> None:
@@ -313,17 +287,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=positive, help="fewer pairs in the optimizer step than the profile has")
     given = parser.parse_args()
     options = {name.upper(): value for name, value in vars(given).items() if value}
-    try:
-        loaded = load(given.profile)
-        shape = model_shape(loaded)
-        shape = replace(shape, layers=given.layers or shape.layers)
-        pairs = given.pairs or loaded.train.batch_size * loaded.train.accumulation
-        folder = scratch_folder("rehearsal") / "-".join(map(str, options.values()))
-        found = rehearse(given.profile, shape, pairs, folder)
-    except UserError as error:
-        sys.exit(f"rehearse: {error}")
-    except KeyboardInterrupt:
-        sys.exit("rehearse: interrupted; run this again, it goes on from here")
+    loaded = load(given.profile)
+    shape = model_shape(loaded)
+    shape = replace(shape, layers=given.layers or shape.layers)
+    pairs = given.pairs or loaded.train.batch_size * loaded.train.accumulation
+    folder = scratch_folder("rehearsal") / "-".join(map(str, options.values()))
+    found = rehearse(given.profile, shape, pairs, folder)
     found["command"] = " ".join(["make rehearse", *(f"{name}={value}" for name, value in options.items())])
     target = (folder / "reports" if given.layers else REPORTS) / f"rehearsal{f'-{given.pairs}' if given.pairs else ''}"
     write_json(target.with_suffix(".json"), found)
@@ -333,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("rehearse", main)

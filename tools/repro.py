@@ -24,9 +24,10 @@ from hermes import hub, params
 from hermes.artifacts import read_json
 from hermes.console import UserError
 from hermes.evaluation import benchmarks
+from hermes.run import run_tool
 from tools import compare_published, doctor
 from tools.dvc_runs import DVC, Relay, environment, only_one
-from tools.profiles import check_profile, put_back, selected
+from tools.profiles import put_back, selected
 
 NVIDIA = Path("/proc/driver/nvidia")  # where the driver of a GPU is loaded
 STAMP = Path(".venv/setup-stamp")  # begins with the device that setup.sh made .venv for
@@ -58,11 +59,7 @@ def uses_gpu(driver: Path = NVIDIA, stamp: Path = STAMP) -> bool:
 
 
 def check_cuda() -> None:
-    """Refuses to run beside a GPU that torch cannot use: every stage would fall back to the CPU and take weeks.
-
-    Raises:
-        UserError: torch cannot use it; why, as far as the doctor knows.
-    """
+    """Refuses, by a UserError, to run beside a GPU that torch cannot use: every stage would fall back to the CPU and take weeks."""
     program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     if subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode:
         raise UserError(
@@ -70,25 +67,17 @@ def check_cuda() -> None:
         )
 
 
-def check_plan(profile: str | None, gpu: Path = NVIDIA) -> None:
-    """Refuses a profile that does not fit the GPU or the disk here, before anything is fetched.
-
-    Raises:
-        UserError: it does not fit; tools/plan.py has said why.
-    """
+def check_plan(profile: str | None) -> None:
+    """Refuses, by a UserError, a profile that does not fit the GPU or the disk here; tools/plan.py has said why."""
     command = [sys.executable, "-m", "tools.plan", "--quiet", "--disk", *(["--profile", profile] if profile else [])]
-    if gpu.exists() and subprocess.run(command, check=False).returncode:
+    if subprocess.run(command, check=False).returncode:
         raise UserError("nothing was started; `make plan` shows what the run needs")
 
 
-def prepare_suites(path: Path = params.PARAMS) -> None:
-    """Gets what the selected profile's benchmark suites need beside .venv, before hours are spent on what comes earlier.
-
-    Raises:
-        UserError: something cannot be had.
-    """
-    tree = params.read_yaml(path)
-    wanted = tree["profiles"][params.selected_profile(tree, path)].get("evaluate", {}).get("suites", ())
+def prepare_suites() -> None:
+    """Gets what the selected profile's benchmark suites need beside .venv, before hours are spent; a UserError where it cannot."""
+    tree = params.read_yaml(params.PARAMS)
+    wanted = tree["profiles"][params.selected_profile(tree)].get("evaluate", {}).get("suites", ())
     runs = benchmarks.runs([name for name in wanted if name in benchmarks.SUITES])
     if any(benchmarks.needs_math(run.task) for run in runs) and subprocess.run(["./setup.sh", "math"]).returncode:
         raise UserError("./setup.sh math failed; see above, or take open_llm_v2 out of `evaluate.suites`")
@@ -99,16 +88,12 @@ def prepare_suites(path: Path = params.PARAMS) -> None:
 
 def is_up_to_date(stage: str) -> bool:
     """Whether DVC would run neither a stage nor any before it."""
-    command = [sys.executable, "-m", "dvc", "status", "--quiet", "--with-deps", stage]
+    command = [*DVC, "status", "--quiet", "--with-deps", stage]
     return subprocess.run(command, env=environment(), capture_output=True, check=False).returncode == 0
 
 
 def check_gpqa() -> None:
-    """Refuses to begin where the Hub will not give GPQA, whose licence is accepted by hand. Without a network it may be here already.
-
-    Raises:
-        UserError: the Hub says no.
-    """
+    """Refuses, by a UserError, where the Hub says no to GPQA, whose licence is accepted by hand; without a network it may be here."""
     why = hub.why_closed(GPQA, "dataset")
     if isinstance(why, HfHubHTTPError) and why.response.status_code in CLOSED:
         raise UserError(
@@ -117,11 +102,7 @@ def check_gpqa() -> None:
 
 
 def prepare_punkt() -> None:
-    """Downloads what IFEval splits sentences with, where it is not here, as lm-eval would hours later.
-
-    Raises:
-        UserError: it cannot be downloaded.
-    """
+    """Downloads what IFEval splits sentences with, where it is not here, as lm-eval would hours later; a UserError where it cannot."""
     import nltk  # takes a second, and most runs have no suites
 
     try:
@@ -143,12 +124,10 @@ def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ())
     with only_one("repro") as lock, Relay() as relay:
         if put_back():
             print(f"repro: {params.PARAMS} is as it was before a run that was killed", file=sys.stderr)
-        if profile is not None:
-            check_profile(profile)
-        if uses_gpu():
-            check_cuda()
-            check_plan(profile)
         with selected(profile):
+            if uses_gpu():
+                check_cuda()
+                check_plan(profile)
             if "train" not in rest:  # which ends before the evaluation
                 prepare_suites()
             verb = ["exp", "run", *(f"--set-param={change}" for change in changes)] if changes else ["repro"]
@@ -173,16 +152,11 @@ def main() -> int:
     parser.add_argument("--profile", metavar="NAME", help="an entry of `profiles` in params.yaml, for this run only")
     parser.add_argument("-S", "--set-param", metavar="KEY=VALUE", action="append", default=[], help="run an experiment")
     arguments, rest = parser.parse_known_args()
-    try:
-        code = repro(arguments.profile, rest, arguments.set_param)
-        if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
-            print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}")
-            for line in beside_the_published():
-                print(line)
-    except UserError as error:
-        sys.exit(f"repro: {error}")
+    code = repro(arguments.profile, rest, arguments.set_param)
+    if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
+        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *beside_the_published(), sep="\n")
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool("repro", main)

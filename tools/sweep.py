@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hermes.console import UserError
+from hermes.run import run_tool
 from tools import doctor
 from tools.dvc_runs import DVC, Relay, dvc, only_one
 
@@ -94,14 +95,11 @@ def main() -> int:
     parser.add_argument("--betas", metavar="LIST", help="for example 0.05,0.1,0.2")
     parser.add_argument("--seeds", metavar="LIST", help="for example 42,1,2")
     given = parser.parse_args()
-    try:
-        if (given.betas is None) == (given.seeds is None):
-            raise UserError("give either --betas or --seeds")
-        key = "beta" if given.seeds is None else "seed"
-        return sweep(assignments(key, parse(key, given.betas if given.seeds is None else given.seeds)))
-    except UserError as error:
-        sys.exit(f"sweep: {error}")
+    if (given.betas is None) == (given.seeds is None):
+        raise UserError("give either --betas or --seeds")
+    key, text = ("beta", given.betas) if given.seeds is None else ("seed", given.seeds)
+    return sweep(assignments(key, parse(key, text)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool("sweep", main)

@@ -114,9 +114,7 @@ def test_a_subset_that_was_made_otherwise_is_not_compared(
     no_hub: list[bool], run: dict[str, Any], message: str
 ) -> None:
     a_run(**run)
-    with pytest.raises(
-        SystemExit, match=rf"^compare-published: .*{message}.*; run `make repro PROFILE=a40_published` first$"
-    ):
+    with pytest.raises(UserError, match=rf"^.*{message}.*; run `make repro PROFILE=a40_published` first$"):
         compare_published.main()
     assert not compare_published.COMPARISON.exists()
     assert no_hub == []
@@ -128,7 +126,7 @@ def test_rows_of_another_run_than_the_report_are_not_compared(
     a_run(kept=2000)
     monkeypatch.setattr(compare_published, "KEPT", 2000)
     with pytest.raises(
-        SystemExit, match=r"data/subset/train\.parquet: has 4 rows, and reports/subset\.json speaks of 2,000; run"
+        UserError, match=r"^data/subset/train\.parquet: has 4 rows, and reports/subset\.json speaks of 2,000; run"
     ):
         compare_published.main()
     assert no_hub == []
@@ -155,11 +153,11 @@ def test_a_run_of_such_a_subset_is_compared_once_and_another_never(
 
 
 def test_no_run_is_one_line(no_hub: list[bool]) -> None:
-    with pytest.raises(SystemExit, match=r"^compare-published: data/raw/manifest\.json: no such file"):
+    with pytest.raises(UserError, match=r"^data/raw/manifest\.json: no such file"):
         compare_published.main()
     a_run()
     compare_published.ROWS.unlink()
-    with pytest.raises(SystemExit, match=r"^compare-published: data/subset/train\.parquet: no such file"):
+    with pytest.raises(UserError, match=r"^data/subset/train\.parquet: no such file"):
         compare_published.main()
 
 

@@ -256,9 +256,7 @@ def test_a_model_too_large_for_this_cpu_is_one_line_that_holds_no_stage_up(
 ) -> None:
     monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=20 << 30))
     monkeypatch.setattr(sys, "argv", ["plan", "--profile", "a40"])
-    with pytest.raises(
-        SystemExit, match=r"^plan: does not fit: evaluate needs about .*GPU=NAME \(--gpu\) plans for a GPU$"
-    ):
+    with pytest.raises(UserError, match=r"^does not fit: evaluate needs about .*GPU=NAME \(--gpu\) plans for a GPU$"):
         plan.main()
     monkeypatch.setattr(sys, "argv", ["plan", "--profile", "a40", "--quiet"])
     plan.main()  # as run-stage asks: a CPU swaps where it must
@@ -271,13 +269,13 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", argv)
     plan.main()
     monkeypatch.setattr(sys, "argv", [*argv, "--disk"])
-    with pytest.raises(SystemExit, match=r"^plan: does not fit: 5 GB free in .*, \d\d are needed; free some"):
+    with pytest.raises(UserError, match=r"^does not fit: 5 GB free in .*, \d\d are needed; free some"):
         plan.main()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500 << 30))
     plan.main()
 
 
-def test_nothing_starts_where_the_plan_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_starts_where_the_plan_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
@@ -285,10 +283,8 @@ def test_nothing_starts_where_the_plan_does_not_fit(tmp_path: Path, monkeypatch:
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(repro.subprocess, "run", run)
-    repro.check_plan("a40", tmp_path / "no-driver")
-    assert asked == []
     with pytest.raises(UserError, match="nothing was started"):
-        repro.check_plan("a40", tmp_path)
+        repro.check_plan("a40")
     assert asked == [["tools.plan", "--quiet", "--disk", "--profile", "a40"]]
 
 
