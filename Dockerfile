@@ -18,6 +18,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 python3
 # hadolint ignore=DL3006
 FROM base-${DEVICE} AS tools
 ARG DEVICE
+# --build-arg PIP_EXTRA_INDEX_URL=... may name PyTorch's own index of CPU builds, which are several GB smaller.
+ARG PIP_EXTRA_INDEX_URL
 # An image moves between machines, so llama.cpp is compiled for no one CPU and no one GPU.
 ENV DEVICE=${DEVICE} CMAKE_ARGS=-DGGML_NATIVE=off
 RUN apt-get update && apt-get install -y --no-install-recommends build-essential ca-certificates git make \

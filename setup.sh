@@ -123,7 +123,7 @@ install_cpu_torch() { # fails where no index has that build
     say "installing the CPU build of torch ..."
     pip --retries 1 -r requirements-cpu.lock >>"$LOG" 2>&1 && return
     refuse_altered
-    say "warning: no index here has the CPU build of torch; the CUDA build, which runs on a CPU too, comes instead (several GB more)"
+    say "warning: no index here has the CPU build of torch; the CUDA build, which runs on a CPU too, comes instead (several GB more; PIP_EXTRA_INDEX_URL may name PyTorch's own for CPUs)"
     return 1
 }
 
