@@ -1,7 +1,7 @@
 """Figures of the reports, drawn without a display and with the same bytes for the same numbers.
 
 Each function takes plain rows and returns a matplotlib figure; `save` writes it as a PNG without a date or a
-version. The machine's own matplotlib settings are ignored.
+version. The style is figures.mplstyle; the machine's own matplotlib settings are ignored.
 """
 
 import math
@@ -18,37 +18,10 @@ Curves = Mapping[str, Sequence[float]]
 Row = dict[str, Any]
 
 DPI, WIDTH = 150, 9.0
-INK, MUTED, GRID, PAPER = "#1f2430", "#8a91a0", "#e4e7ec", "#ffffff"
+INK, MUTED, PAPER = "#1f2430", "#8a91a0", "#ffffff"
 BLUE, ORANGE, GREEN, RED = "#2f6fde", "#d9730d", "#1a8754", "#c6373c"
 RUN_COLOURS = (BLUE, ORANGE, GREEN, "#8250df", RED, "#0e8a9c", "#9a6700", "#bf3989")
-STYLE: dict[Any, Any] = dict(matplotlib.rcParamsDefault) | {
-    "backend": "agg",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": PAPER,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "figure.facecolor": PAPER,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.edgecolor": "none",
-    "legend.facecolor": PAPER,
-    "legend.fontsize": 8,
-    "text.color": INK,
-    "text.parse_math": False,  # a model or experiment may be named with a dollar sign
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-}
-STYLED = matplotlib.rc_context(STYLE)
+STYLED = matplotlib.rc_context(fname=Path(__file__).with_suffix(".mplstyle"))
 POINT: dict[str, Any] = {"ms": 4.5, "mec": PAPER, "lw": 0.9}
 PANELS = (
     ("Preference loss", ("preference_loss",)),
