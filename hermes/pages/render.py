@@ -1,7 +1,8 @@
 """Pages from templates: a template becomes Markdown, and the Markdown one HTML file without scripts or links outward.
 
 Everything that a template shows is data, unless a filter here says otherwise: `markdown` escapes it, so that neither a
-model's answer nor a user's name is markup. Control characters and direction marks never reach a page.
+model's answer nor a user's name is markup. Control characters and direction marks never reach a page. GitHub tells
+everyone whom a comment names with an @. An @ that is data is followed by a space without width, so that it names nobody.
 """
 
 import base64
@@ -112,9 +113,9 @@ def clean(text: str) -> str:
 
 
 def markdown(value: Any) -> Markup:
-    """A text in one line that shows as it is: nothing in it is markup, HTML, a link or a cell of a table."""
+    """A text in one line that shows as it is: nothing in it is markup, HTML, a link, a cell of a table or a mention."""
     text = html.escape(re.sub(r"\s+", " ", clean(str(value))), quote=False)
-    return Markup(BLOCK.sub(r"\g<0>\\", INLINE.sub(r"\\\g<0>", text)))
+    return Markup(BLOCK.sub(r"\g<0>\\", INLINE.sub(r"\\\g<0>", text)).replace("@", "@&#8203;"))
 
 
 def lines(text: str, before: str = "") -> Markup:

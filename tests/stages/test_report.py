@@ -91,7 +91,7 @@ def _answers(model: str, random: Random, rate: float) -> list[dict[str, Any]]:
                     "strict": strict,
                     "finished": True,
                 }
-                text = EVIL if kind == "json" else f"{model} on {topic}."
+                text = EVIL if kind == "json" else f"@{model} on {topic}."
                 rows.append(
                     row
                     | {"question": f"Tell me about {topic} ({kind}).", "answer": text, "grade": 0.9 if strict else 0.3}
@@ -359,6 +359,16 @@ def test_every_line_of_an_answer_is_text(text: str) -> None:
     for line in text.expandtabs(4).splitlines():
         if line.strip():
             assert line.rstrip() in page.text.replace("\xa0", " ")
+
+
+@pytest.mark.parametrize(
+    "text", ["@octocat", "ask @org/team, (@a-b)", "*@you*", "&#64;you", "\\@you", "me@example.com", "@@x"]
+)
+def test_an_answer_mentions_nobody_on_github(text: str) -> None:
+    for shown in (render.lines(text, "> "), render.markdown(text)):
+        page = Page(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(shown))
+        assert not re.search(r"@\w", page.text)  # GitHub looks for names in what is rendered
+        assert page.text.replace("\u200b", "").strip() == text
 
 
 def test_few_questions_make_a_first_look_which_names_the_whole_run(
