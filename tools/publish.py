@@ -48,14 +48,14 @@ class Terms:
     policy: str = ""
 
 
+NOTICE = "{0} is licensed under the {0} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
 APACHE = Terms("apache-2.0", Path("LICENSE"))
 LLAMA_3 = Terms(
     "llama3",
     Path("licences/llama3.txt"),
     name_begins="Llama 3",
     display="Built with Meta Llama 3",
-    notice="Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
-    "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    notice=NOTICE.format("Meta Llama 3"),
     policy="https://llama.meta.com/llama3/use-policy",
 )
 LLAMA_3_1 = Terms(
@@ -63,8 +63,7 @@ LLAMA_3_1 = Terms(
     Path("licences/llama3.1.txt"),
     name_begins="Llama",
     display="Built with Llama",
-    notice="Llama 3.1 is licensed under the Llama 3.1 Community License, "
-    "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    notice=NOTICE.format("Llama 3.1"),
     policy="https://llama.meta.com/llama3_1/use-policy",
 )
 LICENCES = {terms.id: terms for terms in (APACHE, LLAMA_3, LLAMA_3_1)}
@@ -269,15 +268,13 @@ def refusal(error: Exception, repo: str) -> UserError:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__ or cause.__context__
-    status = cause.response.status_code if cause is not None else None
-    if status == 401:
-        mend = "the Hub does not know the token; set HF_TOKEN to a valid one that may write"
-    elif status == 403:
-        mend = "the token may not write there; use one that may, or another owner"
-    else:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        mend = f"not pushed ({lines[0]}); run this again, files that have arrived are not sent twice"
-    return UserError(f"{repo}: {mend}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    mends = {
+        401: "the Hub does not know the token; set HF_TOKEN to a valid one that may write",
+        403: "the token may not write there; use one that may, or another owner",
+    }
+    other = f"not pushed ({lines[0]}); run this again, files that have arrived are not sent twice"
+    return UserError(f"{repo}: {mends.get(cause.response.status_code, other) if cause else other}")
 
 
 def push(folder: Path, repo: str, commit: str) -> str:

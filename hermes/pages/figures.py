@@ -122,12 +122,11 @@ def quantization_tradeoff(files: Sequence[Row], score: str) -> Figure:
         left.set_yscale("log")
         left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.axhline(0, color=INK, lw=0.8)
-    for x, gain in enumerate(file["against_merged"] for file in files):
-        if gain is None:
-            continue
-        colour = GREEN if gain["low"] > 0 else RED if gain["high"] < 0 else MUTED
-        right.plot([x, x], [gain["low"], gain["high"]], "-", color=colour, lw=2.5)
-        right.plot(x, gain["points"], "o", color=colour, ms=7)
+    for x, file in enumerate(files):
+        if gain := file["against_merged"]:
+            colour = GREEN if gain["low"] > 0 else RED if gain["high"] < 0 else MUTED
+            right.plot([x, x], [gain["low"], gain["high"]], "-", color=colour, lw=2.5)
+            right.plot(x, gain["points"], "o", color=colour, ms=7)
     right.set_title(f"{score} against merged, points")
     for axes in (left, right):
         axes.set_xticks(range(len(files)), [f"{file['name']}\n{file['bytes'] / 1e6:,.0f} MB" for file in files])
