@@ -8,23 +8,14 @@ the licence asks for. It becomes one commit on the Hub, which also removes there
 """
 
 import argparse
-import os
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    EvalResult,
-    HfApi,
-    ModelCardData,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -32,11 +23,11 @@ from hermes import hub
 from hermes.artifacts import complete_folder, read_json, scratch_folder, sha256_file
 from hermes.console import UserError
 from hermes.pages.render import render
-from hermes.pages.results import Inputs, read_inputs
+from hermes.pages.results import Inputs, Row, read_inputs
 from hermes.run import run_tool
 from stages.report import page
 from tools.doctor import git
-from tools.dvc_runs import only_one
+from tools.dvc_runs import dvc, only_one
 from tools.profiles import selected
 
 BASE, DATA = Path("models/base/manifest.json"), Path("data/raw/manifest.json")
@@ -57,14 +48,14 @@ class Terms:
     policy: str = ""
 
 
+NOTICE = "{0} is licensed under the {0} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
 APACHE = Terms("apache-2.0", Path("LICENSE"))
 LLAMA_3 = Terms(
     "llama3",
     Path("licences/llama3.txt"),
     name_begins="Llama 3",
     display="Built with Meta Llama 3",
-    notice="Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
-    "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    notice=NOTICE.format("Meta Llama 3"),
     policy="https://llama.meta.com/llama3/use-policy",
 )
 LLAMA_3_1 = Terms(
@@ -72,8 +63,7 @@ LLAMA_3_1 = Terms(
     Path("licences/llama3.1.txt"),
     name_begins="Llama",
     display="Built with Llama",
-    notice="Llama 3.1 is licensed under the Llama 3.1 Community License, "
-    "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    notice=NOTICE.format("Llama 3.1"),
     policy="https://llama.meta.com/llama3_1/use-policy",
 )
 LICENCES = {terms.id: terms for terms in (APACHE, LLAMA_3, LLAMA_3_1)}
@@ -86,15 +76,6 @@ BASE_TERMS = {
 }
 HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DATA_TERMS = {"embedded": "Apache-2.0"}
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of the release: its path there, bytes and sha256."""
-
-    path: str
-    size: int
-    sha256: str
 
 
 def check_commit() -> str:
@@ -118,12 +99,7 @@ def check_results() -> None:
     Raises:
         UserError: DVC cannot tell, or tells what is not up to date.
     """
-    try:
-        with Repo() as repo:
-            status = repo.status()
-    except DvcException as error:
-        raise UserError(f"dvc status: {error}") from None
-    if status:
+    if status := json.loads(dvc("status", "--json")):
         raise UserError(
             f"not up to date: {', '.join(sorted(status)[:4])}; run `make repro` under this profile and commit what it "
             "changes (`.venv/bin/dvc status` says more)"
@@ -158,31 +134,10 @@ def check_name(repo: str, terms: Sequence[Terms] = ()) -> None:
     for licence in terms:
         begins = licence.name_begins
         if not re.sub(r"[-_.]", "", name).startswith(begins.replace(" ", "")):
-            wanted = begins.replace(" ", "-")
             raise UserError(
-                f"REPO={repo}: the {licence.id} licence asks for a name that begins with {begins}; for example {owner}/{wanted}-{name}"
+                f"REPO={repo}: the {licence.id} licence asks for a name that begins with {begins}; "
+                f"for example {owner}/{begins.replace(' ', '-')}-{name}"
             )
-
-
-def check_token() -> None:
-    """Refuses to begin a push that the Hub cannot accept.
-
-    Raises:
-        UserError: there is no token.
-    """
-    if not get_token():
-        raise UserError(
-            "no token to push with; set HF_TOKEN to one that may write (https://huggingface.co/settings/tokens)"
-        )
-
-
-def link(source: Path, target: Path) -> None:
-    """Gives a file a second name: a hard link, or a symbolic one from another disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        target.symlink_to(source.resolve())
 
 
 def artifacts() -> Iterator[tuple[str, Path]]:
@@ -205,7 +160,7 @@ def hub_name(source: str) -> str | None:
     return name if "/" in name and not name.startswith((".", "/")) else None
 
 
-def constituents(base: dict[str, Any]) -> list[dict[str, Any]]:
+def constituents(base: Row) -> list[Row]:
     """The models that a base was merged of, the merge's own base first; none where it was not merged here (tools/merge_base.py)."""
     if "recipe" not in base:
         return []
@@ -214,7 +169,7 @@ def constituents(base: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**model["model"], **shares, "hub": hub_name(model["model"]["path"])} for model, shares in models]
 
 
-def stated(data: dict[str, Any]) -> dict[str, str]:
+def stated(data: Row) -> dict[str, str]:
     """What the card of the data says of their name, authors and licence; empty where it says nothing."""
     card = {key: value if isinstance(value, str) else ", ".join(value) for key, value in data.get("card", {}).items()}
     licence, called = card.get("license", ""), card.get("license_name", "")
@@ -225,47 +180,35 @@ def stated(data: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def measured(inputs: Inputs, data: dict[str, Any]) -> list[EvalResult]:
+def measured(inputs: Inputs, data: Row) -> list[EvalResult]:
     """The scores of the merged model as the Hub's metadata has them: on held-out rows, then those of every benchmark of the suites."""
-    merged = inputs.results["merged"]
-    scores = [
-        (f"{what} (n = {score['n']})", score["accuracy"])
-        for what, score in (
-            ("strict instruction accuracy", merged["strict"] and merged["strict"]["seen"]),
-            ("preference accuracy by likelihood", merged["preference"]),
-        )
-        if score
-    ]
-    return [
-        EvalResult(
+
+    def result(kind: str, name: str, score: Row, **dataset: Any) -> EvalResult:
+        return EvalResult(
             task_type="text-generation",
-            dataset_type=data["source"],
-            dataset_name=f"held-out rows of {data['source']}",
-            dataset_revision=data["revision"],
-            metric_type="accuracy",
-            metric_name=name,
-            metric_value=round(value, 4),
+            metric_type=kind,
+            metric_name=f"{name} (n = {score['n']})",
+            metric_value=round(score[kind], 4),
+            **dataset,
         )
-        for name, value in scores
-    ] + [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=suite,
-            dataset_name=f"{found['title']}: {part}",
-            dataset_config=part,  # results that differ in their name alone would become one
-            metric_type="score",
-            metric_name=f"score as this card defines it (n = {score['n']})",
-            metric_value=round(score["score"], 4),
-        )
-        for suite, found in inputs.suites.items()
-        for part, score in {
-            "average": found["models"]["merged"]["average"],
-            **found["models"]["merged"]["benchmarks"],
-        }.items()
-    ]
+
+    merged, found = inputs.results["merged"], []
+    source, revision = data["source"], data["revision"]
+    rows = {"dataset_type": source, "dataset_name": f"held-out rows of {source}", "dataset_revision": revision}
+    if merged["strict"]:
+        found.append(result("accuracy", "strict instruction accuracy", merged["strict"]["seen"], **rows))
+    if merged["preference"]:
+        found.append(result("accuracy", "preference accuracy by likelihood", merged["preference"], **rows))
+    for suite, row in inputs.suites.items():
+        scores = row["models"]["merged"]
+        for part, score in {"average": scores["average"], **scores["benchmarks"]}.items():
+            # Results that differ in their name alone would become one, hence the config.
+            place = {"dataset_type": suite, "dataset_name": f"{row['title']}: {part}", "dataset_config": part}
+            found.append(result("score", "score as this card defines it", score, **place))
+    return found
 
 
-def metadata(name: str, inputs: Inputs, terms: Sequence[Terms], base: dict[str, Any], data: dict[str, Any]) -> str:
+def metadata(name: str, inputs: Inputs, terms: Sequence[Terms], base: Row, data: Row) -> str:
     """The YAML that the Hub reads at the top of a card."""
     several = len(terms) > 1
     merged_of = [model["hub"] for model in constituents(base) if model["hub"]]
@@ -283,7 +226,7 @@ def metadata(name: str, inputs: Inputs, terms: Sequence[Terms], base: dict[str, 
     ).to_yaml()
 
 
-def assemble(folder: Path, repo: str, commit: str, terms: Sequence[Terms]) -> list[File]:
+def assemble(folder: Path, repo: str, commit: str, terms: Sequence[Terms]) -> list[Row]:
     """Makes the folder of the release anew; returns its files but for the card, which lists them.
 
     Raises:
@@ -293,13 +236,14 @@ def assemble(folder: Path, repo: str, commit: str, terms: Sequence[Terms]) -> li
     name = repo.split("/")[1]
     with complete_folder(folder) as target:
         for place, source in artifacts():
-            link(source, target / place)
+            (target / place).parent.mkdir(parents=True, exist_ok=True)
+            (target / place).symlink_to(source.resolve())
         (target / "LICENSE").write_text("\n\n".join(licence.text.read_text() for licence in terms))
         notices = [licence.notice for licence in terms if licence.notice]
         if notices:
             (target / "NOTICE").write_text("\n".join(notices) + "\n")
         files = [
-            File(path.relative_to(target).as_posix(), path.stat().st_size, sha256_file(path))
+            {"path": path.relative_to(target).as_posix(), "size": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(target.rglob("*"))
             if path.is_file()
         ]
@@ -324,15 +268,13 @@ def refusal(error: Exception, repo: str) -> UserError:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__ or cause.__context__
-    status = cause.response.status_code if cause is not None else None
-    if status == 401:
-        mend = "the Hub does not know the token; set HF_TOKEN to a valid one that may write"
-    elif status == 403:
-        mend = "the token may not write there; use one that may, or another owner"
-    else:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        mend = f"not pushed ({lines[0]}); run this again, files that have arrived are not sent twice"
-    return UserError(f"{repo}: {mend}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    mends = {
+        401: "the Hub does not know the token; set HF_TOKEN to a valid one that may write",
+        403: "the token may not write there; use one that may, or another owner",
+    }
+    other = f"not pushed ({lines[0]}); run this again, files that have arrived are not sent twice"
+    return UserError(f"{repo}: {mends.get(cause.response.status_code, other) if cause else other}")
 
 
 def push(folder: Path, repo: str, commit: str) -> str:
@@ -364,8 +306,10 @@ def main() -> None:
     parser.add_argument("--push", action="store_true", help="push; without it the release is only shown")
     options = parser.parse_args()
     check_name(options.repo)
-    if options.push:
-        check_token()
+    if options.push and not get_token():
+        raise UserError(
+            "no token to push with; set HF_TOKEN to one that may write (https://huggingface.co/settings/tokens)"
+        )
     commit, folder = check_commit(), scratch_folder("release") / options.repo.replace("/", "--")
     with only_one("repro"), selected(options.profile):
         check_results()
@@ -373,12 +317,12 @@ def main() -> None:
         check_name(options.repo, terms)
         files = assemble(folder, options.repo, commit, terms)
     for file in files:
-        print(f"{file.size:>14,}  {file.sha256}  {file.path}")
+        print(f"{file['size']:>14,}  {file['sha256']}  {file['path']}")
     print(f"card: {folder / CARD}")
     if options.push:
         print(f"pushed: {push(folder, options.repo, commit)}")
     else:
-        total = sum(file.size for file in files)
+        total = sum(file["size"] for file in files)
         print(
             f"{len(files) + 1} files, {total / 1e9:.2f} GB, would become {options.repo}; nothing is pushed without PUSH=1"
         )

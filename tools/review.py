@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
 from dvc.scm import RevError
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -28,24 +30,36 @@ from hermes.console import UserError
 from hermes.evaluation.intervals import paired_gain
 from hermes.pages import figures
 from hermes.pages.figures import Curves
-from hermes.pages.render import clean, percent, points, render, render_html, setting
-from hermes.pages.results import Row, flips, pair, parse_answers, parse_curves, parse_mapping, shown_params
+from hermes.pages.render import clean, interval, percent, points, render, render_html, setting
+from hermes.pages.results import Row, flips, gguf_files, pair, parse_answers, parse_curves, parse_mapping, shown_params
 from hermes.run import run_tool
 
 OUTPUT = Path("reports/review")
-WORKING_TREE = "working tree"
 ABSENT = "(not there)"
-T = TypeVar("T")
 SHOWN_ANSWERS = 60  # of each sort; the rest is counted
 
 
 @dataclass(frozen=True)
 class Revision:
-    """One state of the repository; `read` gives the text of a file in it, by its path from the root."""
+    """One state of the repository; `files` has them by their path from the root."""
 
     name: str
     commit: str | None
-    read: Callable[[str], str]
+    files: AbstractFileSystem
+
+    def read(self, path: str, parse: Callable[[str], Any] = str) -> Any:
+        """What `parse` makes of the text of a file.
+
+        Raises:
+            UserError: it is missing, or not what it should be.
+        """
+        try:
+            return parse(self.files.read_text(path))
+        except (OSError, DvcException):
+            advice = "run `dvc repro` there and commit, or `dvc pull`" if self.commit else "run `dvc repro`"
+            raise UserError(f"`{self.name}` has no {path}; {advice}") from None
+        except (YAMLError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"`{self.name}`: {path} cannot be read ({' '.join(str(error).split())})") from None
 
 
 @dataclass(frozen=True)
@@ -99,13 +113,12 @@ def open_revision(name: str | None) -> Revision:
         UserError: there is no such revision, or this is no repository of git and DVC.
     """
     if name is None:
-        return Revision(WORKING_TREE, None, lambda path: _read(WORKING_TREE, path, lambda: Path(path).read_text()))
+        return Revision("working tree", None, LocalFileSystem())
     try:
         if not name.strip() or name.startswith("-"):  # git takes an empty name for HEAD, and a dash for an option
             raise RevError("it is empty or begins with a dash")
         repo = Repo(rev=name)
-        files = DVCFileSystem(repo=repo)
-        commit = repo.get_rev()
+        return Revision(name, str(repo.get_rev()), DVCFileSystem(repo=repo))
     except NotDvcRepoError:
         raise UserError(f"`{clean(name)}` holds no DVC project; run this from the root of the repository") from None
     except (DvcException, AttributeError) as error:  # the latter for what git has and is no commit, such as HEAD^{tree}
@@ -113,15 +126,6 @@ def open_revision(name: str | None) -> Revision:
         raise UserError(
             f"`{clean(name)}` is no commit, branch, tag or experiment here ({why}); `dvc exp show` lists the experiments"
         ) from None
-    return Revision(name, str(commit), lambda path: _read(name, path, lambda: str(files.read_text(path))))
-
-
-def _read(revision: str, path: str, read: Callable[[], str]) -> str:
-    try:
-        return read()
-    except (OSError, DvcException):
-        advice = "run `dvc repro`" if revision == WORKING_TREE else "run `dvc repro` there and commit, or `dvc pull`"
-        raise UserError(f"`{revision}` has no {path}; {advice}") from None
 
 
 def load_run(revision: Revision) -> Run:
@@ -130,44 +134,25 @@ def load_run(revision: Revision) -> Run:
     Raises:
         UserError: a report is missing or malformed.
     """
-    tree = read(revision, "params.yaml", parse_params)
+    tree = revision.read("params.yaml", lambda text: dict(YAML(typ="safe", pure=True).load(text)))
     return Run(
         name=revision.name,
         commit=revision.commit,
         params=params.flatten(shown_params(tree, params.selected_profile(tree))),
-        metrics=params.flatten(read(revision, "reports/metrics.json", parse_mapping)),
-        history=read(revision, "reports/train/history.csv", parse_curves),
-        validation=read(revision, "reports/train/evaluation.csv", parse_curves),
+        metrics=params.flatten(revision.read("reports/metrics.json", parse_mapping)),
+        history=revision.read("reports/train/history.csv", parse_curves),
+        validation=revision.read("reports/train/evaluation.csv", parse_curves),
     )
 
 
-def parse_params(text: str) -> dict[str, Any]:
-    """The parameters of a text in YAML."""
-    return dict(YAML(typ="safe", pure=True).load(text))
-
-
-def read(revision: Revision, path: str, parse: Callable[[str], T]) -> T:
-    """What `parse` makes of a file of a revision.
-
-    Raises:
-        UserError: it is missing, or not what it should be.
-    """
-    try:
-        return parse(revision.read(path))
-    except (YAMLError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"`{revision.name}`: {path} cannot be read ({' '.join(str(error).split())})") from None
+def side_by_side(before: Mapping[str, Any], after: Mapping[str, Any], absent: Any = None) -> list[Change]:
+    """All values by key, in the order of the first mapping, then those that only the second has."""
+    return [Change(key, before.get(key, absent), after.get(key, absent)) for key in dict.fromkeys([*before, *after])]
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """The params that differ, in the order of the first mapping, then those that only the second has."""
-    keys = dict.fromkeys([*before, *after])
-    both = (Change(key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
-    return [change for change in both if change.before != change.after]
-
-
-def side_by_side(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """All metrics with both values; None where a revision does not have one."""
-    return [Change(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])]
+    """The params that differ."""
+    return [change for change in side_by_side(before, after, ABSENT) if change.before != change.after]
 
 
 def compare_answers(before: Mapping[str, Row], after: Mapping[str, Row]) -> AnswerChanges:
@@ -181,13 +166,7 @@ def compare_answers(before: Mapping[str, Row], after: Mapping[str, Row]) -> Answ
 
 
 def strict_gain(before: Mapping[str, Row], after: Mapping[str, Row], seen: bool) -> dict[str, Any] | None:
-    """The paired gain in strict accuracy with its 95 % interval, in points; None where no question is shared.
-
-    Args:
-        before: rows of answers by id.
-        after: the same for the other model.
-        seen: whether to take the kinds of instruction that training contained, or the others.
-    """
+    """The paired gain in strict accuracy, in points, on kinds that training contained or on the others; None: no question is shared."""
     rows = [
         (old["kind"], old["topic"], float(old["strict"]), float(new["strict"]))
         for old, new in pair(before, after)
@@ -196,21 +175,10 @@ def strict_gain(before: Mapping[str, Row], after: Mapping[str, Row], seen: bool)
     return dict(paired_gain(rows)) if rows else None
 
 
-def quantization(revision: Revision) -> dict[str, dict[str, float | None]]:
-    """Size, divergence and strict accuracy of each GGUF of a revision, from the largest to the smallest; None: not measured."""
-    files = read(revision, "reports/quantize.json", parse_mapping)["files"]
-    divergence = read(revision, "reports/eval/divergence.json", parse_mapping)
-    strict = read(revision, "reports/metrics.json", parse_mapping).get("strict_accuracy", {})
-    return {
-        name: {
-            "megabytes": files[name]["bytes"] / 1e6,
-            "bits_per_weight": files[name]["bits_per_weight"],
-            "mean_kl": divergence.get(name, {}).get("mean_kl"),
-            "top1_agreement": divergence.get(name, {}).get("top1_agreement"),
-            "strict": strict.get(name),
-        }
-        for name in sorted(files, key=lambda name: (-files[name]["bytes"], name))
-    }
+def quantization(revision: Revision) -> dict[str, Row]:
+    """Size and divergence of each GGUF of a revision, from the largest to the smallest; None: not measured."""
+    quantize = revision.read("reports/quantize.json", parse_mapping)
+    return gguf_files(quantize, revision.read("reports/eval/divergence.json", parse_mapping))
 
 
 def review(base: str, head: str | None = None) -> list[str]:
@@ -221,7 +189,7 @@ def review(base: str, head: str | None = None) -> list[str]:
     """
     revisions = [open_revision(base), open_revision(head)]
     before, after = (load_run(revision) for revision in revisions)
-    old_answers, new_answers = (read(revision, "reports/eval/merged.jsonl", parse_answers) for revision in revisions)
+    old_answers, new_answers = (revision.read("reports/eval/merged.jsonl", parse_answers) for revision in revisions)
     old_files, new_files = (quantization(revision) for revision in revisions)
     content = {
         "base": before,
@@ -242,7 +210,7 @@ def summarize(content: Mapping[str, Any]) -> list[str]:
     """The review in a few lines for the terminal."""
     gain, answers = content["gain"], content["answers"]
     differing = [f"{change.key}: {setting(change.before)} -> {setting(change.after)}" for change in content["params"]]
-    strict = "no question in common" if gain is None else f"{points(gain['points'])} points, {_interval(gain)}"
+    strict = "no question in common" if gain is None else _gain(gain)
     return [
         f"{content['base'].name} -> {content['head'].name}",
         f"params changed   {'; '.join(differing) or 'none'}",
@@ -257,13 +225,11 @@ def _headline(run: Run) -> str:
     gain = run.strict_gain
     if gain is None:
         return f"preference {percent(run.metrics.get('preference_accuracy.merged'))}"
-    return (
-        f"strict {percent(run.metrics['strict_accuracy.merged'])}, {points(gain['points'])} points, {_interval(gain)}"
-    )
+    return f"strict {percent(run.metrics['strict_accuracy.merged'])}, {_gain(gain)}"
 
 
-def _interval(gain: Mapping[str, Any]) -> str:
-    return f"95% interval {points(gain['low'])} to {points(gain['high'])}, n = {gain['n']}"
+def _gain(gain: Mapping[str, Any]) -> str:
+    return f"{points(gain['points'])} points, 95% interval {interval(gain)}, n = {gain['n']}"
 
 
 def compare(names: Sequence[str]) -> list[str]:
@@ -277,26 +243,20 @@ def compare(names: Sequence[str]) -> list[str]:
     spreads = spread(runs)
     write_pages("sweep", runs, {"runs": runs, "differing": differing, "absent": ABSENT, "spread": spreads})
     write_json(OUTPUT / "sweep.json", spreads)
-    lines = []
-    for run in runs:
-        values = " ".join(f"{key}={setting(run.params.get(key, ABSENT))}" for key in differing)
-        lines.append(f"{run.name}  {values}  {_headline(run)}")
+    values = [" ".join(f"{key}={setting(run.params.get(key, ABSENT))}" for key in differing) for run in runs]
+    lines = [f"{run.name}  {found}  {_headline(run)}" for run, found in zip(runs, values, strict=True)]
     return [*lines, f"read {OUTPUT / 'sweep.html'}"]
 
 
 def spread(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """The least, median and largest value of every metric that all runs have, and each run's own."""
-    keys = [key for key in runs[0].metrics if all(key in run.metrics for run in runs)]
-    found = {key: {run.name: run.metrics[key] for run in runs} for key in keys}
-    return {
-        key: {
-            "min": min(values.values()),
-            "median": median(values.values()),
-            "max": max(values.values()),
-            "runs": values,
-        }
-        for key, values in found.items()
-    }
+    found = {}
+    for key in runs[0].metrics:
+        values = {run.name: run.metrics[key] for run in runs if key in run.metrics}
+        if len(values) == len(runs):
+            least, middle, largest = min(values.values()), median(values.values()), max(values.values())
+            found[key] = {"min": least, "median": middle, "max": largest, "runs": values}
+    return found
 
 
 def differing_params(runs: Sequence[Run]) -> list[str]:

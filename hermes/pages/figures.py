@@ -1,54 +1,27 @@
 """Figures of the reports, drawn without a display and with the same bytes for the same numbers.
 
 Each function takes plain rows and returns a matplotlib figure; `save` writes it as a PNG without a date or a
-version. The machine's own matplotlib settings are ignored.
+version. The style is figures.mplstyle; the machine's own matplotlib settings are ignored.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 Curves = Mapping[str, Sequence[float]]
+Row = dict[str, Any]
 
 DPI, WIDTH = 150, 9.0
-INK, MUTED, GRID, PAPER = "#1f2430", "#8a91a0", "#e4e7ec", "#ffffff"
+INK, MUTED, PAPER = "#1f2430", "#8a91a0", "#ffffff"
 BLUE, ORANGE, GREEN, RED = "#2f6fde", "#d9730d", "#1a8754", "#c6373c"
 RUN_COLOURS = (BLUE, ORANGE, GREEN, "#8250df", RED, "#0e8a9c", "#9a6700", "#bf3989")
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": PAPER,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "figure.facecolor": PAPER,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.edgecolor": "none",
-    "legend.facecolor": PAPER,
-    "legend.fontsize": 8,
-    "text.color": INK,
-    "text.parse_math": False,  # a model or experiment may be named with a dollar sign
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-}
+STYLED = matplotlib.rc_context(fname=Path(__file__).with_suffix(".mplstyle"))
 POINT: dict[str, Any] = {"ms": 4.5, "mec": PAPER, "lw": 0.9}
 PANELS = (
     ("Preference loss", ("preference_loss",)),
@@ -60,47 +33,13 @@ PANELS = (
 )
 
 
-@dataclass(frozen=True)
-class KindGain:
-    """One kind of instruction before and after training; accuracies are fractions, the gain and its interval points."""
-
-    kind: str
-    seen: bool
-    before: float
-    after: float
-    points: float
-    low: float
-    high: float
-    n: int
-    fixed: int
-    broken: int
-
-
-@dataclass(frozen=True)
-class QuantizedFile:
-    """One GGUF: its size, its distance from the merged model, and what the loss of bits does to its answers; None: not measured."""
-
-    name: str
-    bytes: int
-    bits_per_weight: float
-    tensors: int
-    fallback: int
-    weight_error: float
-    weight_stretch: float
-    matrices_by_type: Mapping[str, int]
-    mean_kl: float | None
-    top1_agreement: float | None
-    score: float | None
-    against_merged: Mapping[str, float] | None
-    sha256: str
-
-
+@STYLED
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG; equal figures give equal bytes."""
-    with _style():
-        figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
 
 
+@STYLED
 def training_curves(history: Curves, validation: Curves, published: Sequence[float] = ()) -> Figure:
     """Six panels over the optimizer steps; the validation split is drawn as points, the loss of an untrained policy as a line.
 
@@ -109,111 +48,96 @@ def training_curves(history: Curves, validation: Curves, published: Sequence[flo
         validation: the same for the steps at which the validation split was measured.
         published: the preference loss of each step of the published run, where this one can be compared with it.
     """
-    with _style():
-        figure = _figure(height=5.2)
-        for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-            if published and names == ("preference_loss",):
-                axes.plot(range(1, len(published) + 1), published, color=MUTED, linewidth=1.0, label="published run")
-            for name, colour in zip(names, (BLUE, ORANGE), strict=False):
-                label = name.removeprefix("rewards/") if len(names) > 1 else "train"
-                _draw_curve(axes, history, name, colour, label)
-                if name in validation:
-                    axes.plot(validation["step"], validation[name], "o--", color=ORANGE, **POINT, label="validation")
-            if names == ("preference_loss",) and abs(history["preference_loss"][0] - math.log(2)) < 0.01:
-                axes.axhline(math.log(2), color=INK, lw=0.8, ls=":", label="ln 2, before training")
-            _label_panel(axes, title, percent=names[0] == "rewards/accuracies")
-            if len(axes.get_legend_handles_labels()[0]) > 1:
-                axes.legend()
-        return figure
+    figure = _figure(height=5.2)
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        if published and names == ("preference_loss",):
+            axes.plot(range(1, len(published) + 1), published, color=MUTED, linewidth=1.0, label="published run")
+        for name, colour in zip(names, (BLUE, ORANGE), strict=False):
+            label = name.removeprefix("rewards/") if len(names) > 1 else "train"
+            _draw_curve(axes, history, name, colour, label)
+            if name in validation:
+                axes.plot(validation["step"], validation[name], "o--", color=ORANGE, **POINT, label="validation")
+        if names == ("preference_loss",) and abs(history["preference_loss"][0] - math.log(2)) < 0.01:
+            axes.axhline(math.log(2), color=INK, lw=0.8, ls=":", label="ln 2, before training")
+        _label_panel(axes, title, percent=names[0] == "rewards/accuracies")
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend()
+    return figure
 
 
+@STYLED
 def overlaid_curves(runs: Sequence[tuple[str, Curves, Curves]]) -> Figure:
-    """The curves of several runs over one another: loss, margin, accuracy and gradient norm.
-
-    Args:
-        runs: (name, training history, validation history) of each run.
-    """
-    with _style():
-        figure = _figure(height=5.6)
-        grid = figure.subplots(2, 2)
-        for axes, (title, names) in zip(grid.flat, (PANELS[0], PANELS[1], PANELS[2], PANELS[5]), strict=True):
-            name = names[0]
-            for i, (run, history, validation) in enumerate(runs):
-                colour = RUN_COLOURS[i % len(RUN_COLOURS)]
-                _draw_curve(axes, history, name, colour, run, style=("-", "--", ":")[i // len(RUN_COLOURS) % 3])
-                if name in validation:
-                    axes.plot(validation["step"], validation[name], "o--", color=colour, **POINT)
-            _label_panel(axes, title, percent=name == "rewards/accuracies")
-        handles, labels = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)))
-        return figure
+    """Loss, margin, accuracy and gradient norm of several runs, each (name, training history, validation history), over one another."""
+    figure = _figure(height=5.6)
+    grid = figure.subplots(2, 2)
+    for axes, (title, names) in zip(grid.flat, (PANELS[0], PANELS[1], PANELS[2], PANELS[5]), strict=True):
+        name = names[0]
+        for i, (run, history, validation) in enumerate(runs):
+            colour = RUN_COLOURS[i % len(RUN_COLOURS)]
+            _draw_curve(axes, history, name, colour, run, style=("-", "--", ":")[i // len(RUN_COLOURS) % 3])
+            if name in validation:
+                axes.plot(validation["step"], validation[name], "o--", color=colour, **POINT)
+        _label_panel(axes, title, percent=name == "rewards/accuracies")
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)))
+    return figure
 
 
-def gains_by_kind(rows: Sequence[KindGain]) -> Figure:
+@STYLED
+def gains_by_kind(rows: Sequence[Row]) -> Figure:
     """Left, accuracy before and after as a dumbbell per kind; right, the gain with its paired 95 % interval."""
-    with _style():
-        figure = _figure(height=1.1 + 0.27 * len(rows))
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        for y, row in enumerate(rows):
-            colour = GREEN if row.low > 0 else RED if row.high < 0 else MUTED
-            left.plot([row.before, row.after], [y, y], "-", color=colour, lw=2, alpha=0.45, zorder=2)
-            left.plot(row.before, y, "o", color=MUTED, ms=6, zorder=3)
-            left.plot(row.after, y, "o", color=BLUE if row.seen else ORANGE, ms=7, zorder=4)
-            right.plot([row.low, row.high], [y, y], "-", color=colour, lw=2)
-            right.plot(row.points, y, "o", color=colour, ms=5.5)
-        left.set_yticks(
-            range(len(rows)), [row.kind.replace("_", " ") + ("" if row.seen else " (unseen)") for row in rows]
-        )
-        left.set_ylim(len(rows) - 0.4, -0.6)
-        left.set_xlim(-0.03, 1.03)
-        left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        left.set_title("Followed exactly, before and after")
-        for marker_colour, label in ((MUTED, "base"), (BLUE, "merged"), (ORANGE, "merged, kind not trained on")):
-            left.plot([], [], "o", color=marker_colour, label=label)
-        right.axvline(0, color=INK, lw=0.8)
-        right.set_title("Gain in points, paired 95% interval")
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        for axes in (left, right):
-            axes.tick_params(length=0)
-        return figure
+    figure = _figure(height=1.1 + 0.27 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for y, row in enumerate(rows):
+        colour = GREEN if row["low"] > 0 else RED if row["high"] < 0 else MUTED
+        left.plot([row["before"], row["after"]], [y, y], "-", color=colour, lw=2, alpha=0.45, zorder=2)
+        left.plot(row["before"], y, "o", color=MUTED, ms=6, zorder=3)
+        left.plot(row["after"], y, "o", color=BLUE if row["seen"] else ORANGE, ms=7, zorder=4)
+        right.plot([row["low"], row["high"]], [y, y], "-", color=colour, lw=2)
+        right.plot(row["points"], y, "o", color=colour, ms=5.5)
+    left.set_yticks(
+        range(len(rows)), [row["kind"].replace("_", " ") + ("" if row["seen"] else " (unseen)") for row in rows]
+    )
+    left.set(title="Followed exactly, before and after", xlim=(-0.03, 1.03), ylim=(len(rows) - 0.4, -0.6))
+    left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    for marker_colour, label in ((MUTED, "base"), (BLUE, "merged"), (ORANGE, "merged, kind not trained on")):
+        left.plot([], [], "o", color=marker_colour, label=label)
+    right.axvline(0, color=INK, lw=0.8)
+    right.set_title("Gain in points, paired 95% interval")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    for axes in (left, right):
+        axes.tick_params(length=0)
+    return figure
 
 
-def quantization_tradeoff(files: Sequence[QuantizedFile], score: str) -> Figure:
+@STYLED
+def quantization_tradeoff(files: Sequence[Row], score: str) -> Figure:
     """Distance from the merged model, and change of the named score with its paired interval, for each GGUF that was evaluated."""
-    with _style():
-        figure = _figure(height=3.1)
-        left, right = figure.subplots(1, 2)
-        distances = [math.nan if file.mean_kl is None else file.mean_kl for file in files]
-        left.plot(distances, "o-", color=BLUE, ms=7, lw=1.2)
-        left.set_title("Mean KL from merged, nats per token")
-        if min(distances) > 0:
-            left.set_yscale("log")
-            left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        right.axhline(0, color=INK, lw=0.8)
-        for x, gain in enumerate(file.against_merged for file in files):
-            if gain is None:
-                continue
+    figure = _figure(height=3.1)
+    left, right = figure.subplots(1, 2)
+    distances = [math.nan if file["mean_kl"] is None else file["mean_kl"] for file in files]
+    left.plot(distances, "o-", color=BLUE, ms=7, lw=1.2)
+    left.set_title("Mean KL from merged, nats per token")
+    if min(distances) > 0:
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    right.axhline(0, color=INK, lw=0.8)
+    for x, file in enumerate(files):
+        if gain := file["against_merged"]:
             colour = GREEN if gain["low"] > 0 else RED if gain["high"] < 0 else MUTED
             right.plot([x, x], [gain["low"], gain["high"]], "-", color=colour, lw=2.5)
             right.plot(x, gain["points"], "o", color=colour, ms=7)
-        right.set_title(f"{score} against merged, points")
-        for axes in (left, right):
-            axes.set_xticks(range(len(files)), [f"{file.name}\n{file.bytes / 1e6:,.0f} MB" for file in files])
-            axes.set_xlim(-0.5, len(files) - 0.5)
-            axes.tick_params(length=0, which="both")
-            axes.grid(visible=False, axis="x")
-        return figure
-
-
-def _style() -> AbstractContextManager[Any]:
-    settings: dict[Any, Any] = dict(matplotlib.rcParamsDefault) | {**STYLE, "backend": "agg"}
-    return matplotlib.rc_context(settings)
+    right.set_title(f"{score} against merged, points")
+    for axes in (left, right):
+        axes.set_xticks(range(len(files)), [f"{file['name']}\n{file['bytes'] / 1e6:,.0f} MB" for file in files])
+        axes.set_xlim(-0.5, len(files) - 0.5)
+        axes.tick_params(length=0, which="both")
+        axes.grid(visible=False, axis="x")
+    return figure
 
 
 def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def _draw_curve(axes: Axes, curves: Curves, name: str, colour: str, label: str, style: str = "-") -> None:
@@ -235,8 +159,7 @@ def _moving_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def _label_panel(axes: Axes, title: str, percent: bool) -> None:
-    axes.set_title(title)
-    axes.set_xlabel("step")
+    axes.set(title=title, xlabel="step")
     axes.tick_params(length=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     if percent:

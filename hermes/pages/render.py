@@ -1,7 +1,8 @@
 """Pages from templates: a template becomes Markdown, and the Markdown one HTML file without scripts or links outward.
 
 Everything that a template shows is data, unless a filter here says otherwise: `markdown` escapes it, so that neither a
-model's answer nor a user's name is markup. Control characters and direction marks never reach a page.
+model's answer nor a user's name is markup. Control characters and direction marks never reach a page. GitHub tells
+everyone whom a comment names with an @. An @ that is data is followed by a space without width, so that it names nobody.
 """
 
 import base64
@@ -22,32 +23,16 @@ from hermes.pages.results import Row
 
 TEMPLATES = Path(__file__).parent / "templates"
 PARSER = MarkdownIt("commonmark", {"html": False}).enable("table")
-NAMES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 INLINE = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.")
 BLOCK = re.compile(r"^(?: ?\d{1,9}(?=[.)](?: |$))| ?(?=(?:#{1,6}|[+-])(?: |$)|:?-+:? ?$|=+ ?$))")
 DIRECTIONS = "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
 
 
-def scores(result: Row) -> list[str]:
-    """The cells of a model in the table of scores: strict, unseen, preference, perplexity, empty, looping, unfinished."""
-    strict, failures = result["strict"], result["failures"]
-    return [
-        percent(strict["seen"]["accuracy"] if strict else None),
-        percent(strict["unseen"]["accuracy"] if strict else None),
-        percent(result["preference"]["accuracy"] if result["preference"] else None),
-        number(result["perplexity"]["value"] if result["perplexity"] else None),
-        *(count(failures[name]) if failures else "–" for name in ("empty", "looping", "unfinished")),
-    ]
-
-
 def sizes(result: Row) -> str:
     """On how much each score rests."""
-    found = []
-    if result["strict"]:
-        found += [
-            f"{part} {result['strict'][key]['n']:,} questions"
-            for part, key in (("strict", "seen"), ("unseen", "unseen"))
-        ]
+    found, strict = [], result["strict"]
+    if strict:
+        found += [f"strict {strict['seen']['n']:,} questions", f"unseen {strict['unseen']['n']:,} questions"]
     if result["preference"]:
         found.append(f"preference {result['preference']['n']:,} pairs")
     if result["perplexity"]:
@@ -66,8 +51,8 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (percent, points, interval, margin, number, difference, setting, count, words, code, lines, gain, shell)
-    made.globals |= {"scores": scores, "sizes": sizes, "answer": answer}
+    filters = (percent, points, interval, margin, number, difference, setting, count, code, lines, gain, shell)
+    made.globals |= {"sizes": sizes, "answer": answer}
     made.filters |= {filter.__name__: filter for filter in filters}
     return made
 
@@ -122,20 +107,15 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
-def words(name: str) -> str:
-    """An identifier as words."""
-    return name.replace("_", " ")
-
-
 def clean(text: str) -> str:
     """A text without the control characters and direction marks that a page could be rearranged with."""
     return re.sub(rf"[\x00-\x08\x0b-\x1f\x7f-\x9f{DIRECTIONS}]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def markdown(value: Any) -> Markup:
-    """A text in one line that shows as it is: nothing in it is markup, HTML, a link or a cell of a table."""
-    text = re.sub(r"[&<>]", lambda found: NAMES[found[0]], re.sub(r"\s+", " ", clean(str(value))))
-    return Markup(BLOCK.sub(r"\g<0>\\", INLINE.sub(r"\\\g<0>", text)))
+    """A text in one line that shows as it is: nothing in it is markup, HTML, a link, a cell of a table or a mention."""
+    text = html.escape(re.sub(r"\s+", " ", clean(str(value))), quote=False)
+    return Markup(BLOCK.sub(r"\g<0>\\", INLINE.sub(r"\\\g<0>", text)).replace("@", "@&#8203;"))
 
 
 def lines(text: str, before: str = "") -> Markup:

@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 
 from hermes import params
 from hermes.console import UserError
-from hermes.pages.figures import Curves
+from hermes.pages.figures import Curves, Row
 
 REPORTS = Path("reports")
 EVALUATION, QUANTIZE = Path("data/evaluation"), Path("models/gguf/quantize.json")
 SUITES = EVALUATION / "suites.json"
 TASKS = ("strict", "preference", "perplexity", "failures")
-Row = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -49,9 +48,8 @@ def read_inputs() -> Inputs:
     tree = params.read_yaml(params.PARAMS)
     profile = params.selected_profile(tree)
     quantize = read(QUANTIZE, parse_mapping)
-    comparison = read(EVALUATION / "comparison.json", parse_mapping)
-    ggufs = sorted(set(quantize["files"]) & set(comparison), key=lambda name: (-quantize["files"][name]["bytes"], name))
-    models = ["base", "merged", *ggufs]
+    comparison, divergence = (read(EVALUATION / f"{name}.json", parse_mapping) for name in ("comparison", "divergence"))
+    models = ["base", "merged", *(name for name in gguf_files(quantize, divergence) if name in comparison)]
     train = REPORTS / "train"
     summary, history = read(train / "summary.json", parse_mapping), read(train / "history.csv", parse_curves)
     if len(history.get("step", ())) != summary["steps"]:
@@ -68,7 +66,7 @@ def read_inputs() -> Inputs:
         summary=summary,
         quantize=quantize,
         comparison=comparison,
-        divergence=read(EVALUATION / "divergence.json", parse_mapping),
+        divergence=divergence,
         merge=read(EVALUATION / "merge.json", parse_mapping),
         suites=read(SUITES, parse_mapping) if SUITES.is_file() else {},
         results={name: dict.fromkeys(TASKS) | read(EVALUATION / f"{name}.json", parse_mapping) for name in models},
@@ -114,6 +112,12 @@ def shown_params(tree: Mapping[str, Any], profile: str) -> dict[str, Any]:
     """The parameters that a run rests on: the top level, then the sections of the selected profile."""
     top = {key: value for key, value in tree.items() if key not in params.UNTRACKED}
     return {"profile": profile, **top, **tree["profiles"][profile]}
+
+
+def gguf_files(quantize: Row, divergence: Row) -> dict[str, Row]:
+    """The size and the divergence of each GGUF file, from the largest to the smallest; None: not measured."""
+    files = sorted(quantize["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))
+    return {name: {"mean_kl": None, "top1_agreement": None, **file, **divergence.get(name, {})} for name, file in files}
 
 
 def pair(before: Mapping[str, Row], after: Mapping[str, Row]) -> list[tuple[Row, Row]]:

@@ -91,7 +91,7 @@ def _answers(model: str, random: Random, rate: float) -> list[dict[str, Any]]:
                     "strict": strict,
                     "finished": True,
                 }
-                text = EVIL if kind == "json" else f"{model} on {topic}."
+                text = EVIL if kind == "json" else f"@{model} on {topic}."
                 rows.append(
                     row
                     | {"question": f"Tell me about {topic} ({kind}).", "answer": text, "grade": 0.9 if strict else 0.3}
@@ -361,6 +361,16 @@ def test_every_line_of_an_answer_is_text(text: str) -> None:
             assert line.rstrip() in page.text.replace("\xa0", " ")
 
 
+@pytest.mark.parametrize(
+    "text", ["@octocat", "ask @org/team, (@a-b)", "*@you*", "&#64;you", "\\@you", "me@example.com", "@@x"]
+)
+def test_an_answer_mentions_nobody_on_github(text: str) -> None:
+    for shown in (render.lines(text, "> "), render.markdown(text)):
+        page = Page(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(shown))
+        assert not re.search(r"@\w", page.text)  # GitHub looks for names in what is rendered
+        assert page.text.replace("\u200b", "").strip() == text
+
+
 def test_few_questions_make_a_first_look_which_names_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -462,24 +472,24 @@ def test_fixed_and_broken_questions_are_counted_and_chosen_by_id(built: Path, mo
         )
         for kind in KINDS
     }
-    assert {row.kind: row.fixed for row in report.kind_gains(inputs)} == {
+    assert {row["kind"]: row["fixed"] for row in report.kind_gains(inputs)} == {
         kind: len(found) for kind, found in ids.items()
     }
     fixed, broken = report.samples(inputs, list(KINDS))
-    assert [sample.question for sample in fixed] == [
+    assert [sample["question"] for sample in fixed] == [
         f"Tell me about {ids[kind][0].split('-')[1]} ({kind})." for kind in KINDS if ids[kind]
     ]
-    assert all(not sample.answers["base"]["strict"] and sample.answers["merged"]["strict"] for sample in fixed)
-    assert all(sample.answers["base"]["strict"] and not sample.answers["merged"]["strict"] for sample in broken)
+    assert all(not sample["answers"]["base"]["strict"] and sample["answers"]["merged"]["strict"] for sample in fixed)
+    assert all(sample["answers"]["base"]["strict"] and not sample["answers"]["merged"]["strict"] for sample in broken)
     assert broken
-    assert list(fixed[0].answers) == ["base", "merged", "Q4_K_M"]
+    assert list(fixed[0]["answers"]) == ["base", "merged", "Q4_K_M"]
 
 
 def test_models_and_files_are_ordered_by_size(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(built)
     inputs = results.read_inputs()
     assert list(inputs.results) == ["base", "merged", "f16", "Q8_0", "Q4_K_M"]
-    assert [file.name for file in report.quantized_files(inputs)] == ["f16", "Q8_0", "Q4_K_M"]
+    assert [file["name"] for file in report.quantized_files(inputs)] == ["f16", "Q8_0", "Q4_K_M"]
 
 
 def test_the_params_are_those_of_the_selected_profile(page: Page) -> None:
@@ -554,7 +564,7 @@ def test_a_run_that_measured_preference_alone_is_reported_without_the_rest(
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
     assert "before-and-after-by-kind-of-instruction" not in page.ids
     assert sorted(path.name for path in report.FIGURES.iterdir()) == ["quantization.png", "training.png"]
-    assert [file.score for file in report.quantized_files(results.read_inputs())] == [
+    assert [file["score"] for file in report.quantized_files(results.read_inputs())] == [
         json.loads((evaluation / f"{name}.json").read_text())["preference"]["accuracy"]
         for name in ("f16", "Q8_0", "Q4_K_M")
     ]

@@ -1,6 +1,7 @@
 """A review finds what changed between two states of a repository, wherever git and DVC keep their files."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -180,6 +181,14 @@ def test_the_pages_need_no_network_and_show_markup_as_text() -> None:
         assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
         assert page.tags.count("img") == 1
     assert EVIL.splitlines()[0] in Page((review.OUTPUT / "review.html").read_text()).text
+
+
+def test_a_review_that_is_posted_as_a_comment_mentions_nobody() -> None:
+    review.review("first", "swift-fox")
+    text, page = (review.OUTPUT / "review.md").read_text(), Page((review.OUTPUT / "review.html").read_text())
+    assert re.search(r"@&#8203;merged on \w+\.", text)
+    assert not re.search(r"@\w", text)
+    assert re.search(r"@\u200bmerged on \w+\.", page.text)
 
 
 def test_the_same_revisions_give_the_same_pages() -> None:
