@@ -22,7 +22,7 @@ adapter, s the bytes of the base's type, P_q the weights of the linear layers bu
                   inside a layer, T * (2 * i + 2 * h) * s
 
 What CUDA takes for itself and what its allocator loses to fragments come on top, as assumptions. Plans were within 4 % of what the driver
-of one H100 counted (docs/environments.md).
+of one H100 counted (docs/hardware-log.md).
 """
 
 import dataclasses
