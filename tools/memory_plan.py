@@ -2,7 +2,7 @@
 
 Bytes, for a row of some tokens (all prompts and answers of one forward, hermes/training/shared_prefix.py), of which some are scored. What
 CUDA takes for itself and what its allocator loses to fragments come on top, as assumptions. Plans were within 4 % of what the driver of one
-H100 counted (docs/environments.md).
+H100 counted (docs/hardware-log.md).
 """
 
 from typing import NamedTuple
