@@ -142,6 +142,15 @@ def beside_the_published() -> list[str]:
         return [f"not compared with the published pairs: {error}; make compare-published does it later"]
 
 
+def against_the_commit() -> list[str]:
+    """How to get the committed results back, where this run's are others, such as those of another profile."""
+    if doctor.git(Path.cwd(), "status", "--porcelain", "dvc.lock", "reports"):
+        return [
+            "not the committed results; to go back to those: git restore dvc.lock reports && .venv/bin/dvc checkout"
+        ]
+    return []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.repro",
@@ -154,7 +163,12 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     code = repro(arguments.profile, rest, arguments.set_param)
     if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
-        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *beside_the_published(), sep="\n")
+        print(
+            f"\n{headline(read_json(METRICS))}\nreport: {REPORT}",
+            *against_the_commit(),
+            *beside_the_published(),
+            sep="\n",
+        )
     return code
 
 
