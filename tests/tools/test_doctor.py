@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,10 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / ".venv/setup-stamp").write_text("cpu 1 2\n")
     monkeypatch.setattr(sys, "prefix", str(root / ".venv"))
     install(tmp_path / "packages", monkeypatch, cuda=False)
-    for name in ("params.yaml", "dvc.yaml", *LOCKS):
+    for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, root)
+    for name in LOCKS:  # of one package that is here, as it is here
+        (root / name).write_text(f"peft=={metadata.version('peft')}\n")
     (root / ".gitignore").write_text(".venv\n.scratch\nmodels\n")
     git(root, "init", "-q", "-b", "main")
     git(root, "config", "user.name", "Someone")
@@ -119,11 +122,10 @@ def test_the_exit_status_and_the_last_line_say_whether_anything_is_wrong(
 
 
 def test_packages_that_drifted_or_are_missing_are_named(clone: Path) -> None:
-    text = (clone / "requirements.lock").read_text()
-    (clone / "requirements.lock").write_text(text.replace("\npeft==", "\npeft==9.") + "no-such-package==1.0\n")
+    (clone / "requirements-nodeps.lock").write_text("peft==9.0\nno-such-package==1.0\n")
     line = problems(clone)["packages"]
     assert "peft is 0." in line
-    assert ", pinned 9.0." in line
+    assert ", pinned 9.0" in line
     assert "no-such-package is missing, pinned 1.0" in line
 
 
@@ -269,7 +271,6 @@ def test_an_environment_for_another_device_is_a_problem(
     clone: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (clone / "requirements-cuda.lock").write_text("-r requirements.lock\n")  # its other packages are not installed here
     if driver:
         nvidia_smi(clone, f"echo 'NVIDIA A40, {driver}'; echo 'NVIDIA A40, {driver}'")
     install(clone.parent / "packages", monkeypatch, cuda)
