@@ -55,8 +55,8 @@ def dvc(*arguments: str) -> str:
 class Relay:
     """Passes the signals that end a run on to the child, so that this process outlives it and can clean up.
 
-    The child has a process group of its own: DVC does not stop its stages when it is stopped, so the whole group has to
-    get the signal, and the terminal's Ctrl-C must not reach it twice. Ctrl-Z is relayed for that reason. Every signal is
+    The child has a process group of its own. DVC does not stop its stages when it is stopped, so the whole group has to
+    get the signal. The terminal's Ctrl-C must not reach it twice. Ctrl-Z is relayed for that reason. Every signal is
     passed on as Ctrl-C, the one after which DVC cleans up, unless Ctrl-C is ignored (a shell's background job). A signal
     that was ignored at the start stays ignored (nohup). Exit codes are a shell's: 128 plus the signal's number. One relay
     may run several commands in turn; `received` is the number of a signal that came, and a later command gets it at once.

@@ -230,9 +230,9 @@ def evaluation_seconds(run: Run, flops: float, bandwidth: float) -> float:
 def seconds_of(run: Run, device: Device) -> dict[str, float]:
     """The time of every stage; the four short ones are one entry.
 
-    FLOPs of the matrix products (2 a weight and token forward, the same again backward to the inputs, and a third time where activations
-    are recomputed) at the device's rate, in reference and train on a GPU at least what Python takes to launch them. Of the others: the
-    rehearsal's rates, and an assumed one of the network.
+    Reference and train take the FLOPs of their matrix products at the device's rate. A forward has 2 a weight and token, and a backward as
+    many. Where activations are recomputed there is a forward more. On a GPU they take at least what Python needs to launch the products.
+    The other stages go by the rehearsal's rates, and by an assumed one of the network.
     """
     loaded, shape, lengths = run
     train, pairs, weights = loaded.train, len(lengths.prompt), shape.linear_weights + shape.other_weights
@@ -270,11 +270,14 @@ def training_step(run: Run, is_gpu: bool) -> Memory:
 def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     """Bytes that stages need of the memory that they compute in.
 
-    Reference is as train, without adapter and backward pass; both load the whole base, under FSDP too. Evaluate is the largest of
-    generation by Transformers (weights in 16 bits and a key-value cache of `batch_size` times `context`), of llama.cpp (the largest file, a
-    cache for its slots and one more, and one to score in, hermes/model/gguf.py), and of the merged model in float32 with a row of logits,
-    against which divergence is measured. On a CPU Python, what evaluate keeps of those logits, and the largest matrix twice in
-    float32, where weights are merged or quantized, lie in the same memory.
+    Reference is as train, without adapter and backward pass. Both load the whole base, under FSDP too. Evaluate is the largest of three:
+
+        Transformers  weights in 16 bits, and a key-value cache of `batch_size` times `context`
+        llama.cpp     the largest file, a cache for its slots and one more, and one to score in (hermes/model/gguf.py)
+        divergence    the merged model in float32 with a row of logits
+
+    On a CPU three things more lie in the same memory: Python itself, the logits that evaluate keeps, and the largest matrix twice in
+    float32, where weights are merged or quantized.
     """
     loaded, shape, lengths = run
     e, step, weights = loaded.evaluate, training_step(run, is_gpu), shape.linear_weights + shape.other_weights
