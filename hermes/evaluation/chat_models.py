@@ -6,6 +6,7 @@ end-of-sequence token is scored with it; lm-eval's own pairing would move the te
 
 import contextlib
 import gc
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +37,15 @@ def score(logits: torch.Tensor, answer: Ids) -> tuple[float, bool]:
     return float(log_probs.double().sum()), bool((logits.argmax(dim=-1, keepdim=True) == tokens).all())
 
 
-class ChatModel(TemplateLM):
+class QuietModel(TemplateLM):
+    """lm-eval's interface, without its own progress bars where nobody watches."""
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of each answer in nats, and whether it is the greedy one."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+
+class ChatModel(QuietModel):
     """What the two backends share: text to ids, and ids to the results that lm-eval expects.
 
     Args:

@@ -27,7 +27,6 @@ from datasets import disable_caching, enable_caching
 from datasets.exceptions import DatasetsError
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
@@ -36,7 +35,7 @@ from hermes import hub
 from hermes.artifacts import complete_file, sha256_file, sha256_folder, write_json
 from hermes.console import UserError
 from hermes.evaluation.benchmarks import Run, needs_math
-from hermes.evaluation.chat_models import ChatModel, Ids
+from hermes.evaluation.chat_models import ChatModel, Ids, QuietModel
 from hermes.params import read_yaml
 from hermes.settings.evaluate import Batching
 
@@ -61,7 +60,7 @@ LONGEST_ANSWER = 256  # lm-eval's own, in tokens, where a task names none
 TIMED = {"exact_match_original"}
 
 
-class SuiteModel(TemplateLM):
+class SuiteModel(QuietModel):
     """The weights of a chat model behind lm-eval's own treatment of text.
 
     Args:
