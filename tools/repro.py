@@ -154,7 +154,9 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     code = repro(arguments.profile, rest, arguments.set_param)
     if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
-        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *beside_the_published(), sep="\n")
+        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}")
+        for line in beside_the_published():
+            print(line)
     return code
 
 
