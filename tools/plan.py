@@ -148,11 +148,11 @@ def model_shape(loaded: Profile) -> Shape:
     source, revision = loaded.model.source, loaded.model.revision
     manifest = BASE / "manifest.json"
     if manifest.is_file() and read_json(manifest)["source"] == source:
-        return Shape.of(AutoConfig.from_pretrained(BASE))
+        return Shape.of(AutoConfig.from_pretrained(BASE, trust_remote_code=False))
     if source in KNOWN:
         return KNOWN[source]
     try:
-        return Shape.of(AutoConfig.from_pretrained(source, revision=revision))
+        return Shape.of(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
     except hub.ERRORS as error:
         raise hub.failure(error, source, str(revision)) from None
 

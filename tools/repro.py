@@ -163,12 +163,8 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     code = repro(arguments.profile, rest, arguments.set_param)
     if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
-        print(
-            f"\n{headline(read_json(METRICS))}\nreport: {REPORT}",
-            *against_the_commit(),
-            *beside_the_published(),
-            sep="\n",
-        )
+        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *against_the_commit(), sep="\n")
+        print(*beside_the_published(), sep="\n", end="")
     return code
 
 
