@@ -164,7 +164,8 @@ def main() -> int:
     code = repro(arguments.profile, rest, arguments.set_param)
     if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
         print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *against_the_commit(), sep="\n")
-        print(*beside_the_published(), sep="\n", end="")
+        for line in beside_the_published():
+            print(line)
     return code
 
 
