@@ -26,6 +26,7 @@ from hermes.artifacts import complete_file, read_json, scratch_folder, write_jso
 from hermes.console import UserError
 from hermes.model.gguf_files import convert, quantize
 from hermes.params import read_yaml, selected_profile
+from hermes.run import run_tool
 
 ROOT = Path(__file__).parent.parent
 REPORTS = Path("reports")
@@ -257,10 +258,7 @@ def main() -> None:
         prog="python -m benchmarks.bench", description="Measure ours beside the alternatives."
     )
     parser.add_argument("--full", action="store_true", help="three repetitions of everything, for reports/")
-    try:
-        found = bench(parser.parse_args().full)
-    except UserError as error:
-        sys.exit(f"bench: {error}")
+    found = bench(parser.parse_args().full)
     folder = REPORTS if found["full"] else scratch_folder("bench")
     write_json(folder / "bench.json", found)
     write_markdown(found, folder / "bench.md")
@@ -268,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("bench", main)

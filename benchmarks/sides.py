@@ -33,6 +33,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hermes import params
 from hermes.artifacts import write_parquet
+from hermes.data.chat_text import prompt_text
+from hermes.data.prefixes import common_length
 from hermes.evaluation.chat_models import GgufChat
 from hermes.model.base import load_base, set_determinism
 from hermes.model.gguf import GgufModel
@@ -74,8 +76,7 @@ def hermes_pairs(count: int) -> list[Pair]:
 def tokens(pairs: list[Pair], batch: int) -> Result:
     """How many tokens a forward of each batch needs as input, what prompts share computed once, and how many it predicts."""
     prompts = [pair["prompt_ids"] for pair in pairs]
-    columns = enumerate(zip(*prompts, strict=False))
-    common = next((i for i, column in columns if len(set(column)) > 1), min(map(len, prompts)))
+    common = common_length(prompts)
     answers = sum(len(pair[name]) for pair in pairs for name in ("chosen_ids", "rejected_ids"))
     inputs = (
         common * -(-len(pairs) // batch) + sum(len(prompt) - common for prompt in prompts) + answers - 2 * len(pairs)
@@ -292,8 +293,7 @@ def evaluation_pairs(count: int) -> list[tuple[str, str]]:
     rows = pq.read_table(ROOT / "data/subset/test.parquet", columns=["question", "chosen", "rejected"]).to_pylist()
     found = []
     for row in rows[: count // 2]:
-        message = [{"role": "user", "content": row["question"]}]
-        prompt = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+        prompt = prompt_text(tokenizer, row["question"])
         found += [(prompt, row["chosen"]), (prompt, row["rejected"])]
     return found
 

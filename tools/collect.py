@@ -1,18 +1,7 @@
 """Makes data/embedded: preference pairs in the Hermes schema out of the embedded model's own answers (`make collect`).
 
-A question is a topic and a checkable instruction. The model answers it a few times as it is, and a few times after a worked
-example of the same instruction on another subject. The example is only in the prompt: training has to teach what it showed.
-Verifiers grade the answers (hermes/instructions/kinds.py), and a pair is picked from them:
-
-* The chosen answer follows the instruction, with a grade within `tie_margin` of the best. Where no answer follows it, the best
-  one is edited until it does (`repaired`).
-* The rejected answer is any that does not follow the instruction. For `contrast_share` of the questions it follows another
-  instruction about the same topic (`contrast`), so that no form is good in itself.
-* Of the pairs left, the one whose answers are nearest in length is taken, so that length tells little.
-* A plain question has no instruction, and borrows both answers from others about its topic. Chosen is plain prose that shows no
-  sign of what it was asked for (`unmarked_answers`), rejected is an answer in another form.
-
-`delta_score` is the grade of the chosen answer less that of the rejected one.
+data/embedded/README.md says how questions, answers and pairs come about. Verifiers grade the answers (hermes/instructions/kinds.py).
+A worked example is only in the prompt of an answer: training has to teach what it showed.
 
 Sampling goes chunk by chunk into a scratch folder and resumes after an interruption. Each sequence draws from a generator seeded by
 its question, so a chunk sampled again alone has the same bits on one kind of CPU. `python -m tools.collect --pairs` samples
@@ -29,11 +18,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import chain, groupby, product
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -42,19 +33,19 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hermes import params
-from hermes.artifacts import complete_file, read_json, sha256_file, write_json, write_parquet
+from hermes.artifacts import read_json, scratch_folder, sha256_file, write_json, write_parquet
 from hermes.console import UserError, progress
+from hermes.data.chat_text import prompt_ids
 from hermes.instructions.kinds import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, VALIDATION_KINDS, grade, is_strict, repair
 from hermes.instructions.topics import split_topics
 from hermes.instructions.verifiers import sentences, words
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
 from hermes.run import run_tool
+from hermes.settings import experiment
 from hermes.settings.untracked import CollectSettings
 
 EMBEDDED = Path("data/embedded")
-SCRATCH = Path(".scratch/collect")
 BASE = Path("models/base")
 COPIED_WORDS = 5  # as many in a row are copied from the worked example
 ECHOED_WORDS = 3  # as many in a row make an answer unfit for a plain question
@@ -81,13 +72,6 @@ DEMONSTRATIONS = {
     "It is made from lemons and cold water. Children like to sell it on hot days.",
 }
 Row = dict[str, Any]
-
-
-class Params(params.Params):
-    """Parameters of `make collect`."""
-
-    seed: int
-    collect: CollectSettings
 
 
 def build_questions(settings: CollectSettings) -> list[Row]:
@@ -124,20 +108,17 @@ def sample_chunk(
     questions: list[Row], model: GgufModel, tokenizer: PreTrainedTokenizerBase, settings: CollectSettings, seed: int
 ) -> list[Row]:
     """Samples every answer of a chunk of questions; rows of id, sample, demonstrated, finished, answer."""
-    prompts, samples, draws, rows = [], [], [], []
+    prompts, counts, draws, rows = [], [], [], []
     for question in questions:
-        for demonstrated in (False, True):
-            messages = demonstration(question, seed)[0] if demonstrated else []
-            messages = [*messages, {"role": "user", "content": question["question"]}]
-            prompts.append(
-                cast(list[int], tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-            )
-            samples.append(settings.demonstrated_samples if demonstrated else settings.samples)
-            for sample in range(samples[-1]):
+        for demonstrated, count in ((False, settings.samples), (True, settings.demonstrated_samples)):
+            example = demonstration(question, seed)[0] if demonstrated else []
+            prompts.append(prompt_ids(tokenizer, question["question"], example))
+            counts.append(count)
+            for sample in range(count):
+                rows.append({"id": question["id"], "sample": sample, "demonstrated": demonstrated})
                 key = f"{seed}/{question['id']}/{demonstrated}/{sample}"
                 state = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
                 draws.append(np.random.default_rng(state).random(settings.max_new_tokens, dtype=np.float32))
-                rows.append({"id": question["id"], "sample": sample, "demonstrated": demonstrated})
     uniform = torch.from_numpy(np.stack(draws))
 
     def pick(logits: torch.Tensor, sequences: list[int], steps: list[int]) -> list[int]:
@@ -146,7 +127,7 @@ def sample_chunk(
         chosen = torch.searchsorted(cumulative, uniform[sequences, steps].unsqueeze(1)).clamp(max=TOP_K - 1)
         return tokens.gather(1, chosen).squeeze(1).tolist()
 
-    answers = model.generate(prompts, settings.max_new_tokens, pick, samples)
+    answers = model.generate(prompts, settings.max_new_tokens, pick, counts)
     for row, ids in zip(rows, answers, strict=True):
         row["finished"] = ids[-1] == model.end
         row["answer"] = str(tokenizer.decode(ids[:-1] if row["finished"] else ids, skip_special_tokens=True)).strip()
@@ -155,7 +136,7 @@ def sample_chunk(
 
 def copies(answer: str, text: str, count: int = COPIED_WORDS) -> bool:
     """Whether an answer repeats `count` words in a row of a text, whatever their case."""
-    found = [[word.lower() for word in words(part)] for part in (answer, text)]
+    found = [words(part.lower()) for part in (answer, text)]
     runs = [set(zip(*(part[i:] for i in range(count)), strict=False)) for part in found]
     return not runs[0].isdisjoint(runs[1])
 
@@ -199,7 +180,7 @@ def follows(question: Row, answer: str) -> bool:
 
 
 def build_pair(question: Row, answers: list[str], contrast: list[str], settings: CollectSettings) -> Row | str:
-    """The preference pair of one question, or the reason why there is none (module docstring: the rule).
+    """The preference pair of one question, or the reason why there is none (data/embedded/README.md: the rule).
 
     `answers` are the question's own; where `contrast` is not empty the rejected answer is one of these.
     """
@@ -210,29 +191,17 @@ def build_pair(question: Row, answers: list[str], contrast: list[str], settings:
     rejectable = contrast or [answer for answer in answers if answer not in passing]
     if not rejectable:
         return "every answer follows the instruction"
-    repaired = not passing
-    if repaired:
-        passing = first_repair(kind, answers, verifier)
-        if not passing:
-            return "no answer follows the instruction or can be repaired"
-    grades = {answer: grade(kind, answer, verifier) for answer in passing}
+    following = passing or first_repair(kind, answers, verifier)
+    if not following:
+        return "no answer follows the instruction or can be repaired"
+    grades = {answer: grade(kind, answer, verifier) for answer in following}
     acceptable = [answer for answer, value in grades.items() if value >= max(grades.values()) - settings.tie_margin]
-    chosen, rejected = min(
-        ((good, bad) for good in acceptable for bad in rejectable),
-        key=lambda pair: (abs(len(pair[0]) - len(pair[1])), pair),
-    )
-    return {
-        "question": question["question"],
-        "chosen": chosen,
-        "rejected": rejected,
-        "delta_score": round(grades[chosen] - grade(kind, rejected, verifier), 4),
-        "id": question["id"],
-        "topic": question["topic"],
-        "kind": kind,
-        "constraint": question["constraint"],
-        "repaired": repaired,
-        "contrast": bool(contrast),
-    }
+    both = product(acceptable, rejectable)
+    chosen, rejected = min(both, key=lambda texts: (abs(len(texts[0]) - len(texts[1])), texts))
+    pair: Row = {"question": question["question"], "chosen": chosen, "rejected": rejected}
+    pair["delta_score"] = round(grades[chosen] - grade(kind, rejected, verifier), 4)
+    pair |= {name: question[name] for name in ("id", "topic", "kind", "constraint")}
+    return pair | {"repaired": not passing, "contrast": bool(contrast)}
 
 
 def first_repair(kind: str, answers: list[str], verifier: Row) -> list[str]:
@@ -246,44 +215,38 @@ def first_repair(kind: str, answers: list[str], verifier: Row) -> list[str]:
 def contrasting_answers(question: Row, neighbours: list[tuple[Row, list[str]]], random: Random) -> list[str]:
     """Answers that follow another instruction about the same topic, drawn at random, and fail this one; may be empty.
 
-    `neighbours` are the other questions about the topic with the answers that follow them. Prose is contrasted with prose only,
+    `neighbours` are the questions about the topic with the answers that follow them. Prose is contrasted with prose only,
     since a word list or a single word would be too easy to reject.
     """
     found = [
-        [answer for answer in answers if not follows(question, answer)]
+        fitting
         for other, answers in neighbours
         if KINDS[other["kind"]].free_text >= KINDS[question["kind"]].free_text
+        and (fitting := [answer for answer in answers if not follows(question, answer)])
     ]
-    found = [fitting for fitting in found if fitting]
     return random.choice(found) if found else []
 
 
 def build_splits(
     questions: list[Row], samples: Iterable[Row], settings: CollectSettings, seed: int
 ) -> tuple[dict[str, list[Row]], Counter[str]]:
-    """Grades and pairs all samples: ({split: rows sorted by delta_score descending, then id}, reasons for no pair)."""
-    sampled: dict[str, list[Row]] = {question["id"]: [] for question in questions}
-    for row in samples:
-        sampled[row["id"]].append(row)
-    by_topic: dict[str, list[Row]] = {}  # a topic is in one split only
-    for question in questions:
-        by_topic.setdefault(question["topic"], []).append(question)
+    """Grades and pairs all samples: ({split: rows sorted by delta_score descending, then id}, reasons for no pair).
+
+    The questions about a topic follow each other, as do the samples of a question.
+    """
+    sampled = {key: list(rows) for key, rows in groupby(samples, itemgetter("id"))}
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     reasons: Counter[str] = Counter()
-    for asked in by_topic.values():
-        answers = {question["id"]: usable_answers(question, sampled[question["id"]], seed) for question in asked}
-        following = {
-            question["id"]: [answer for answer in answers[question["id"]] if follows(question, answer)]
-            for question in asked
-        }
-        unmarked = [text for question in asked for text in unmarked_answers(question, answers[question["id"]], seed)]
-        for question in asked:
+    for _, group in groupby(questions, itemgetter("topic")):
+        asked = [(question, usable_answers(question, sampled.get(question["id"], []), seed)) for question in group]
+        following = [(question, [text for text in answers if follows(question, text)]) for question, answers in asked]
+        unmarked = [text for question, answers in asked for text in unmarked_answers(question, answers, seed)]
+        for question, answers in asked:
             is_plain = question["kind"] == PLAIN.name
             random, contrast = Random(f"{seed}/{question['id']}/contrast"), []
             if random.random() < settings.contrast_share or is_plain:
-                others = [(other, following[other["id"]]) for other in asked if other is not question]
-                contrast = contrasting_answers(question, others, random)
-            pair = build_pair(question, unmarked if is_plain else answers[question["id"]], contrast, settings)
+                contrast = contrasting_answers(question, following, random)
+            pair = build_pair(question, unmarked if is_plain else answers, contrast, settings)
             if isinstance(pair, str):
                 reasons[f"{question['split']}: {pair}"] += 1
             else:
@@ -301,33 +264,24 @@ def leakage(rows: list[Row]) -> dict[str, float]:
     `words_repaired` is that on the pairs whose chosen answer is a repair. 0.5 is chance, and the guess of a tie.
     """
     rows = sorted(rows, key=lambda row: row["id"])
-    learnt, asked = rows[::2], rows[1::2]
+    longer = np.sign([len(row["chosen"]) - len(row["rejected"]) for row in rows])
+    kinds, repaired = (np.array([row[name] for row in rows]) for name in ("kind", "repaired"))
+    longer_of_kind = np.array([longer[::2][kinds[::2] == kind].sum() for kind in kinds])
+    texts = [[set(words(row[part].lower())) for row in rows] for part in ("chosen", "rejected")]
+    chosen, rejected = (Counter(chain(*found[::2])) for found in texts)
 
-    def longer(row: Row) -> int:
-        return int(np.sign(len(row["chosen"]) - len(row["rejected"])))
+    def likeness(text: set[str]) -> float:
+        return math.fsum(math.log((chosen[word] + 1) / (rejected[word] + 1)) for word in text)
 
-    usual: Counter[str] = Counter()
-    for row in learnt:
-        usual[""] += longer(row)
-        usual[row["kind"]] += longer(row)
-    chosen, rejected = (
-        Counter(word for row in learnt for word in set(words(row[part].lower()))) for part in ("chosen", "rejected")
-    )
+    def right(guess: np.ndarray) -> float:
+        return round(0.5 + 0.5 * float(np.sign(guess).mean()), 4)
 
-    def likeness(text: str) -> float:
-        return math.fsum(math.log((chosen[word] + 1) / (rejected[word] + 1)) for word in set(words(text.lower())))
-
-    def right(guess: Callable[[Row], float], rows: list[Row]) -> float:
-        return round(0.5 + 0.5 * fmean(float(np.sign(guess(row))) for row in rows), 4)
-
-    def by_words(row: Row) -> float:
-        return likeness(row["chosen"]) - likeness(row["rejected"])
-
+    by_words = np.array([likeness(one) - likeness(other) for one, other in zip(*texts, strict=True)])[1::2]
     return {
-        "length": right(lambda row: longer(row) * usual[""], asked),
-        "length_by_kind": right(lambda row: longer(row) * usual[row["kind"]], asked),
-        "words": right(by_words, asked),
-        "words_repaired": right(by_words, [row for row in asked if row["repaired"]]),
+        "length": right(longer[1::2] * longer[::2].sum()),
+        "length_by_kind": right((longer * longer_of_kind)[1::2]),
+        "words": right(by_words),
+        "words_repaired": right(by_words[repaired[1::2]]),
     }
 
 
@@ -346,14 +300,10 @@ def echoes(rows: list[Row]) -> dict[str, int]:
     }
 
 
-def card(
-    splits: dict[str, list[Row]], reasons: Counter[str], questions: list[Row], settings: CollectSettings, seed: int
-) -> Row:
+def card(splits: dict[str, list[Row]], reasons: Counter[str], questions: list[Row]) -> Row:
     """Counts for the data card, of everything that a reader should know before trusting the data."""
     train = splits["train"]
-    by_kind: dict[str, list[Row]] = {name: [] for name in KINDS}
-    for row in (row for rows in splits.values() for row in rows):
-        by_kind[row["kind"]].append(row)
+    by_kind = {name: [row for row in chain(*splits.values()) if row["kind"] == name] for name in KINDS}
     return {
         "questions": dict(Counter(question["split"] for question in questions)),
         "rows": {split: len(rows) for split, rows in splits.items()},
@@ -371,7 +321,6 @@ def card(
         "told_apart_by": leakage(train),
         "chosen_as_sampled": echoes([row for row in train if not row["repaired"]]),
         "chosen_repaired": echoes([row for row in train if row["repaired"]]),
-        "settings": settings.model_dump() | {"seed": seed},
     }
 
 
@@ -380,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.collect", description="Make data/embedded.")
     parser.add_argument("--pairs", action="store_true", help="pick the pairs anew from samples.parquet; sample nothing")
     only_pairs = parser.parse_args().pairs
-    loaded = params.load(Params)
+    loaded = experiment.check()
     settings, seed = loaded.collect, loaded.seed
     questions = build_questions(settings)
     if only_pairs:
@@ -393,7 +342,8 @@ def main() -> None:
     held_out = [question for question in questions if question["split"] != "train"]
     for name, rows in (splits | {"questions": held_out}).items():
         write_parquet(EMBEDDED / f"{name}.parquet", pa.Table.from_pylist(rows))
-    write_json(EMBEDDED / "card.json", card(splits, reasons, questions, settings, seed))
+    made_with = {"settings": settings.model_dump() | {"seed": seed}}
+    write_json(EMBEDDED / "card.json", card(splits, reasons, questions) | made_with)
 
 
 def committed_samples(settings: CollectSettings, seed: int) -> list[Row]:
@@ -428,47 +378,35 @@ def chunks(questions: list[Row], settings: CollectSettings) -> list[list[Row]]:
     A chunk of the first wave has `chunk_topics` topics, one of a later, smaller wave so many that it is about as large.
     """
     found: list[list[Row]] = []
+    sampled = [question for question in questions if question["kind"] != PLAIN.name]
     largest = 0
     for wave in WAVES:
-        asked = [
-            question
-            for question in questions
-            if question["kind"] != PLAIN.name and KINDS[question["kind"]].wave == wave
-        ]
+        asked = [question for question in sampled if KINDS[question["kind"]].wave == wave]
         largest = largest or len(asked)
         size = math.ceil(settings.chunk_topics * largest / max(1, len(asked)))
-        topics = list(dict.fromkeys(question["topic"] for question in asked))
-        for i in range(0, len(topics), size):
-            group = set(topics[i : i + size])
-            found.append([question for question in asked if question["topic"] in group])
+        topics = [list(group) for _, group in groupby(asked, itemgetter("topic"))]
+        found += [[*chain(*topics[i : i + size])] for i in range(0, len(topics), size)]
     return found
 
 
-def chunk_key(chunk: list[Row], seed: int) -> str:
-    """A hash of all that a chunk asks, so that answers to another wording are never taken for its own."""
-    asked = [(question["id"], question["question"], demonstration(question, seed)[0]) for question in chunk]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-
-
 def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> list[Row]:
-    """Samples all chunks that the scratch folder does not hold yet; returns all rows in order."""
+    """Samples all chunks that the scratch folder does not hold yet; returns all rows in order.
+
+    A chunk's file is named by a hash of all that shapes it, so that answers to another wording are never taken for its own.
+    """
     if not (BASE / "config.json").is_file():
         raise UserError(f"{BASE}: no model; run `dvc repro fetch_model` first")
-    key = hashlib.sha256(
-        f"{settings.model_dump_json(exclude=PAIRING)}{seed}{sha256_file(BASE / 'model.safetensors')}".encode()
-    ).hexdigest()[:16]
-    folder = SCRATCH / key
+    shaped_by = [settings.model_dump(exclude=PAIRING), seed, sha256_file(BASE / "model.safetensors")]
+    folder = scratch_folder("collect")
     folder.mkdir(parents=True, exist_ok=True)
-    gguf = folder / "base.gguf"
-    if not gguf.exists():
-        with complete_file(gguf) as temporary:
-            convert(BASE, temporary, "bf16")
+    convert(BASE, folder / "base.gguf", "bf16")
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     torch.set_num_threads(settings.threads)
     samples: list[Row] = []
-    with GgufModel(gguf, settings.threads, settings.slots, context=512) as model:
+    with GgufModel(folder / "base.gguf", settings.threads, settings.slots, context=512) as model:
         for chunk in progress(chunks(questions, settings), "sampling", unit="chunk"):
-            path = folder / f"{chunk_key(chunk, seed)}.parquet"
+            asked = [shaped_by, [(question, demonstration(question, seed)) for question in chunk]]
+            path = folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.parquet"
             if not path.exists():
                 write_parquet(path, pa.Table.from_pylist(sample_chunk(chunk, model, tokenizer, settings, seed)))
             samples.extend(pq.read_table(path).to_pylist())

@@ -12,7 +12,7 @@ from hermes.run import run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize", "evaluate"]
-MODULES = [f"stages.{name}" for name in STAGES] + ["tools.collect"]
+MODULES = [f"stages.{name}" for name in STAGES]
 PIPELINE = """
 stages:
   one: {params: [seed, beta, name, "profiles.${profile}.fit"]}

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from hermes import params
 from hermes.artifacts import read_json
 from hermes.console import UserError
 from hermes.instructions.kinds import KINDS, PLAIN, SEEN_KINDS, UNSEEN_KINDS, VALIDATION_KINDS, grade, is_strict
 from hermes.instructions.topics import split_topics
 from hermes.instructions.verifiers import ENDINGS, OPENINGS, words
 from hermes.model.gguf import GgufModel
+from hermes.settings import experiment
 from stages import fetch_model
 from tools import collect
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "data/embedded"
 README = (EMBEDDED / "README.md").read_text()
 SOME_QUESTIONS = 16
-LOADED = params.load(collect.Params, ROOT / "params.yaml")
+LOADED = experiment.check(ROOT / "params.yaml")
 
 KITES = {
     "id": "x",
