@@ -190,6 +190,7 @@ def test_a_run_sends_every_output(rented: Path, tmp_path: Path) -> None:
     assert '"a40"' in (home / "models/gguf/a").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_in_its_evaluation_sends_the_models_and_keeps_its_status(rented: Path, tmp_path: Path) -> None:
     (rented / "fail-evaluate").touch()
     done = run_there(rented, tmp_path / "remote")

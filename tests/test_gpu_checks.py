@@ -57,6 +57,7 @@ def test_a_check_fails_where_what_it_checks_is_broken_and_a_run_cut_short_leaves
     assert any(row.startswith("training ") and row.endswith("train: no memory") for row in printed)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_they_say_so_in_one_line_and_other_tests_run_without_them(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q"]
     alone = subprocess.run([*command, "-m", "gpu", ROOT / "tests/gpu"], cwd=tmp_path, capture_output=True, text=True)

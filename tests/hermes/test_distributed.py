@@ -31,6 +31,7 @@ from hermes.console import UserError
 from hermes.model.base import load_base
 from hermes.training import distributed
 from stages import train
+from tests.conftest import cpu_params
 from tests.stages.test_train import NF4, PARAMS, SETTINGS, workspace
 
 __all__ = ["workspace"]  # the fixture
@@ -58,8 +59,7 @@ train.main()
 def write_params(loaded: train.Params) -> None:
     values = loaded.model_dump(mode="json")
     profile = {name: values.pop(name) for name in ("base", "train")}
-    tree = {**values, "wandb": {"enabled": False, "project": "p"}, "profile": "p", "profiles": {"p": profile}}
-    YAML().dump(tree, Path("params.yaml"))
+    YAML().dump(cpu_params(**profile) | values, Path("params.yaml"))
     shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
 
 

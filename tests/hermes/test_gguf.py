@@ -164,6 +164,7 @@ def test_a_truncated_gguf_is_one_line(tmp_path: Path, gguf_file: Path) -> None:
         GgufModel(path, threads=1)
 
 
+@pytest.mark.slow
 def test_tensors_whose_rows_do_not_fit_are_counted_as_fallback(gguf_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "q.gguf"
     gguf_files.quantize(gguf_file, path, "Q4_K_M")

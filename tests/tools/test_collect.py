@@ -97,6 +97,7 @@ def test_pairs_are_refused_without_the_samples(copy: Path) -> None:
         collect.main()
 
 
+@pytest.mark.slow
 def test_a_slice_sampled_again_has_the_committed_bytes(
     questions: list[collect.Row], samples: list[collect.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,7 @@ def stand_in(constituents: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[st
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_from_the_hub_at_its_commits_another_process_makes_the_same_bits(
     workplace: Path, constituents: Path, stand_in: str
 ) -> None:

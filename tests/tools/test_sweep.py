@@ -145,14 +145,15 @@ def experiments() -> dict[str, object]:
     return {ref.split("/")[-1]: json.loads(command("git", "show", f"{ref}:score.json")) for ref in found}
 
 
-def check_untouched() -> None:
-    """The workspace is as it was, and no copy of it is left."""
+def check_untouched(*, interrupted: bool = False) -> None:
+    """The workspace is as it was, and no copy of it is left; DVC may leave one where it was interrupted while it made or removed it."""
     assert command("git", "status", "--porcelain") == ""
     assert command("git", "symbolic-ref", "HEAD") == "refs/heads/main\n"
     assert Path("params.yaml").read_text() == "beta: 0.1  # a comment\n"
-    assert list(Path(".dvc/tmp/exps/standalone").glob("tmp*")) == []
+    assert len(list(Path(".dvc/tmp/exps/standalone").glob("tmp*"))) <= interrupted
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_beta_reports_the_failed_one_and_replaces_older_ones(repository: Path) -> None:
     dvc("exp", "run", "--queue", "-S", "beta=7", "--name", "mine")
     done = run("--betas", "0.3,0.2")
@@ -178,6 +179,7 @@ def test_a_sweep_runs_every_beta_reports_the_failed_one_and_replaces_older_ones(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_signal_stops_the_running_one_and_keeps_those_that_ended(number: signal.Signals, repository: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.sweep", "--betas", "0.2,0.4,0.5"],
@@ -197,7 +199,7 @@ def test_a_signal_stops_the_running_one_and_keeps_those_that_ended(number: signa
     assert "sweep: interrupted; experiments that had ended are kept\n" in process.communicate(timeout=20)[1]
     assert process.returncode == 128 + number
     assert experiments() == {"beta-0.2": {"beta": 0.2}}
-    check_untouched()
+    check_untouched(interrupted=True)
 
 
 def test_without_a_git_identity_nothing_is_begun(repository: Path) -> None:
