@@ -124,6 +124,7 @@ def overrides(loaded: Profile, pairs: int) -> dict[str, dict[str, Any]]:
         "base": {"threads": os.cpu_count() or 1},
         "train": step | {"warmup_steps": 0, "warmup_ratio": 0.0, "evaluations": 0},
         "quantize": {"types": [TYPE]},
+        "evaluate": {"types": [TYPE]},
     }
 
 
