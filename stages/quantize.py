@@ -41,12 +41,11 @@ class Params(params.Params):
     quantize: QuantizeSettings
 
 
-def describe(path: Path, kind: str) -> dict[str, Any]:
+def describe(path: Path, reader: GGUFReader, kind: str) -> dict[str, Any]:
     """Size in bytes, bits per weight, and the tensors by type, of a GGUF file; `fallback` counts those of an unintended type.
 
     Vectors (norms) stay float32 in every type and are no fallback.
     """
-    reader = GGUFReader(path)
     matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1]
     types = Counter(tensor.tensor_type.name for tensor in matrices)
     weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
@@ -60,16 +59,16 @@ def describe(path: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def weight_change(path: Path, source: Path) -> dict[str, float]:
+def weight_change(file: GGUFReader, source: GGUFReader) -> dict[str, float]:
     """How the matrices of a GGUF file differ from those of the one it was quantized from, over all their weights together.
 
     `weight_error` is the norm of the difference over the norm of the weights. `weight_stretch` is the part of it that all weights
     share: the least-squares slope of the new weights over the old, less 1; rounding that favours no direction has next to none.
     """
-    originals = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
+    originals = {tensor.name: tensor for tensor in source.tensors}
     blocks = [
         (tensor, originals[tensor.name], slice(row, row + ROWS_AT_ONCE))
-        for tensor in GGUFReader(path).tensors
+        for tensor in file.tensors
         if len(tensor.shape) > 1
         for row in range(0, len(tensor.data), ROWS_AT_ONCE)
     ]
@@ -87,9 +86,8 @@ def weight_change(path: Path, source: Path) -> dict[str, float]:
     return {"weight_error": round((squared / norm) ** 0.5, 6), "weight_stretch": round(shared / norm, 6)}
 
 
-def metadata(path: Path) -> dict[str, Any]:
+def metadata(reader: GGUFReader) -> dict[str, Any]:
     """What a GGUF says of its tokenizer: architecture, pre-tokenizer, special ids and chat template."""
-    fields = GGUFReader(path).fields
     names = {
         "architecture": "general.architecture",
         "pre": "tokenizer.ggml.pre",
@@ -98,16 +96,15 @@ def metadata(path: Path) -> dict[str, Any]:
         "pad": "tokenizer.ggml.padding_token_id",
         "template": "tokenizer.chat_template",
     }
-    return {short: fields[name].contents() if name in fields else None for short, name in names.items()}
+    return {short: reader.fields[name].contents() if name in reader.fields else None for short, name in names.items()}
 
 
-def check(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Compares what the GGUF says and does with the tokenizer it was made from.
+def check(path: Path, found: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compares what the GGUF says, its `metadata`, and does with the tokenizer it was made from.
 
     Raises:
         UserError: special ids, chat template, vocabulary or the ids of a probe text differ; names the first difference.
     """
-    found = metadata(path)
     expected = {
         "eos": tokenizer.eos_token_id,
         "bos": tokenizer.bos_token_id,
@@ -131,14 +128,17 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MERGED)
     report: dict[str, Any] = {}
     with complete_folder(OUTPUT) as folder:
-        convert(MERGED, folder / "f16.gguf", "f16")
+        f16 = folder / "f16.gguf"
+        convert(MERGED, f16, "f16")
+        source = GGUFReader(f16)  # once a file: its vocabulary alone takes seconds
         for kind in progress(("f16", *settings.types), "quantizing", unit="file"):
             path = folder / f"{kind}.gguf"
             if kind != "f16":
-                quantize(folder / "f16.gguf", path, kind)
-            check(path, tokenizer)
-            report[kind] = describe(path, kind) | weight_change(path, folder / "f16.gguf")
-        found = metadata(folder / "f16.gguf")
+                quantize(f16, path, kind)
+            reader = source if kind == "f16" else GGUFReader(path)
+            check(path, metadata(reader), tokenizer)
+            report[kind] = describe(path, reader, kind) | weight_change(reader, source)
+        found = metadata(source)
         found.pop("template")
         write_json(folder / "quantize.json", {"files": report, "metadata": found})
 

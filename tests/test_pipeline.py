@@ -23,11 +23,13 @@ ENVIRONMENT = os.environ | {
 BEFORE_TRAIN = ("fetch_data", "fetch_model", "subset", "tokenize", "reference")
 FROM_TRAIN = ("train", "merge", "quantize", "evaluate", "report")
 SMALL = [
+    "profiles.cpu.base.threads=1",
     "profiles.cpu.subset.k=12",
     "profiles.cpu.train.batch_size=4",
     "profiles.cpu.train.evaluations=1",
     "profiles.cpu.quantize.types=[Q8_0]",
     "profiles.cpu.evaluate.types=[f16,Q8_0]",
+    "profiles.cpu.evaluate.threads=1",
     "profiles.cpu.evaluate.max_new_tokens=8",
     "profiles.cpu.evaluate.divergence_pairs=2",
 ]

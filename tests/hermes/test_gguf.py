@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from gguf.quants import quantize as quantize_array
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -164,26 +164,35 @@ def test_a_truncated_gguf_is_one_line(tmp_path: Path, gguf_file: Path) -> None:
         GgufModel(path, threads=1)
 
 
-@pytest.mark.slow
-def test_tensors_whose_rows_do_not_fit_are_counted_as_fallback(gguf_file: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def read_gguf(gguf_file: Path) -> GGUFReader:
+    return GGUFReader(gguf_file)
+
+
+def test_tensors_whose_rows_do_not_fit_are_counted_as_fallback(
+    gguf_file: Path, read_gguf: GGUFReader, tmp_path: Path
+) -> None:
     path = tmp_path / "q.gguf"
     gguf_files.quantize(gguf_file, path, "Q4_K_M")
-    found = quantize.describe(path, "Q4_K_M")
+    reader = GGUFReader(path)
+    found, f16 = quantize.describe(path, reader, "Q4_K_M"), quantize.describe(gguf_file, read_gguf, "f16")
     assert found["fallback"] == sum(found["matrices_by_type"].values()) > 0  # rows of 64 and 128 never divide by 256
-    assert quantize.describe(gguf_file, "f16")["fallback"] == 0
-    assert quantize.weight_change(gguf_file, gguf_file) == {"weight_error": 0.0, "weight_stretch": 0.0}
-    change = quantize.weight_change(path, gguf_file)
+    assert f16["fallback"] == 0
+    assert quantize.weight_change(read_gguf, read_gguf) == {"weight_error": 0.0, "weight_stretch": 0.0}
+    change = quantize.weight_change(reader, read_gguf)
     assert 0.002 < change["weight_error"] < 0.1  # a Q8_0 matrix of normal weights has some 0.5 %, a Q5_0 one some 4 %
     assert abs(change["weight_stretch"]) < change["weight_error"] / 4
-    assert abs(quantize.describe(gguf_file, "f16")["bits_per_weight"] - 16) < 0.2
+    assert abs(f16["bits_per_weight"] - 16) < 0.2
 
 
-def test_a_gguf_of_another_tokenizer_is_refused(gguf_file: Path, tiny_model_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    quantize.check(gguf_file, tokenizer)
+def test_a_gguf_of_another_tokenizer_is_refused(
+    gguf_file: Path, read_gguf: GGUFReader, tiny_model_folder: Path
+) -> None:
+    tokenizer, found = AutoTokenizer.from_pretrained(tiny_model_folder), quantize.metadata(read_gguf)
+    quantize.check(gguf_file, found, tokenizer)
     tokenizer.chat_template += "x"
     with pytest.raises(UserError, match="template is"):
-        quantize.check(gguf_file, tokenizer)
+        quantize.check(gguf_file, found, tokenizer)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:

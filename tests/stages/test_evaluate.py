@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 
 from hermes import params
 from hermes.data.chat_text import answer_ids, prompt_ids
-from hermes.evaluation import benchmarks, chat_models
+from hermes.evaluation import benchmarks, chat_models, run_benchmarks
 from hermes.evaluation.benchmarks import Benchmark, Suite
 from hermes.evaluation.chat_models import ChatModel
 from hermes.evaluation.tasks import functions
@@ -132,8 +133,9 @@ class Memory:
 
 
 def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
-    tmp_path: Path, tiny_model_folder: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model_folder: Path, gguf_file: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_benchmarks, "task_manager", lambda: manager)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     write_arc()

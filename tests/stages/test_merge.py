@@ -180,9 +180,9 @@ def test_a_cut_or_damaged_or_doubled_weight_file_is_one_line(tiny_model_folder: 
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from stages import merge
+from hermes.model.adapter_merge import Merger
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-merge.Merger(Path(sys.argv[1]), Path(sys.argv[2]), "bf16", True).write(Path(sys.argv[3]), 10**8)
+Merger(Path(sys.argv[1]), Path(sys.argv[2]), "bf16", True).write(Path(sys.argv[3]), 10**8)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
