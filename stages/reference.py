@@ -1,7 +1,8 @@
 """Stage reference: data/tokens + models/base -> data/reference, the per-token log-probabilities of every answer under the frozen base.
 
 They depend on the base and its quantization alone, so no beta, learning rate or loss ever computes them again. They come out of
-the very forward that training runs (hermes/training/shared_prefix.py), and are kept per token because some losses reweight tokens.
+the very forward that training runs, which is held against the model's own first (hermes/training/exactness.py). They are kept per token
+because some losses reweight tokens.
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ from hermes.model.base import load_base, set_determinism
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.reference import ReferenceSettings
+from hermes.training.exactness import choose_forward
 from hermes.training.shared_prefix import share_prefix
 
 BASE, TOKENS, OUTPUT = Path("models/base"), Path("data/tokens"), Path("data/reference")
@@ -49,18 +51,24 @@ def score(
     ]
 
 
+def read_pairs(split: str) -> list[dict[str, Any]]:
+    """The pairs of ids of a split."""
+    with open_parquet(TOKENS / f"{split}.parquet") as file:
+        return file.read().to_pylist()
+
+
 def main() -> None:
     loaded = params.load(Params)
     set_determinism(loaded.base.threads)
+    pairs = {split: read_pairs(split) for split in SPLITS}
+    how = choose_forward(BASE, [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in pairs["train"]])
     model = load_base(BASE, loaded.base)
-    share_prefix(model)
+    share_prefix(model, how)
     size = loaded.reference.batch_size
     collate = DataCollatorForPreference(pad_token_id=AutoTokenizer.from_pretrained(BASE).pad_token_id or 0)
     with complete_folder(OUTPUT) as target:
         for split in SPLITS:
-            with open_parquet(TOKENS / f"{split}.parquet") as file:
-                pairs = file.read().to_pylist()
-            batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+            batches = [pairs[split][i : i + size] for i in range(0, len(pairs[split]), size)]
             scored = [
                 row
                 for batch in progress(batches, f"reference {split}", unit="batch")

@@ -55,8 +55,9 @@ from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.train import Science, TrainSettings
 from hermes.training import distributed
+from hermes.training.exactness import choose_forward
 from hermes.training.lora import fuse_updates
-from hermes.training.shared_prefix import share_prefix
+from hermes.training.shared_prefix import Forward, share_prefix
 from hermes.training.tracking import Tracking
 
 BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/reference")
@@ -90,10 +91,10 @@ class TrackedDPOTrainer(DPOTrainer):
 
     model: Any
 
-    def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def __init__(self, model: PreTrainedModel, how: Forward, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.remove_callback(PrinterCallback)  # the history goes to files, the latest loss to the progress bar
-        share_prefix(self.model.get_base_model())
+        share_prefix(self.model.get_base_model(), how)
         if not self.is_fsdp_enabled:  # which has a matrix whole in its own module's forward only
             fuse_updates(self.model)
         # Set after construction: with the flag of the same name in DPOConfig, TRL would compute the reference itself.
@@ -255,10 +256,13 @@ def build_trainer(
         task_type="CAUSAL_LM",
     )
     config = trainer_config(loaded, scratch, len(train))
+    pairs = zip(*(train[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
+    how = choose_forward(BASE, list(pairs))
     model = load_base(BASE, loaded.base, sharded=s.distribution == "fsdp")
     try:
         trainer = (DealtDPOTrainer if s.processes > 1 else TrackedDPOTrainer)(
             model,
+            how,
             args=config,
             train_dataset=train,
             eval_dataset=validation if s.evaluations else None,

@@ -23,7 +23,8 @@ from hermes.data.prefixes import common_length
 from hermes.model.base import load
 from hermes.model.gguf import UBATCH, GgufModel, common_beginning
 from hermes.settings.evaluate import Batching
-from hermes.training.shared_prefix import pair_logits
+from hermes.training.exactness import choose_forward
+from hermes.training.shared_prefix import Forward, pair_logits
 
 Ids = list[int]
 Stopped = Callable[[Ids], bool]
@@ -116,6 +117,7 @@ class ChatModel(QuietModel):
 
     def logits_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """`answer_logits` of each prompt with its index, in the order in which they batch well."""
+        self.prepare(prompts, answers)
         bar = progress(range(len(prompts)), "scoring", unit="prompt")
         for batch in self.batches(prompts, answers):
             yield from zip(
@@ -123,6 +125,9 @@ class ChatModel(QuietModel):
             )
             bar.update(len(batch))
         bar.close()
+
+    def prepare(self, prompts: list[Ids], answers: list[list[Ids]]) -> None:
+        """What a model does before it scores these answers; nothing unless it says so."""
 
     def batches(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[int]]:
         """Which prompts are scored together: those of similar length, up to `tokens_together` and `answers_together`."""
@@ -209,13 +214,21 @@ def greedy_answers(
 
 
 class HuggingFaceChat(ChatModel):
-    """A Transformers model; greedy answers come in batches of `batch_size` prompts of similar length."""
+    """A Transformers model as its folder has it; greedy answers come in batches of `batch_size` prompts of similar length."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_size: int
     ) -> None:
         super().__init__(tokenizer, max_new_tokens)
         self.model, self.batch_size = model.eval(), batch_size
+        self.how, self.tried = Forward(), 0  # up to this many tokens
+
+    def prepare(self, prompts: list[Ids], answers: list[list[Ids]]) -> None:
+        """Finds the forward that is exact for this model, again where a longer answer comes than any before."""
+        pairs = [(prompt, found[0], found[-1]) for prompt, found in zip(prompts, answers, strict=True)]
+        longest = max((sum(map(len, pair)) for pair in pairs), default=0)
+        if longest > self.tried:
+            self.how, self.tried = choose_forward(Path(self.model.name_or_path), pairs), longest
 
     @torch.inference_mode()
     def generate(self, prompts: list[Ids]) -> list[Ids]:
@@ -240,7 +253,7 @@ class HuggingFaceChat(ChatModel):
         pairs = [(i, choices[j : j + 2]) for i, choices in enumerate(computed) for j in range(0, len(choices), 2)]
         first = [(prompts[i], choices[0]) for i, choices in pairs]
         second = [(prompts[i], choices[1] if choices[1:] else []) for i, choices in pairs]
-        logits = pair_logits(self.model, first, second)
+        logits = pair_logits(self.model, first, second, self.how)
         found: list[list[torch.Tensor]] = [[] for _ in prompts]
         for (i, choices), *both in zip(pairs, logits[: len(pairs)], logits[len(pairs) :], strict=True):
             found[i] += both[: len(choices)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from hermes.console import UserError
 from hermes.model import bf16_on_cpu
@@ -66,8 +66,13 @@ def load_base(folder: Path, settings: BaseSettings, sharded: bool = False) -> Pr
     return model.train()
 
 
-def load(folder: Path, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
-    """Loads a local model folder onto the device, without remote code.
+def load(
+    folder: Path,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None = None,
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedModel:
+    """Loads a local model folder onto the device, without remote code; a configuration with fewer layers gives that many.
 
     Raises:
         UserError: the folder is missing, damaged or no model.
@@ -75,6 +80,7 @@ def load(folder: Path, dtype: torch.dtype, quantization: BitsAndBytesConfig | No
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder,
+            **({} if config is None else {"config": config}),
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": device()},

@@ -12,19 +12,27 @@ in blocks of queries that name their keys, so that no pair can see another and f
 torch's scaled_dot_product_attention, on CUDA under the causal bias that keeps the flash kernel. On the CPU its backward is a few matrix
 products a block. torch's own takes six times as long as its forward there (measured once: 8 pairs of 111 tokens, bfloat16, 2 threads).
 
+What a layer may see besides is the model's own rule: its mask function of Transformers (a window, a chunk) is asked about positions, which
+are those of separate sequences. Soft caps and attention sinks come as arguments of the attention. What a model does to its logits is found
+by trying. hermes/training/exactness.py compares all of it with the model's own forward before it is used.
+
 `share_prefix(model)` puts this behind the seam that TRL's `add_fused_lm_head` patches in (`model(..., fused_lm_head=True)`), so that
 all losses, metrics and the trainer stay TRL's. The idea is that of prefix sharing for DPO (arXiv 2410.20305).
 """
 
+import inspect
 import types
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
 from trl.trainer.utils import FusedCausalLMOutput
 
 from hermes.data.prefixes import common_length
@@ -34,7 +42,7 @@ IGNORED = -100
 CHUNK = 128
 CACHED = 8  # rows of logits that stay in a CPU's cache from one operation to the next
 QUERIES = 256
-Sequences = list[tuple[list[int], list[int]]]
+Sequences = Sequence[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,26 @@ class Block:
     Attributes:
         queries: their place in the row.
         keys: places in the row, in order; the last ends where the queries do.
-        mask: (queries, keys) bool, which keys each query attends to; None on CUDA, where all blocks are causal from the lower right.
+        mask: (queries, keys) bool, which keys each query attends to; None, for CUDA: the block is causal from the lower right.
     """
 
     queries: slice
     keys: tuple[slice, ...]
     mask: torch.Tensor | None
+
+    def under(self, rule: Callable[..., torch.Tensor], positions: torch.Tensor) -> "Block":
+        """This block where a mask function of Transformers has a say, too: of a query's and a key's position (tokens,) in its sequence."""
+        q, k = positions[self.queries], torch.cat([positions[part] for part in self.keys])
+        mask = self.mask
+        if mask is None:
+            mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        first = positions.new_zeros(1, 1)  # the only row of the batch, and any head
+        allowed = mask & rule(first, first, q.unsqueeze(1), k.unsqueeze(0))
+        return self if torch.equal(allowed, mask) else replace(self, mask=allowed)
+
+
+class Blocks(tuple[Block, ...]):
+    """The blocks of a row, as the layers of one kind are to see it; they pass it on as their attention mask."""
 
 
 @dataclass(frozen=True)
@@ -159,30 +181,65 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
     )
 
 
+ROW: ContextVar[PackedPairs] = ContextVar("the row that a model is reading")
+
+
+def row_mask(mask_function: Callable[..., torch.Tensor] = causal_mask_function, **kwargs: Any) -> Blocks:
+    """The mask of a kind of layer; Transformers' mask interface, whose other arguments are the same for every row."""
+    row = ROW.get()
+    if mask_function is causal_mask_function:
+        return Blocks(row.blocks)
+    return Blocks(block.under(mask_function, row.position_ids[0]) for block in row.blocks)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of the products of queries and keys.
+
+    Attributes:
+        scaling: their factor.
+        dropout: of the attention weights.
+        softcap: c, where they become `c * tanh(score / c)`.
+        sinks: (heads,) the score of a key that every query of a head has besides, and that has no value.
+    """
+
+    scaling: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
 def join(states: torch.Tensor, parts: tuple[slice, ...]) -> torch.Tensor:
     """Parts of (1, heads, tokens, head size), one after another."""
     return torch.cat([states[:, :, part] for part in parts], dim=2)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float, dropout: float = 0.0
-) -> torch.Tensor:
-    """The attention of a block's queries to its keys (`Block.mask`), (1, heads, queries, head size)."""
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, how: Scores) -> torch.Tensor:
+    """The attention of a block's queries to its keys (`Block.mask`), (1, heads, queries, head size of the values)."""
+    groups = q.size(1) // k.size(1)
+    if how.softcap is None and how.sinks is None:
+        bias = causal_lower_right(q.size(2), k.size(2)) if mask is None else mask
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=how.dropout, scale=how.scaling, enable_gqa=groups > 1
+        )
     if mask is None:
-        mask = causal_lower_right(q.size(2), k.size(2))
-    gqa = q.size(1) != k.size(1)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=gqa)
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - q.size(2))
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * how.scaling
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if how.sinks is not None:
+        sinks = how.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, q.size(2), 1)
+        scores = torch.cat([scores, sinks], dim=3)
+    weights = scores.softmax(dim=-1, dtype=torch.float32)[..., : k.size(2)].to(q.dtype)
+    return torch.nn.functional.dropout(weights, how.dropout) @ v
 
 
 def attend_in_parts(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    blocks: tuple[Block, ...],
-    scaling: float,
-    dropout: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: tuple[Block, ...], how: Scores
 ) -> torch.Tensor:
-    """The attention of all blocks with torch's own backward, (1, heads, tokens, head size).
+    """The attention of all blocks with torch's own backward, (1, heads, tokens, head size of the values).
 
     Each tensor is split once where any block begins or ends: the backward of a split is one concatenation, that of a slice a whole
     row of zeros.
@@ -196,7 +253,7 @@ def attend_in_parts(
         return torch.cat([part for p in places for part in parts[place[p.start] : place[p.stop]]], dim=2)
 
     outputs = [
-        attend(joined(q, (block.queries,)), joined(k, block.keys), joined(v, block.keys), block.mask, scaling, dropout)
+        attend(joined(q, (block.queries,)), joined(k, block.keys), joined(v, block.keys), block.mask, how)
         for block in blocks
     ]
     return torch.cat(outputs, dim=2)
@@ -213,11 +270,11 @@ class RowAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: tuple[Block, ...], scaling: float
     ) -> torch.Tensor:
-        """The outputs of (1, heads, tokens, head size) queries, of the same shape."""
-        output = torch.empty_like(query)
+        """The outputs of (1, heads, tokens, head size) queries; the last size is that of the values."""
+        output = query.new_empty(*query.shape[:3], value.size(3))
         for block in blocks:
             q, k, v = query[:, :, block.queries], join(key, block.keys), join(value, block.keys)
-            output[:, :, block.queries] = attend(q, k, v, block.mask, scaling)
+            output[:, :, block.queries] = attend(q, k, v, block.mask, Scores(scaling))
         ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.scaling = blocks, scaling
         return output
@@ -226,22 +283,22 @@ class RowAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         """The gradient by query, key and value."""
         query, key, value = ctx.saved_tensors
-        kv_heads, size = key.size(1), key.size(3)
+        kv_heads = key.size(1)
         groups = query.size(1) // kv_heads
         scaled, by_query = query * ctx.scaling, torch.empty_like(query)
         by_key, by_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
         for block in ctx.blocks:
             k, v = join(key, block.keys)[0], join(value, block.keys)[0]
             count = block.queries.stop - block.queries.start
-            rows = (kv_heads, groups * count, size)  # the heads that share a key head, one over another
-            q, wanted = (x[0, :, block.queries].reshape(rows) for x in (scaled, gradients[0]))
+            # the heads that share a key head, one over another
+            q, wanted = (x[0, :, block.queries].reshape(kv_heads, groups * count, -1) for x in (scaled, gradients[0]))
             scores = torch.bmm(q, k.transpose(1, 2))
             scores.view(kv_heads, groups, count, -1).masked_fill_(~block.mask, -torch.inf)
             weights = scores.softmax(dim=-1)
             by_v = torch.bmm(weights.transpose(1, 2), wanted)
             by_weight = torch.bmm(wanted, v.transpose(1, 2))
             by_score = torch.ops.aten._softmax_backward_data(by_weight, weights, -1, weights.dtype)
-            by_query[0, :, block.queries] = (torch.bmm(by_score, k) * ctx.scaling).view(-1, count, size)
+            by_query[0, :, block.queries] = (torch.bmm(by_score, k) * ctx.scaling).view(-1, count, k.size(2))
             by_k = torch.bmm(by_score.transpose(1, 2), q)
             lengths = [part.stop - part.start for part in block.keys]
             for total, found in ((by_key, by_k), (by_value, by_v)):
@@ -255,10 +312,11 @@ def shared_prefix_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    blocks: tuple[Block, ...],
+    attention_mask: Blocks,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention block by block; Transformers' attention interface.
@@ -267,25 +325,70 @@ def shared_prefix_attention(
         module: the attention layer (unused; part of the interface).
         query: (1, heads, tokens, head size).
         key: (1, key-value heads, tokens, head size).
-        value: like `key`.
-        attention_mask: unused; the blocks say who sees whom.
-        blocks: of the row.
+        value: like `key`; the head size may be another.
+        attention_mask: who sees whom, by `row_mask`.
         scaling: factor of the scores; 1 / sqrt(head size) by default.
         dropout: of the attention weights.
-        kwargs: other arguments of the interface.
+        softcap: of the scores.
+        s_aux: the scores of the attention sinks, (heads,).
+        kwargs: other arguments of the interface, such as a window, which the mask has already.
 
     Returns:
         (1, tokens, heads, head size) and no weights.
+
+    Raises:
+        TypeError: the model makes its masks by itself.
     """
-    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    if query.is_cuda or dropout:
-        output = attend_in_parts(query, key, value, blocks, scaling, dropout)
+    if not isinstance(attention_mask, Blocks):
+        raise TypeError(f"{type(module).__name__} makes its attention mask by itself")
+    how = Scores(query.size(-1) ** -0.5 if scaling is None else scaling, dropout, softcap, s_aux)
+    if query.is_cuda or how != Scores(how.scaling):
+        output = attend_in_parts(query, key, value, attention_mask, how)
     else:
-        output = RowAttention.apply(query, key, value, blocks, scaling)
-    return output.transpose(1, 2), None
+        output = RowAttention.apply(query, key, value, attention_mask, how.scaling)
+    return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, shared_prefix_attention)
+AttentionMaskInterface.register(ATTENTION, row_mask)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a model makes logits of its last hidden states: `(hidden @ weight.T + bias) * scale`, and then a soft cap.
+
+    Attributes:
+        weight: (vocabulary, size).
+        bias: (vocabulary,).
+        scale: their factor.
+        softcap: c, where they become `c * tanh(logits / c)`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of hidden states (tokens, size), (tokens, vocabulary)."""
+        products = hidden @ self.weight.T
+        return self.finish(products if self.bias is None else products + self.bias)
+
+    def finish(self, products: torch.Tensor) -> torch.Tensor:
+        """The logits of what the output matrix made."""
+        if self.scale != 1:
+            products = products * self.scale
+        return products if self.softcap is None else torch.tanh(products / self.softcap) * self.softcap
+
+    def direction(self, logits: torch.Tensor, probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The gradient of the labels' log-probabilities by the hidden states, (tokens, size); probabilities may be changed."""
+        if self.scale == 1 and self.softcap is None:
+            return self.weight[labels] - probabilities @ self.weight
+        slope = probabilities.neg_()
+        slope[torch.arange(len(labels), device=labels.device), labels] += 1
+        if self.softcap is not None:
+            slope *= 1 - (logits / self.softcap) ** 2
+        return slope @ self.weight * self.scale
 
 
 class AnswerLogProbs(torch.autograd.Function):
@@ -296,8 +399,8 @@ class AnswerLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Scores `labels` (answers,) given `hidden` (answers, size) and `weight` (vocabulary, size).
+    def forward(ctx: Any, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Scores `labels` (answers,) given `hidden` (answers, size).
 
         Returns:
             log_probs, entropy, mean_logits (answers,) float32 and is_top1 (answers,) bool; only log_probs has a gradient.
@@ -306,7 +409,8 @@ class AnswerLogProbs(torch.autograd.Function):
         block = CHUNK if hidden.is_cuda else CACHED
         directions, results = [], []
         for rows, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            products = rows @ weight.T
+            products = head.logits(rows)
+            made = products.clone() if needs_gradient and head.softcap is not None else products
             for part, labelled in zip(products.split(block), wanted.split(block), strict=True):
                 logits = part.float()
                 largest, top = logits.max(dim=-1, keepdim=True)
@@ -321,7 +425,7 @@ class AnswerLogProbs(torch.autograd.Function):
                 if needs_gradient:
                     part.copy_(exponentials.div_(total.unsqueeze(1)))
             if needs_gradient:
-                directions.append(weight[wanted] - products @ weight)
+                directions.append(head.direction(made, products, wanted))
         if needs_gradient:
             ctx.save_for_backward(torch.cat(directions) if directions else hidden)
         fields = [torch.cat(field) for field in zip(*results, strict=True)]
@@ -335,19 +439,38 @@ class AnswerLogProbs(torch.autograd.Function):
         return (gradients[0].unsqueeze(1) * directions.float()).to(directions.dtype), None, None
 
 
-def share_prefix(model: PreTrainedModel) -> None:
-    """Gives a causal language model the shared-prefix forward for `model(..., fused_lm_head=True)`.
+@dataclass(frozen=True)
+class Forward:
+    """How the pairs of a model are computed (hermes/training/exactness.py finds it).
+
+    Attributes:
+        shared: by one row with every prompt once; otherwise each answer alone, by the model's own forward.
+        scale: factor of the logits of a shared row.
+        softcap: of the logits of a shared row.
+    """
+
+    shared: bool = True
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def head(self, model: PreTrainedModel) -> Head:
+        """The model's head."""
+        output = model.get_output_embeddings()
+        return Head(output.weight, getattr(output, "bias", None), self.scale, self.softcap)
+
+
+def share_prefix(model: PreTrainedModel, how: Forward = Forward()) -> None:
+    """Gives a causal language model the forward of preference pairs for `model(..., fused_lm_head=True)`.
 
     The call takes TRL's padded batch (`input_ids`, `attention_mask`, `labels`) and returns a `FusedCausalLMOutput`. Its fields a token have
     the shape (2 * pairs, length - 1), zero where nothing is scored. Without the flag the forward is the original.
     Call it before wrapping the model with PEFT, or on the model inside.
 
     Raises:
-        ValueError: the output matrix has a bias or is trained, which the fused gradient does not cover.
+        ValueError: the output matrix is trained, which the fused gradient does not cover.
     """
-    head = model.get_output_embeddings()
-    if head.bias is not None or head.weight.requires_grad:
-        raise ValueError("the shared-prefix forward needs a frozen output matrix without bias")
+    if any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters()):
+        raise ValueError("the shared-prefix forward needs a frozen output matrix")
     original = model.forward
 
     def forward(
@@ -358,55 +481,107 @@ def share_prefix(model: PreTrainedModel) -> None:
         **kwargs: Any,
     ) -> Any:
         if fused_lm_head and labels is not None:
-            return score_pairs(self, kwargs["input_ids"], kwargs["attention_mask"], labels)
+            if how.shared:
+                return score_pairs(self, kwargs["input_ids"], kwargs["attention_mask"], labels, how)
+            return score_alone(original, kwargs["input_ids"], kwargs["attention_mask"], labels)
         return original(*args, labels=labels, **kwargs) if labels is not None else original(*args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
-    model.set_attn_implementation(ATTENTION)
+    if how.shared:
+        model.set_attn_implementation(ATTENTION)
+
+
+def spread(scored: torch.Tensor, fields: tuple[torch.Tensor, ...]) -> FusedCausalLMOutput:
+    """What was found of every scored token, at its place in TRL's padded, shifted batch."""
+    log_probs, entropy, mean_logits, is_top1 = (
+        field.new_zeros(scored.shape).masked_scatter(scored, field) for field in fields
+    )
+    return FusedCausalLMOutput(
+        log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, label_mask=scored
+    )
 
 
 def score_pairs(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, how: Forward
 ) -> FusedCausalLMOutput:
     """Log-probabilities (and TRL's metrics) of a padded preference batch by one pass over the packed row."""
     packed = pack_pairs(input_ids, attention_mask, labels)
     hidden = predicting_states(model, packed)
-    fields = AnswerLogProbs.apply(hidden, model.get_output_embeddings().weight, packed.labels)
-    spread = [field.new_zeros(packed.scored.shape).masked_scatter(packed.scored, field) for field in fields]
-    log_probs, entropy, mean_logits, is_top1 = spread
-    return FusedCausalLMOutput(
-        log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, label_mask=packed.scored
-    )
+    return spread(packed.scored, AnswerLogProbs.apply(hidden, how.head(model), packed.labels))
+
+
+def score_alone(
+    forward: Callable[..., Any], input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> FusedCausalLMOutput:
+    """The same by the model's own `forward`, an answer at a time."""
+    found = []
+    for row, length, wanted in zip(input_ids, attention_mask.sum(dim=1).tolist(), labels, strict=True):
+        targets = wanted[1:length][wanted[1:length] != IGNORED]
+        logits = logits_alone(forward, row[:length], len(targets)).float()
+        log_probs = logits.log_softmax(dim=-1)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+        label = log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+        found.append((label, entropy.detach(), logits.detach().mean(dim=-1), logits.argmax(dim=-1) == targets))
+    return spread(labels[:, 1:] != IGNORED, tuple(torch.cat(field) for field in zip(*found, strict=True)))
+
+
+def logits_alone(forward: Callable[..., Any], ids: torch.Tensor, count: int) -> torch.Tensor:
+    """The logits that predict the last `count` of a sequence's ids (tokens,), by the model's own `forward`: (count, vocabulary)."""
+    kept = {"logits_to_keep": count + 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+    return forward(input_ids=ids.unsqueeze(0), use_cache=False, **kept).logits[0, -count - 1 : -1]
+
+
+def body(model: PreTrainedModel) -> Any:
+    """The part of a causal language model below its output matrix."""
+    return model.model if model.base_model is model else model.base_model
 
 
 def predicting_states(model: PreTrainedModel, packed: PackedPairs) -> torch.Tensor:
     """The last hidden states that predict the answers' tokens, (answers, size); the model's attention must be `ATTENTION`."""
-    states = model.base_model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, blocks=packed.blocks
-    ).last_hidden_state
+    reading = ROW.set(packed)
+    try:
+        states = body(model)(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=torch.ones_like(packed.input_ids),
+            use_cache=False,
+        ).last_hidden_state
+    finally:
+        ROW.reset(reading)
     return states[0, packed.predictors]
 
 
-def pair_logits(model: PreTrainedModel, chosen: Sequences, rejected: Sequences) -> list[torch.Tensor]:
+def pair_logits(model: PreTrainedModel, chosen: Sequences, rejected: Sequences, how: Forward) -> list[torch.Tensor]:
     """The whole logits of pairs' answers, for a model as it was loaded: all chosen, then all rejected, (answer tokens, vocabulary) each.
 
     Args:
         model: any causal language model; its attention is switched for this call alone.
         chosen: prompt and answer ids of each pair's first answer.
         rejected: the same of the second; the prompts are the same, and an answer may be empty.
+        how: the forward that is exact for this model.
     """
-    rows = [[*prompt, *answer] for prompt, answer in (*chosen, *rejected)]
-    labels = [[IGNORED] * len(prompt) + answer for prompt, answer in (*chosen, *rejected)]
-    length = max(map(len, rows))
-    padded, mask, wanted = (
-        torch.tensor([row + [fill] * (length - len(row)) for row in values], device=model.device)
-        for values, fill in ((rows, 0), ([[1] * len(row) for row in rows], 0), (labels, IGNORED))
-    )
+    both = (*chosen, *rejected)
+    if not how.shared:
+        rows = (torch.tensor([*prompt, *answer], device=model.device) for prompt, answer in both)
+        return [logits_alone(model.forward, row, len(answer)) for row, (_, answer) in zip(rows, both, strict=True)]
+    batch = padded_batch(both, model.device)
     attention = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
-        hidden = predicting_states(model, pack_pairs(padded, mask, wanted))
+        hidden = predicting_states(model, pack_pairs(*batch))
     finally:
         model.set_attn_implementation(attention)
-    logits = model.get_output_embeddings()(hidden)
-    return list(logits.split([len(answer) for _, answer in (*chosen, *rejected)]))
+    logits = how.head(model).finish(model.get_output_embeddings()(hidden))
+    return list(logits.split([len(answer) for _, answer in both]))
+
+
+def padded_batch(sequences: Sequences, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts and answers as rows (ids, attention mask, labels), padded on the right with zeros."""
+    rows = [[*prompt, *answer] for prompt, answer in sequences]
+    labels = [[IGNORED] * len(prompt) + answer for prompt, answer in sequences]
+    length = max(map(len, rows))
+    ids, mask, wanted = (
+        torch.tensor([row + [fill] * (length - len(row)) for row in values], device=device)
+        for values, fill in ((rows, 0), ([[1] * len(row) for row in rows], 0), (labels, IGNORED))
+    )
+    return ids, mask, wanted

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from hermes.training.shared_prefix import IGNORED, pack_pairs, share_prefix, shared_prefix_attention
+from hermes.training.shared_prefix import IGNORED, Blocks, pack_pairs, share_prefix, shared_prefix_attention
 from tests.gpu.projects import (
     ROUNDING,
     SMOLLM2_135M,
@@ -74,10 +74,10 @@ def test_attention_kernel(device: torch.device, found: Found) -> None:
     states = [torch.randn(1, heads, tokens, 64, generator=generator).bfloat16() for heads in (6, 2, 2)]
     q, k, v = (state.to(device).requires_grad_() for state in states)
     with profile(activities=[ProfilerActivity.CPU]) as ran:
-        output, _ = shared_prefix_attention(torch.nn.Module(), q, k, v, None, packed.blocks)
+        output, _ = shared_prefix_attention(torch.nn.Module(), q, k, v, Blocks(packed.blocks))
     gradients = torch.autograd.grad(output.sum(), [q, k, v])
     exact = [state.float().requires_grad_() for state in states]
-    wanted, _ = shared_prefix_attention(torch.nn.Module(), exact[0], exact[1], exact[2], None, reference.blocks)
+    wanted, _ = shared_prefix_attention(torch.nn.Module(), exact[0], exact[1], exact[2], Blocks(reference.blocks))
     exact_gradients = torch.autograd.grad(wanted.sum(), exact)
     worst = max(error(*both) for both in zip((output, *gradients), (wanted, *exact_gradients), strict=True))
     kernels = sorted({event.key for event in ran.key_averages() if KERNEL.match(event.key)})

@@ -15,6 +15,7 @@ from hermes.training import shared_prefix
 from hermes.training.shared_prefix import (
     IGNORED,
     RowAttention,
+    Scores,
     attend_in_parts,
     causal_blocks,
     pack_pairs,
@@ -135,7 +136,7 @@ def test_the_backward_of_attention_equals_that_of_torch(
     torchs = [tensor.detach().clone().requires_grad_() for tensor in ours]
     outputs = (
         RowAttention.apply(*ours, tuple(blocks["cpu"]), 0.3),
-        attend_in_parts(torchs[0], torchs[1], torchs[2], tuple(blocks["cuda"]), 0.3, dropout=0.0),
+        attend_in_parts(torchs[0], torchs[1], torchs[2], tuple(blocks["cuda"]), Scores(0.3)),
     )
     wanted = torch.randn_like(outputs[0])
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)

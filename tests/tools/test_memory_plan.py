@@ -18,7 +18,7 @@ from hermes.settings.base import BaseSettings
 from hermes.settings.train import TrainSettings
 from hermes.training import shared_prefix
 from hermes.training.lora import fuse_updates
-from hermes.training.shared_prefix import AnswerLogProbs, pack_pairs, share_prefix
+from hermes.training.shared_prefix import AnswerLogProbs, Head, pack_pairs, share_prefix
 from tests.stages.test_train import SETTINGS
 from tools.memory_plan import layer_activations, training_memory
 
@@ -203,7 +203,7 @@ def test_logits_are_predicted(sizes: dict[str, Any], monkeypatch: pytest.MonkeyP
     hidden = torch.randn(answers, size).bfloat16().requires_grad_()
     weight, labels = torch.randn(VOCABULARY, size).bfloat16(), torch.arange(answers)
     with LivePeak() as found:
-        AnswerLogProbs.apply(hidden, weight, labels)
+        AnswerLogProbs.apply(hidden, Head(weight), labels)
     shape = Shape.of(LlamaConfig(vocab_size=VOCABULARY, **sizes))
     predicted = training_memory(shape, base_settings("none", False), settings_with(), tokens=900, answers=answers)
     assert predicted.logits == pytest.approx(found.peak, rel=0.15)
