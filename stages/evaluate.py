@@ -1,9 +1,10 @@
 """Stage evaluate: base, merged and every GGUF on the same held-out tasks -> data/evaluation.
 
-The tasks are lm-eval's (hermes/evaluation/tasks/*.yaml), run through models that work on token ids (chat_models.py there): strict
-instruction accuracy over greedy answers, preference accuracy on held-out pairs, log-likelihood of plain answers. Beside them, over full
-distributions, the divergence of each GGUF (and of bfloat16) from the merged weights run in float32. An answer that reaches the token
-limit is unfinished and fails. All questions meet all models, so every comparison is paired (hermes/evaluation/intervals.py).
+Asked are strict instruction accuracy over greedy answers, which is a task of lm-eval (hermes/evaluation/tasks/instructions.yaml),
+preference accuracy on held-out pairs, and the log-likelihood of plain answers. The latter two go by the ids that training would make of
+them. Beside them, over full distributions, is the divergence of each GGUF (and of bfloat16) from the merged weights run in float32. An
+answer that reaches the token limit is unfinished and fails. All questions meet all models, so every comparison is paired
+(hermes/evaluation/intervals.py).
 
 Benchmark suites (hermes/evaluation/benchmarks.py) come first: they are long, need the network, and go on where a killed run stopped.
 Their results stay in .scratch/suites, so that another suite or GGUF type costs only itself.
@@ -13,7 +14,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,13 +29,13 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
-from hermes.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json
+from hermes.artifacts import complete_file, complete_folder, open_parquet, read_json, scratch_folder, write_json
 from hermes.console import UserError
 from hermes.data.chat_text import Forged, answer_ids, check_plain, prompt_ids
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, release, score
-from hermes.evaluation.held_out import read_pairs
 from hermes.evaluation.intervals import paired_gain
+from hermes.evaluation.tasks.functions import load_instructions
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
@@ -42,7 +44,7 @@ from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.evaluate import EvaluateSettings
 
-BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
+BASE, MERGED, GGUF, SUBSET = Path("models/base"), Path("models/merged"), Path("models/gguf"), Path("data/subset")
 ADAPTER = Path("models/adapter")
 OUTPUT, TASKS = Path("data/evaluation"), Path(__file__).parent.parent / "hermes/evaluation/tasks"
 NEEDED = {"instructions": Path("data/raw/questions.parquet"), "plain": Path("data/raw/plain.jsonl")}
@@ -62,32 +64,104 @@ def path_of(name: str) -> Path:
     return {"base": BASE, "merged": MERGED}.get(name, GGUF / f"{name}.gguf")
 
 
-def forged_pairs(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Which held-out pairs hold a special token, and so could forge a turn of the conversation; none of them is asked."""
-    forged = []
-    for number, row in enumerate(read_pairs(settings.split).to_pylist()):
-        try:
-            check_plain(tokenizer, row)
-        except Forged:
-            forged.append(number)
-    return forged
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows with their ids, made as those of training are (hermes/data/chat_text.py).
+
+    Attributes:
+        rows: as the data have them.
+        prompts: ids of each row's prompt.
+        answers: ids of its answers.
+    """
+
+    rows: Answers
+    prompts: list[Ids]
+    answers: list[list[Ids]]
+
+    @classmethod
+    def of(cls, rows: Answers, tokenizer: PreTrainedTokenizerBase, parts: Sequence[str], where: str) -> "HeldOut":
+        """The rows with the answers that stand in the columns `parts`.
+
+        Raises:
+            UserError: the chat template does not take a row; names it.
+        """
+        prompts, answers = [], []
+        for number, row in enumerate(rows):
+            context = row.get("context") or ()
+            try:
+                prompts.append(prompt_ids(tokenizer, row["question"], context))
+                answers.append([answer_ids(tokenizer, row["question"], row[part], context) for part in parts])
+            except UserError as error:
+                raise UserError(f"{where}, row {number}: {error}") from None
+        return cls(rows, prompts, answers)
+
+    def first(self, count: int, answers: int) -> tuple[list[Ids], list[list[Ids]]]:
+        """The prompts of the first rows, and so many answers to each."""
+        return self.prompts[:count], [found[:answers] for found in self.answers[:count]]
+
+    def check_length(self, context: int, where: str) -> None:
+        """Refuses what does not fit, before any model is loaded.
+
+        Raises:
+            UserError: a prompt is too long together with its answer; says which.
+        """
+        for number, (prompt, found) in enumerate(zip(self.prompts, self.answers, strict=True)):
+            if (tokens := len(prompt) + max(map(len, found))) > context:
+                raise UserError(
+                    f"{where}, row {number}: has {tokens} tokens; `evaluate.context` is {context}: raise it, or lower `tokenize.max_length`"
+                )
 
 
-def run_tasks(model: ChatModel, settings: EvaluateSettings) -> dict[str, Answers]:
-    """lm-eval's logged samples of every task, in the order of the documents."""
-    metadata: dict[str, Any] = {"split": settings.split, "questions_per_kind": settings.questions_per_kind}
-    if "preference" in settings.tasks:
-        metadata["left_out"] = forged_pairs(settings, model.tokenizer)
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
+def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, HeldOut]:
+    """The pairs and the plain answers of the split that is asked, as far as they are wanted.
+
+    A pair that holds a special token could forge a turn of the conversation, and is left out.
+
+    Raises:
+        UserError: a row is not what the chat template or `evaluate.context` takes.
+    """
+    found, split = {}, settings.split
+    if "preference" in settings.tasks or settings.divergence_pairs:
+        path, pairs = SUBSET / f"{split}.parquet", []
+        with open_parquet(path) as file:
+            for row in file.read().to_pylist():
+                with suppress(Forged):
+                    check_plain(tokenizer, row)
+                    pairs.append(row)
+            forged = file.metadata.num_rows - len(pairs)
+        if forged:
+            print(f"evaluate: {forged} pairs of {split} hold special tokens and are left out", flush=True)
+        found["preference"] = HeldOut.of(pairs, tokenizer, ("chosen", "rejected"), str(path))
+        found["preference"].check_length(settings.context, str(path))
+    if "instructions" in settings.tasks:
+        for row in load_instructions(split, settings.questions_per_kind)["test"]:
+            tokens = len(prompt_ids(tokenizer, row["question"])) + settings.max_new_tokens
+            if tokens > settings.context:
+                raise UserError(
+                    f"{NEEDED['instructions']}: the question {row['id']} and `evaluate.max_new_tokens` need {tokens} tokens; "
+                    f"`evaluate.context` is {settings.context}: raise it"
+                )
+    if "plain" in settings.tasks:
+        path = NEEDED["plain"]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        asked = [row for row in rows if row["split"] == split]
+        found["plain"] = HeldOut.of(asked, tokenizer, ("answer",), str(path))
+        found["plain"].check_length(settings.context, str(path))
+    return found
+
+
+def write_answers(model: ChatModel, settings: EvaluateSettings) -> Answers:
+    """lm-eval's logged samples of the instructions, in the order of the documents."""
+    metadata = {"split": settings.split, "questions_per_kind": settings.questions_per_kind}
     results = simple_evaluate(
         model=model,
-        tasks=list(settings.tasks),
-        task_manager=manager,
+        tasks=["instructions"],
+        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata),
         apply_chat_template=True,
         bootstrap_iters=0,
         log_samples=True,
     )
-    return {name: sorted(samples, key=lambda sample: sample["doc_id"]) for name, samples in results["samples"].items()}
+    return sorted(results["samples"]["instructions"], key=lambda sample: sample["doc_id"])
 
 
 def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
@@ -177,15 +251,32 @@ def failures(rows: Answers) -> dict[str, int]:
     }
 
 
-def perplexity(samples: Answers, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def perplexity(model: ChatModel, plain: HeldOut) -> dict[str, Any]:
     """exp of the mean negative log-likelihood a token, end tokens included, over all plain answers together."""
-    tokens = sum(len(answer_ids(tokenizer, sample["doc"]["question"], sample["doc"]["answer"])) for sample in samples)
-    total = sum(sample["log_likelihood"] for sample in samples)
-    return {"value": math.exp(-total / tokens), "tokens": tokens, "answers": len(samples)}
+    tokens = sum(len(answer) for answers in plain.answers for answer in answers)
+    total = sum(found[0][0] for found in model.scores_of(plain.prompts, plain.answers))
+    return {"value": math.exp(-total / tokens), "tokens": tokens, "answers": len(plain.rows)}
+
+
+def preferences(model: ChatModel, pairs: HeldOut) -> Answers:
+    """Of each pair whether the chosen answer is the likelier one, and the log-likelihoods of both in nats, end tokens included."""
+    scores = model.scores_of(pairs.prompts, pairs.answers)
+    return [
+        {
+            "topic": row.get("topic", str(number)),
+            "right": float(chosen > rejected),
+            "log_likelihoods": [chosen, rejected],
+        }
+        for number, (row, ((chosen, _), (rejected, _))) in enumerate(zip(pairs.rows, scores, strict=True))
+    ]
 
 
 def evaluate_model(
-    name: str, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, exact: "Exact | None"
+    name: str,
+    settings: EvaluateSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: dict[str, HeldOut],
+    exact: "Exact | None",
 ) -> tuple[dict[str, Any], Answers, dict[str, float | int]]:
     """All that one model is asked while it is loaded once.
 
@@ -193,28 +284,19 @@ def evaluate_model(
         data/evaluation/NAME.json and, as `pairs`, what it is counted from; the rows of NAME.jsonl; and how far it is from `exact`, the
         merged model in float32, which is empty without one and for the base.
     """
-    with opened(path_of(name), settings, tokenizer) as model:
-        samples = run_tasks(model, settings)
-        finished = model.finished
-        apart = exact.divergence(model) if exact and name != "base" else {}
     summary: dict[str, Any] = {"model": name}
     rows: Answers = []
-    if "instructions" in samples:
-        rows = grade_answers(samples["instructions"], finished)
-        summary |= {"strict": strict_summary(rows), "failures": failures(rows)}
-    if "preference" in samples:
-        right = [float(sample["acc"]) for sample in samples["preference"]]
-        summary["preference"] = {"accuracy": mean(right), "n": len(right)}
-        summary["pairs"] = [
-            {
-                "topic": sample["doc"].get("topic", str(sample["doc_id"])),
-                "right": float(sample["acc"]),
-                "log_likelihoods": [resp[0] for resp in sample["filtered_resps"]],
-            }
-            for sample in samples["preference"]
-        ]
-    if "plain" in samples:
-        summary["perplexity"] = perplexity(samples["plain"], tokenizer)
+    with opened(path_of(name), settings, tokenizer) as model:
+        if "instructions" in settings.tasks:
+            rows = grade_answers(write_answers(model, settings), model.finished)
+            summary |= {"strict": strict_summary(rows), "failures": failures(rows)}
+        if "preference" in settings.tasks:
+            summary["pairs"] = preferences(model, held_out["preference"])
+            right = [pair["right"] for pair in summary["pairs"]]
+            summary["preference"] = {"accuracy": mean(right), "n": len(right)}
+        if "plain" in settings.tasks:
+            summary["perplexity"] = perplexity(model, held_out["plain"])
+        apart = exact.divergence(model) if exact and name != "base" else {}
     return summary, rows, apart
 
 
@@ -251,20 +333,6 @@ def compare(after: Answers, before: Answers, against: str) -> dict[str, Any]:
     }
 
 
-def held_out_pairs(
-    settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, parts: Iterable[str]
-) -> tuple[list[Ids], list[list[Ids]]]:
-    """The prompts of the first `divergence_pairs` held-out pairs, and of each the answers named by `parts`."""
-    forged = set(forged_pairs(settings, tokenizer))
-    pairs = [row for number, row in enumerate(read_pairs(settings.split).to_pylist()) if number not in forged]
-    pairs = pairs[: settings.divergence_pairs]
-    prompts = [prompt_ids(tokenizer, row["question"], row.get("context") or ()) for row in pairs]
-    answers = [
-        [answer_ids(tokenizer, row["question"], row[part], row.get("context") or ()) for part in parts] for row in pairs
-    ]
-    return prompts, answers
-
-
 @dataclass(frozen=True)
 class Exact:
     """The merged model in float32 on the chosen answers of held-out pairs.
@@ -280,9 +348,9 @@ class Exact:
     logits: dict[int, torch.Tensor]
 
     @classmethod
-    def of(cls, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> "Exact":
+    def of(cls, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, pairs: HeldOut) -> "Exact":
         """Computes them; the model is gone afterwards."""
-        prompts, answers = held_out_pairs(settings, tokenizer, ["chosen"])
+        prompts, answers = pairs.first(settings.divergence_pairs, answers=1)
         model = load(MERGED, torch.float32)
         chat = HuggingFaceChat(model, tokenizer, settings.max_new_tokens, settings.batch_size)
         logits = {i: rows.cpu() for i, (rows,) in chat.logits_of(prompts, answers)}
@@ -296,14 +364,14 @@ class Exact:
         return divergence((self.logits[i], rows.float().cpu()) for i, (rows,) in found)
 
 
-def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase, pairs: HeldOut) -> dict[str, dict[str, Any]]:
     """How the adapter's merge onto each base differs from the model as it was trained, the adapter on the base in its training type.
 
     Over both answers of held-out pairs: the divergence as above; the mean difference of the preference margins, log p(chosen) -
     log p(rejected) in nats; and the share of pairs that both prefer alike. `rounding` is what stages/merge.py says of the merge.
     """
     settings = loaded.evaluate
-    prompts, answers = held_out_pairs(settings, tokenizer, ["chosen", "rejected"])
+    prompts, answers = pairs.first(settings.divergence_pairs, answers=2)
 
     def logits(model: Any) -> Iterator[tuple[int, list[torch.Tensor]]]:
         chat = HuggingFaceChat(model, tokenizer, settings.max_new_tokens, settings.batch_size)
@@ -325,7 +393,7 @@ def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase) -> dict[str
 
     result: dict[str, dict[str, Any]] = {}
     for onto in ("bf16", "nf4") if loaded.base.quantization == "nf4" else ("bf16",):
-        merger = Merger(BASE, ADAPTER, onto, loaded.base.double_quantization)
+        merger = Merger(BASE, ADAPTER, onto, loaded.base)
         model = load(BASE, torch.bfloat16)
         for stored in merger.tensors:
             if (weight := merger.weight(stored)) is not None:
@@ -368,15 +436,14 @@ def main() -> None:
             raise UserError(
                 f"params.yaml: `evaluate.types` names {name}, which is not in {GGUF}; add it to `quantize.types`"
             )
-    if "preference" in settings.tasks and (forged := forged_pairs(settings, tokenizer)):
-        print(f"evaluate: {len(forged)} pairs of {settings.split} hold special tokens and are left out", flush=True)
+    held_out = read_held_out(settings, tokenizer)
     folders = run_suites(settings, tokenizer, names)
     compared = settings.divergence_pairs > 0
-    exact = Exact.of(settings, tokenizer) if compared else None
+    exact = Exact.of(settings, tokenizer, held_out["preference"]) if compared else None
     summaries, rows, apart = {}, {}, {}
     for name in names:
         print(f"evaluating {name}", flush=True)
-        summaries[name], rows[name], apart[name] = evaluate_model(name, settings, tokenizer, exact)
+        summaries[name], rows[name], apart[name] = evaluate_model(name, settings, tokenizer, held_out, exact)
     del exact
     pairs = {name: summaries[name].pop("pairs", []) for name in names}
     comparison = {}
@@ -386,7 +453,7 @@ def main() -> None:
         comparison[name]["preference"] = preference_gain(pairs[name], pairs[against])
         if pairs[name]:
             summaries[name]["preference"]["reward_accuracy"] = reward_accuracy(pairs[name], pairs["base"])
-    faithful = faithfulness(loaded, tokenizer) if compared else {}
+    faithful = faithfulness(loaded, tokenizer, held_out["preference"]) if compared else {}
     with complete_folder(OUTPUT) as target:
         for name in names:
             write_json(target / f"{name}.json", summaries[name])

@@ -10,10 +10,12 @@ Every row of the source has its row here. One that is not of the layout has null
 rows, says why; stages/subset.py stops at it or leaves it out. Only where no row of a split fits, the parameters are wrong: that stops here.
 """
 
+import json
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import get_dataset_config_names, load_dataset_builder
 from datasets.exceptions import DatasetsError
@@ -24,7 +26,7 @@ from hermes.artifacts import complete_file, complete_folder, open_parquet, sha25
 from hermes.console import UserError
 from hermes.data.misfits import Misfit, write_misfits
 from hermes.data.pairs import standard_batches, standard_schema
-from hermes.data.tables import ENDINGS, read_table
+from hermes.data.tables import ENDINGS, json_rows, read_table, readable
 from hermes.run import run_stage
 from hermes.settings.data import DataSettings
 from hermes.settings.sources import is_folder
@@ -32,6 +34,7 @@ from hermes.settings.sources import is_folder
 RAW, EMBEDDED = Path("data/raw"), Path("data/embedded")
 Misfits = dict[str, dict[int, Misfit]]  # by split and number of the row
 CARD = "README.md"
+PLAIN = ("split", "question", "answer")  # what a row of plain.jsonl needs
 CARD_KEYS = ("license", "license_name", "pretty_name", "authors")
 
 
@@ -39,6 +42,21 @@ class Params(params.Params):
     """Parameters of fetch_data."""
 
     data: DataSettings
+
+
+def is_standard(source: Path, found: pa.Schema, settings: DataSettings) -> bool:
+    """Whether a table file is one that the stages read as it is."""
+    texts = (found.field(name).type for name in ("question", "chosen", "rejected"))
+    is_layout = source.suffix == ".parquet" and settings.columns.are_standard(settings.format)
+    return is_layout and all(map(pa.types.is_string, texts))
+
+
+def common_schema(schemas: list[pa.Schema], where: str) -> pa.Schema:
+    """The columns that all files of a split have alike; says which are left out."""
+    common = [field for field in schemas[0] if all(field in list(other) for other in schemas)]
+    if odd := sorted({name for schema in schemas for name in schema.names} - {field.name for field in common}):
+        print(f"fetch_data: {where}: the files differ in {', '.join(odd)}, which is left out", flush=True)
+    return pa.schema(common)
 
 
 def standardize(sources: list[Path], target: Path, settings: DataSettings, where: str) -> dict[int, Misfit]:
@@ -50,25 +68,21 @@ def standardize(sources: list[Path], target: Path, settings: DataSettings, where
         UserError: a file is damaged, a column is missing, no row is of the layout, or the files do not fit together.
     """
     misfits: dict[int, Misfit] = {}
-    writer, number = None, 0
+    number, tables = 0, [read_table(source, settings.columns) for source in sources]
+    schema = common_schema(
+        [standard_schema(found, settings.format, settings.columns, where) for found, _ in tables], where
+    )
     with complete_file(target) as temporary:
-        for source in sources:
-            found, batches = read_table(source, settings.columns)
-            schema = standard_schema(found, settings.format, settings.columns, where)
-            if len(sources) == 1 and source.suffix == ".parquet" and settings.columns.are_standard(settings.format):
-                number = sum(map(len, batches))  # every row is read, so that a damaged one is found here
-                shutil.copyfile(source, temporary)
-                break
-            if writer is None:
-                writer = pq.ParquetWriter(temporary, schema, compression="zstd")
-            if schema != writer.schema:
-                raise UserError(f"{where}: {source.name} has other columns than {sources[0].name}")
-            for batch, odd in standard_batches(batches, schema, settings.format, settings.columns):
-                writer.write_batch(batch)
-                misfits |= {number + i: misfit for i, misfit in odd.items()}
-                number += batch.num_rows
-        if writer is not None:
-            writer.close()
+        if len(sources) == 1 and is_standard(sources[0], tables[0][0], settings):
+            number = sum(map(len, tables[0][1]))  # every row is read, so that a damaged one is found here
+            shutil.copyfile(sources[0], temporary)
+        else:
+            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                for _, batches in tables:
+                    for batch, odd in standard_batches(batches, schema, settings.format, settings.columns):
+                        writer.write_batch(batch)
+                        misfits |= {number + i: misfit for i, misfit in odd.items()}
+                        number += batch.num_rows
         if not number:
             raise UserError(f"{where}: has no rows")
         if len(misfits) == number:
@@ -97,10 +111,26 @@ def fetch_folder(folder: Path, settings: DataSettings, target: Path) -> Misfits:
             )
             raise UserError(f"{folder / name}.parquet: no such file; {mend}")
         misfits[split] = standardize(found, target / f"{split}.parquet", settings, str(found[0]))
-    for name in ("questions.parquet", "plain.jsonl"):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+    if (folder / "questions.parquet").is_file():
+        shutil.copyfile(folder / "questions.parquet", target / "questions.parquet")
+    if (plain := folder / "plain.jsonl").is_file():
+        with readable(plain):
+            rows = [plain_row(plain, number, row) for number, row in enumerate(json_rows(plain))]
+        with complete_file(target / plain.name) as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return misfits
+
+
+def plain_row(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the plain answers.
+
+    Raises:
+        UserError: a part is missing or no text.
+    """
+    for name in PLAIN:
+        if not isinstance(row.get(name), str):
+            raise UserError(f"{path}, row {number}: `{name}` is {row.get(name)!r:.60}; expected text")
+    return row
 
 
 def configurations(source: str, revision: str) -> list[str]:

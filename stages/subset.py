@@ -5,12 +5,14 @@ Pairs are removed by these rules, in this order, and each removal is counted und
     an empty question or answer
     answers that are identical
     a training question that is also asked in an evaluation split
-    an exact duplicate of an earlier pair of its split
-    a near duplicate of an earlier training pair: Jaccard similarity of the word 5-grams of question and chosen answer, by MinHash
+    an exact duplicate of a better pair of its split
+    a near duplicate of a better training pair: Jaccard similarity of the word 5-grams of question and chosen answer, by MinHash
 
-Of the rest of the training pairs the k best by `delta_score` are kept, all where k is null. Ties at the cut go to the row that comes
-first in the raw file; the report states the value of the cut. Rows keep their raw order, and other columns than the four are carried
-along.
+A question is what was said before it, too: the same words after another conversation are another question. The better of two training
+pairs has the larger `delta_score`; of equal ones, and in splits without scores, it is the one that comes first in the raw file.
+
+Of the rest of the training pairs the k best are kept, all where k is null. The report states the value of the cut. Rows keep their raw
+order, and other columns than these are carried along.
 
 A malformed row (not of its source's layout, which fetch_data found and data/raw/misfits.json says; without a value; with a score
 that is no number) stops the stage. With `drop_malformed` such rows are removed before all others and counted by kind, and the report
@@ -23,10 +25,9 @@ stay.
 import hashlib
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +42,8 @@ from hermes.settings.subset import SubsetSettings
 
 RAW, OUTPUT, REPORT = Path("data/raw"), Path("data/subset"), Path("reports/subset.json")
 SPLITS = ("test", "validation", "train")  # held-out first: training rows are compared with them
-COLUMNS = ["question", "chosen", "rejected", "delta_score"]
+COLUMNS = ["context", "question", "chosen", "rejected", "delta_score"]
+OPTIONAL = {"context", "delta_score"}
 BATCH = 1024
 SHOWN = 5  # malformed rows of a kind whose numbers the report gives
 HASHES, BANDS = 64, 16
@@ -56,13 +58,20 @@ class Params(params.Params):
 T = TypeVar("T")
 
 
-@dataclass
-class Seen:
-    """What has been read so far, to find repetitions: hashes of a split's pairs and of held-out questions, and MinHash bands."""
+class Candidate(NamedTuple):
+    """A pair that no rule about it alone removes.
 
-    pairs: set[bytes] = field(default_factory=set)
-    held_out: set[bytes] = field(default_factory=set)
-    bands: dict[tuple[int, bytes], list[np.ndarray]] = field(default_factory=dict)
+    Attributes:
+        number: of its row.
+        score: its `delta_score`, 0 where the split has none.
+        digest: of its normalized texts.
+        signature: for near duplicates (`minhash`); None where they are not looked for.
+    """
+
+    number: int
+    score: float
+    digest: bytes
+    signature: np.ndarray | None
 
 
 def normalize(text: str) -> str:
@@ -77,7 +86,7 @@ def digest(*texts: str) -> bytes:
 
 def minhash(text: str) -> np.ndarray:
     """The MinHash signature, (64,) uint64, of a text's word 5-grams (Broder 1997); of the whole text where it has fewer words."""
-    found = re.findall(r"\w+", text.lower())
+    found = re.findall(r"\w+", text.lower()) or [normalize(text)]  # a text of emoji alone has no words
     grams = {" ".join(found[i : i + 5]) for i in range(max(1, len(found) - 4))}
     digests = [hashlib.blake2b(gram.encode(), digest_size=8).digest() for gram in sorted(grams)]
     values = np.array([int.from_bytes(value, "big") for value in digests], dtype=np.uint64)
@@ -99,38 +108,60 @@ def is_near_duplicate(
     return found
 
 
-def reason_to_remove(row: dict[str, Any], settings: SubsetSettings, seen: Seen, is_train: bool) -> str | None:
-    """The first rule that removes a pair, or None; remembers the pair (module docstring: the order of the rules)."""
+def said_before(row: dict[str, Any]) -> list[str]:
+    """The texts of the turns before the question, each behind the role that said it."""
+    return [part for turn in row.get("context") or () for part in (turn["role"], turn["content"])]
+
+
+def reason_to_remove(row: dict[str, Any], settings: SubsetSettings, held_out: set[bytes], is_train: bool) -> str | None:
+    """The first of the rules about one pair alone that removes it, or None; remembers the question of a held-out one."""
     question, chosen, rejected = row["question"], row["chosen"], row["rejected"]
     if settings.drop_empty and not (question.strip() and chosen.strip() and rejected.strip()):
         return "empty_answer"
     if settings.drop_identical and normalize(chosen) == normalize(rejected):
         return "identical_answers"
-    pair, asked = digest(question, chosen, rejected), digest(question)
-    if is_train and settings.drop_evaluation_leaks and asked in seen.held_out:
+    asked = digest(*said_before(row), question)
+    if is_train and settings.drop_evaluation_leaks and asked in held_out:
         return "leaks_from_evaluation"
     if not is_train:
-        seen.held_out.add(asked)
-    if settings.drop_exact_duplicates and pair in seen.pairs:
-        return "exact_duplicate"
-    seen.pairs.add(pair)
-    similarity = settings.near_duplicate_similarity
-    if (
-        is_train
-        and similarity is not None
-        and is_near_duplicate(minhash(f"{question} {chosen}"), seen.bands, similarity)
-    ):
-        return "near_duplicate"
+        held_out.add(asked)
     return None
+
+
+def without_repetitions(
+    candidates: Iterable[Candidate], settings: SubsetSettings, removed: dict[str, int]
+) -> list[Candidate]:
+    """The candidates, the best first, but those that repeat a better one, which are counted as removed."""
+    kept = []
+    seen: set[bytes] = set()
+    bands: dict[tuple[int, bytes], list[np.ndarray]] = {}
+    for candidate in candidates:
+        reason, similarity = None, settings.near_duplicate_similarity
+        if settings.drop_exact_duplicates and candidate.digest in seen:
+            reason = "exact_duplicate"
+        elif candidate.signature is not None and is_near_duplicate(candidate.signature, bands, similarity or 1.0):
+            reason = "near_duplicate"
+        seen.add(candidate.digest)
+        if reason:
+            removed[reason] = removed.get(reason, 0) + 1
+        else:
+            kept.append(candidate)
+    return kept
 
 
 def misfit_of(row: dict[str, Any]) -> Misfit | None:
     """Why a row cannot be a pair."""
-    if empty := [name for name, value in row.items() if value is None]:
+    if empty := [name for name, value in row.items() if value is None and name != "context"]:
         return Misfit("missing_value", f"`{empty[0]}` is empty")
     if not math.isfinite(row.get("delta_score", 0.0)):
         return Misfit("no_score", f"delta_score is {row['delta_score']}; expected a finite number")
     return None
+
+
+def holds_messages(kind: pa.DataType) -> bool:
+    """Whether a column's type is a list of messages with role and content."""
+    message = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
+    return isinstance(message, pa.StructType) and {"role", "content"} <= {field.name for field in message}
 
 
 def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], Misfit | None]]:
@@ -144,7 +175,7 @@ def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], M
     known = read_misfits(path)
     with open_parquet(path) as file:
         schema = file.schema_arrow
-        columns = [name for name in COLUMNS if name != "delta_score" or name in schema.names]
+        columns = [name for name in COLUMNS if name not in OPTIONAL or name in schema.names]
         if ranked and "delta_score" not in columns:
             raise UserError(
                 f"{path}: has no `delta_score` to rank by; set `subset.k: null`, or name its column in `data.columns.score`"
@@ -153,15 +184,12 @@ def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], M
             if name not in schema.names:
                 raise UserError(f"{path}: column `{name}` is missing; found {', '.join(schema.names)}")
             kind = schema.field(name).type
-            fits = (
-                pa.types.is_floating(kind) or pa.types.is_integer(kind)
-                if name == "delta_score"
-                else pa.types.is_string(kind) or pa.types.is_large_string(kind)
-            )
+            expected, fits = {
+                "delta_score": ("numbers", pa.types.is_floating(kind) or pa.types.is_integer(kind)),
+                "context": ("a list of messages with role and content", holds_messages(kind)),
+            }.get(name, ("text", pa.types.is_string(kind) or pa.types.is_large_string(kind)))
             if not fits:
-                raise UserError(
-                    f"{path}: column `{name}` holds {kind}; expected {'numbers' if name == 'delta_score' else 'text'}"
-                )
+                raise UserError(f"{path}: column `{name}` holds {kind}; expected {expected}")
         number = 0
         for batch in file.iter_batches(BATCH, columns=columns):
             for row in batch.to_pylist():
@@ -171,16 +199,17 @@ def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], M
         raise UserError(f"{path}: has no rows")
 
 
-def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> tuple[list[int], dict[str, Any]]:
-    """The numbers of the rows to keep, ascending, and the counts for the report.
+def decide(
+    path: Path, settings: SubsetSettings, held_out: set[bytes], is_train: bool
+) -> tuple[list[int], dict[str, Any]]:
+    """The numbers of the rows to keep, ascending, and the counts for the report; `held_out` are the questions of the splits before.
 
     Raises:
         UserError: a row is malformed while `drop_malformed` is off, or fewer rows are usable than `k`, or none.
     """
-    seen.pairs.clear()  # one split of the source may serve as validation and test
     removed: dict[str, int] = {}
     malformed: dict[str, list[int]] = {}
-    usable: list[tuple[float, int]] = []
+    candidates: list[Candidate] = []
     read = 0
     ranked = is_train and settings.k is not None
     for number, row, misfit in progress(read_rows(path, ranked), path.stem, unit="row"):
@@ -192,45 +221,53 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
             )
         if misfit:
             malformed.setdefault(misfit.kind, []).append(number)
-        reason = f"malformed_{misfit.kind}" if misfit else reason_to_remove(row, settings, seen, is_train)
+        reason = f"malformed_{misfit.kind}" if misfit else reason_to_remove(row, settings, held_out, is_train)
         if reason:
             removed[reason] = removed.get(reason, 0) + 1
-        else:
-            usable.append((-row.get("delta_score", 0.0), number))
-    if not usable:
+            continue
+        before, question = said_before(row), row["question"]
+        near = is_train and settings.near_duplicate_similarity is not None
+        candidates.append(
+            Candidate(
+                number,
+                row.get("delta_score", 0.0),
+                digest(*before, question, row["chosen"], row["rejected"]),
+                minhash(" ".join([*before, question, row["chosen"]])) if near else None,
+            )
+        )
+    if is_train:
+        candidates.sort(key=lambda candidate: (-candidate.score, candidate.number))
+    kept, cut = without_repetitions(candidates, settings, removed), None
+    if not kept:
         rules = ", ".join(f"{count} {rule}" for rule, count in sorted(removed.items()))
         raise UserError(f"{path}: none of its {read} pairs is left ({rules}); see `subset` in params.yaml")
-    kept, cut = usable, None
     if is_train and settings.k is not None:
-        if settings.k > len(usable):
+        if settings.k > len(kept):
             raise UserError(
-                f"params.yaml: `subset.k` asks for {settings.k} rows; {path} has {len(usable)} usable of {read}"
+                f"params.yaml: `subset.k` asks for {settings.k} rows; {path} has {len(kept)} usable of {read}"
             )
-        kept = sorted(usable)[: settings.k]
-        value = -kept[-1][0]
-        cut = {
-            "delta_score": value,
-            "tied_at_cut": sum(-score == value for score, _ in usable),
-            "tied_kept": sum(-score == value for score, _ in kept),
-        }
-        if len(usable) > settings.k:
-            removed["below_top_k"] = len(usable) - settings.k
-    if not is_train and settings.held_out_k is not None and settings.held_out_k < len(usable):
-        kept = evenly_spaced(usable, settings.held_out_k)
-        removed["beyond_held_out_k"] = len(usable) - len(kept)
-    scores = [-score for score, _ in kept]
+        if len(kept) > settings.k:
+            removed["below_top_k"] = len(kept) - settings.k
+        value = kept[settings.k - 1].score
+        tied = [candidate.score == value for candidate in kept]
+        kept = kept[: settings.k]
+        cut = {"delta_score": value, "tied_at_cut": sum(tied), "tied_kept": sum(tied[: settings.k])}
+    if not is_train and settings.held_out_k is not None and settings.held_out_k < len(kept):
+        removed["beyond_held_out_k"] = len(kept) - settings.held_out_k
+        kept = evenly_spaced(kept, settings.held_out_k)
+    scores = [candidate.score for candidate in kept]
     summary: dict[str, Any] = {
         "read": read,
         "removed": removed,
         "kept": len(kept),
         "cut": cut,
-        "delta_score": {"min": min(scores), "mean": round(sum(scores) / len(scores), 6), "max": max(scores)}
+        "delta_score": {"min": min(scores), "mean": round(math.fsum(scores) / len(scores), 6), "max": max(scores)}
         if "delta_score" in row
         else None,
     }
     if malformed:
         summary["malformed_rows"] = {kind: numbers[:SHOWN] for kind, numbers in sorted(malformed.items())}
-    return sorted(number for _, number in kept), summary
+    return sorted(candidate.number for candidate in kept), summary
 
 
 def evenly_spaced(values: list[T], count: int) -> list[T]:
@@ -254,12 +291,13 @@ def copy_rows(source: Path, target: Path, kept: list[int]) -> None:
 
 def main() -> None:
     settings = params.load(Params).subset
-    seen, report = Seen(), {}
+    held_out: set[bytes] = set()
+    report: dict[str, Any] = {}
     with complete_folder(OUTPUT) as target:
         for split in SPLITS:
             source = RAW / f"{split}.parquet"
             if source.is_file():
-                kept, report[split] = decide(source, settings, seen, is_train=split == "train")
+                kept, report[split] = decide(source, settings, held_out, is_train=split == "train")
                 copy_rows(source, target / source.name, kept)
         if "train" not in report:
             raise UserError(f"{RAW}: has no train.parquet; run `dvc repro fetch_data`")

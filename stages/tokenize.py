@@ -39,6 +39,7 @@ from hermes.data.chat_text import (
     check_plain,
     prompt_ids,
 )
+from hermes.model.base_check import check_base
 from hermes.run import run_stage
 from hermes.settings.tokenize import TextTemplate, TokenizeSettings
 
@@ -180,7 +181,7 @@ def tokenize_split(
     """
     pairs: dict[int, tuple[Ids, dict[str, Ids]]] = {}
     forged: list[int] = []
-    uneven = 0
+    uneven = identical = 0
     for number, row in enumerate(progress(rows, f"tokenizing {split}", unit="pair")):
         try:
             pairs[number] = conversation_ids(tokenizer, row, settings.template)
@@ -208,6 +209,7 @@ def tokenize_split(
                 )
             dropped[f"{found[0]}_longer_than_{limit}"] += 1
             continue
+        identical += answers["chosen"] == answers["rejected"] and whole["chosen"] != whole["rejected"]
         uneven += settings.template is not None and is_uneven(tokenizer, rows[number], settings.template)
         kept.append({"prompt_ids": prompt, "chosen_ids": answers["chosen"], "rejected_ids": answers["rejected"]})
     if not kept:
@@ -224,6 +226,8 @@ def tokenize_split(
         summary["forged_rows"] = forged[:SHOWN]
     if settings.template is not None:
         summary["uneven_prompt_ends"] = uneven
+    if identical:
+        summary["identical_when_truncated"] = identical
     if isinstance(settings.max_length, float):
         summary["max_length"] = limit
     return kept, summary
@@ -231,9 +235,8 @@ def tokenize_split(
 
 def main() -> None:
     settings = params.load(Params).tokenize
+    check_base(BASE)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    if settings.template is None and not tokenizer.chat_template:
-        raise UserError(f"{BASE}: its tokenizer has no chat template; choose a revision of the model that has one")
     report: dict[str, dict[str, Any]] = {}
     with complete_folder(OUTPUT) as target:
         for source in sorted(SUBSET.glob("*.parquet"), key=lambda path: (path.stem != "train", path.stem)):

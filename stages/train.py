@@ -18,6 +18,7 @@ import math
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
@@ -62,6 +66,7 @@ from hermes.training.tracking import Tracking
 
 BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/reference")
 ADAPTER, REPORTS = Path("models/adapter"), Path("reports/train")
+LINEAR = (torch.nn.Linear, Conv1D)
 PACKAGES = Path(__file__).parent.parent / "packages.yaml"
 HISTORY = (
     "loss",
@@ -115,6 +120,9 @@ class TrackedDPOTrainer(DPOTrainer):
         sft_loss = -metrics["logps/chosen"][-1] * len(chosen) / int(chosen.sum())
         weight = sum(w for name, w in zip(self.loss_types, self.loss_weights, strict=True) if name == "sft")
         metrics["preference_loss"].append(float(loss.detach()) - weight * sft_loss)
+        if not self.model.training:  # TRL reports the mean of batch means, and the last batch may be smaller
+            for values in metrics.values():
+                values.extend(values[-1:] * (len(chosen) - 1))
         return result
 
 
@@ -195,8 +203,7 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
             bf16=False,  # the base computes in its own type and the adapter in float32; autocast would blur both
             logging_steps=1,
             logging_first_step=True,
-            eval_strategy="steps" if s.evaluations else "no",
-            eval_steps=-(-steps // s.evaluations) if s.evaluations else None,
+            eval_strategy="no",  # EvaluationSteps says when
             save_strategy="steps",
             save_steps=s.checkpoint_steps,
             save_total_limit=1,
@@ -212,6 +219,17 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
         config.n_gpu, 1
     )  # a process has one, or none; Trainer would spread the model over all that it sees
     return config
+
+
+class EvaluationSteps(TrainerCallback):
+    """Evaluates so many times at equal distances, the last time behind the last step; at every step where there are fewer."""
+
+    def __init__(self, evaluations: int) -> None:
+        self.evaluations = evaluations
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done, steps = state.global_step * self.evaluations, state.max_steps
+        control.should_evaluate = done // steps > (done - self.evaluations) // steps
 
 
 class ProgressAndTracking(TrainerCallback):
@@ -237,6 +255,24 @@ class ProgressAndTracking(TrainerCallback):
         self.bar.close()
 
 
+def check_modules(base: Path, names: Sequence[str]) -> None:
+    """Refuses names that PEFT would pass over, and layers that it cannot adapt as plain LoRA.
+
+    Raises:
+        UserError: a name is that of no linear layer; gives those there are.
+    """
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    head = model.get_output_embeddings()
+    linear = (name for name, part in model.named_modules() if isinstance(part, LINEAR) and part is not head)
+    known = {name.rpartition(".")[2] for name in linear}
+    if missing := sorted(set(names) - known):
+        raise UserError(
+            f"params.yaml: `train.lora_modules` names {missing[0]}, which is no linear layer of {base}; it has {', '.join(sorted(known))}"
+        )
+
+
 def build_trainer(
     loaded: Params, scratch: Path, tokenizer: PreTrainedTokenizerBase, callbacks: list[TrainerCallback]
 ) -> TrackedDPOTrainer:
@@ -251,11 +287,13 @@ def build_trainer(
         r=s.lora_rank,
         lora_alpha=s.lora_alpha,
         lora_dropout=s.lora_dropout,
-        target_modules=sorted(s.lora_modules),
+        target_modules=s.lora_modules if isinstance(s.lora_modules, str) else sorted(s.lora_modules),
         bias="none",
         task_type="CAUSAL_LM",
     )
     config = trainer_config(loaded, scratch, len(train))
+    if s.lora_modules != "all-linear":
+        check_modules(BASE, s.lora_modules)
     pairs = zip(*(train[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
     how = choose_forward(BASE, list(pairs))
     model = load_base(BASE, loaded.base, sharded=s.distribution == "fsdp")
@@ -268,7 +306,7 @@ def build_trainer(
             eval_dataset=validation if s.evaluations else None,
             processing_class=tokenizer,
             peft_config=lora,
-            callbacks=callbacks,
+            callbacks=[EvaluationSteps(s.evaluations), *callbacks],
         )
     except ValueError as error:
         raise UserError(f"params.yaml: {error}") from None
@@ -333,7 +371,7 @@ def summarize(trainer: TrackedDPOTrainer, pairs: int, trained: int, difference: 
         "last_loss": losses[-1],
         "steps": trainer.state.global_step,
         "pairs": pairs,
-        "epochs": trainer.args.num_train_epochs,
+        "epochs": trainer.state.epoch,
         "trained_parameters": trained,
         "reference_difference": difference,
         "validation_step": last.get("step"),

@@ -22,7 +22,8 @@ MODULES = {path.relative_to(ROOT).as_posix(): path for floor in FLOORS for path 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 PROFILES = sorted(read_yaml(ROOT / "params.yaml")["profiles"])
 TASKS = ROOT / "hermes/evaluation/tasks"
-REFUSES = ROOT / "hermes/settings/experiment.py"  # checks all of params.yaml before every stage, and shapes no output
+# They refuse, params.yaml before every stage and a base before it is used, and shape no output.
+REFUSES = {ROOT / "hermes/settings/experiment.py", ROOT / "hermes/model/base_check.py"}
 DISTRIBUTIONS = {
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",
@@ -68,7 +69,7 @@ def closure(stage: str) -> set[Path]:
         if path not in found:
             found.add(path)
             ours = (MODULES[file_of(name)] for name in imports(path) if file_of(name) in MODULES)
-            waiting += [other for other in ours if other != REFUSES]
+            waiting += [other for other in ours if other not in REFUSES]
     return found
 
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes.artifacts import complete_file, sha256_folder
 from hermes.console import UserError
-from hermes.data.chat_text import end_of_answer
+from hermes.data.chat_text import ends_of_answer
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
 from hermes.run import run_tool
@@ -60,13 +60,13 @@ class Conversation:
             return False
 
         (answer,) = self.model.generate([ids], max_new_tokens, stopped=stopped)
-        ended, text = answer[-1:] == [self.model.end], self.text(answer)
+        ended, text = answer[-1] in self.model.ends, self.text(answer)
         self.history = [*turns, {"role": "assistant", "content": text}]
         return text if ended else f"{text} [...]"
 
     def text(self, answer: list[int]) -> str:
         """The text of an answer without the token that ends it."""
-        return str(self.tokenizer.decode(answer[:-1] if answer[-1:] == [self.model.end] else answer)).strip()
+        return str(self.tokenizer.decode(answer[:-1] if answer and answer[-1] in self.model.ends else answer)).strip()
 
     def prompt(self, turns: list[dict[str, str]]) -> list[int]:
         """The token ids of these turns up to where the answer begins."""
@@ -107,9 +107,9 @@ def tuned_gguf(kind: str | None) -> Path:
 
 
 def open_gguf(path: Path, tokenizer: PreTrainedTokenizerBase) -> GgufModel:
-    """A GGUF file that answers up to where the chat template ends an answer, which need not be the end of the sequence."""
+    """A GGUF file that answers up to where the chat template ends an answer, or to the end of the sequence."""
     model = GgufModel(path, os.cpu_count() or 1, context=CONTEXT)
-    model.end = end_of_answer(tokenizer)
+    model.ends = ends_of_answer(tokenizer)
     return model
 
 

@@ -129,7 +129,7 @@ def sample_chunk(
 
     answers = model.generate(prompts, settings.max_new_tokens, pick, counts)
     for row, ids in zip(rows, answers, strict=True):
-        row["finished"] = ids[-1] == model.end
+        row["finished"] = ids[-1] in model.ends
         row["answer"] = str(tokenizer.decode(ids[:-1] if row["finished"] else ids, skip_special_tokens=True)).strip()
     return rows
 

@@ -41,7 +41,7 @@ class Memory(NamedTuple):
 def layer_activations(shape: Shape, base: BaseSettings, train: TrainSettings, tokens: int, cuda: bool) -> int:
     """What the backward pass keeps of one decoder layer, in bytes."""
     s, queries, keys = SIZES[base.dtype], shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    adapted = {name: sizes for name, sizes in shape.linear.items() if name in train.lora_modules}
+    adapted = {name: sizes for name, sizes in shape.linear.items() if train.adapts(name)}
     if train.lora_dropout:  # each adapted matrix keeps its own input, and a mask
         inputs = sum(width * (s + (1 if cuda else s)) for width, _ in adapted.values())
     else:
@@ -61,7 +61,7 @@ def training_memory(
     s, nf4 = SIZES[base.dtype], base.quantization == "nf4" and not base.keep_dequantized
     blocks = shape.linear_weights // BLOCK
     constants = blocks + blocks // BLOCKS_TOGETHER * 4 if base.double_quantization else blocks * 4
-    adapted = sum(sum(sizes) for name, sizes in shape.linear.items() if name in train.lora_modules)
+    adapted = sum(sum(sizes) for name, sizes in shape.linear.items() if train.adapts(name))
     adapter = 4 * shape.layers * train.lora_rank * adapted
     layer = layer_activations(shape, base, train, tokens, cuda)
     # with checkpointing the inputs of all layers, and all of one

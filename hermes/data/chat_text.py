@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hermes.console import UserError
@@ -32,14 +33,49 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, context: Messa
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, context: Messages = ()) -> str:
-    """The chat template's text of a question, up to where the assistant's answer begins."""
+    """The chat template's text of a question, up to where the assistant's answer begins.
+
+    Raises:
+        UserError: the template refuses these turns, or leaves out what the system or the user says.
+    """
     messages = [*context, {"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    text = rendered(tokenizer, messages, add_generation_prompt=True)
+    for message in messages:
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            raise UserError(
+                f"chat template: leaves out what the {message['role']} says ({message['content'].strip()[:60]!r}); "
+                "use a template that writes it"
+            )
+    return text
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
+    """The chat template's text of a conversation.
+
+    Raises:
+        UserError: the template refuses it; gives its reason.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"chat template: refuses the turns {roles} ({error}); use another template or leave them out"
+        ) from None
+    return str(text)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """All special tokens by id, also those without a name such as end-of-sequence."""
-    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    """All special tokens by id, also those without a name such as end-of-sequence, and the marks of turns that are not called special."""
+    template = str(tokenizer.chat_template or "")
+    tokens = tokenizer.added_tokens_decoder.items()
+    return {
+        i: token.content
+        for i, token in tokens
+        if token.special or (token.content.strip() and token.content in template)
+    }
 
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -50,16 +86,27 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     rest = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("answer")[2]
-    first = next(iter(tokenizer(rest, add_special_tokens=False)["input_ids"]), None)
-    if first not in special_tokens(tokenizer):
+    ids, special = tokenizer(rest, add_special_tokens=False)["input_ids"], special_tokens(tokenizer)
+    place = next((i for i, id in enumerate(ids) if id in special), 0)
+    if (
+        not ids or ids[place] not in special or str(tokenizer.decode(ids[:place])).strip()
+    ):  # Llama-2 writes a space before it
         raise UserError(
             f"chat template: writes {rest[:40]!r} behind an answer, no token that ends it; use another template"
         )
-    return int(first)
+    return int(ids[place])
+
+
+def ends_of_answer(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which a written answer ends: the chat template's, and the end of the sequence."""
+    return {end_of_answer(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, context: Messages = ()) -> Ids:
     """The ids of an answer as a model would write it after the prompt's ids, ending in the only token that ends an answer.
+
+    They are what follows the prompt in the ids of the whole conversation. Where the answer's first letters change the prompt's last token
+    there, they are those of the answer's text alone: a model goes on from the prompt's ids.
 
     Raises:
         UserError: the prompt's text is not a prefix of that of prompt and answer, or the answer does not hold exactly one
@@ -67,12 +114,15 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, c
     """
     prompt = prompt_text(tokenizer, question, context)
     messages = [*context, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    whole = rendered(tokenizer, messages)
     if not whole.startswith(prompt):
         raise UserError(
             f"chat template: the prompt is not a prefix of prompt and answer for {question[:60]!r}; use another template"
         )
-    rest, end = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"], end_of_answer(tokenizer)
+    before, together = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+    rest, end = together[len(before) :], end_of_answer(tokenizer)
+    if together[: len(before)] != before:
+        rest = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
     if rest.count(end) != 1:
         raise UserError(
             f"chat template: {rest.count(end)} tokens that end an answer in {answer[:60]!r}; expected exactly one"

@@ -38,6 +38,7 @@ PARTS = {
     "delta_score": pa.float64(),
 }
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n?|\Z)", re.DOTALL)
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -71,6 +72,8 @@ def from_messages(value: Any, role: str) -> list[Message]:
     Raises:
         Misfit: it is no list of messages.
     """
+    if isinstance(value, str) and MESSAGES_AS_TEXT.match(value):
+        raise Misfit("messages_as_text", f"{value[:60]!r} are messages as JSON text; store them as lists")
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
@@ -94,6 +97,8 @@ def text_of(row: Pair, column: str | None) -> str:
     value = row[str(column)]
     if not isinstance(value, str):
         raise Misfit("not_text", f"`{column}` is {str(value)[:60]!r} ({type(value).__name__}); expected text")
+    if MESSAGES_AS_TEXT.match(value):
+        raise Misfit("messages_as_text", f"`{column}` holds messages as JSON text, {value[:60]!r}; store them as lists")
     return value
 
 

@@ -9,6 +9,7 @@ import gc
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hermes.console import progress
-from hermes.data.chat_text import end_of_answer
+from hermes.data.chat_text import end_of_answer, ends_of_answer
 from hermes.data.prefixes import common_length
 from hermes.model.base import load
 from hermes.model.gguf import UBATCH, GgufModel, common_beginning
@@ -68,6 +69,11 @@ class ChatModel(QuietModel):
         """The token that ends an answer."""
         return end_of_answer(self.tokenizer)
 
+    @cached_property
+    def ends(self) -> set[int]:
+        """The tokens at which an answer that is written ends, here as in any runtime."""
+        return ends_of_answer(self.tokenizer)
+
     @property
     def tokenizer_name(self) -> str:
         """Names the tokenizer for lm-eval's caches, which are not used."""
@@ -95,7 +101,7 @@ class ChatModel(QuietModel):
         """Greedy answers; one that reached the token limit is returned as it is and marked in `finished`."""
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         answers = self.generate(prompts)
-        self.finished = [ids[-1:] == [self.eot_token_id] for ids in answers]
+        self.finished = [ids[-1] in self.ends for ids in answers]
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
 
     def _loglikelihood_tokens(
@@ -109,11 +115,15 @@ class ChatModel(QuietModel):
                 prompts.append(prompt)
                 answers.append([])
             answers[-1].append(answer)
-        results = {
-            i: [score(rows, answer) for rows, answer in zip(found, answers[i], strict=True)]
-            for i, found in self.logits_of(prompts, answers)
+        return [result for results in self.scores_of(prompts, answers) for result in results]
+
+    def scores_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[tuple[float, bool]]]:
+        """For each answer to each prompt its log-probability in nats, and whether it is the greedy one."""
+        found = {
+            i: [score(rows, answer) for rows, answer in zip(logits, answers[i], strict=True)]
+            for i, logits in self.logits_of(prompts, answers)
         }
-        return [result for i in range(len(prompts)) for result in results[i]]
+        return [found[i] for i in range(len(prompts))]
 
     def logits_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """`answer_logits` of each prompt with its index, in the order in which they batch well."""
@@ -155,7 +165,7 @@ class ChatModel(QuietModel):
 
 
 def greedy_answers(
-    model: PreTrainedModel, prompts: list[Ids], end: int, limit: int, stopped: Stopped | None = None
+    model: PreTrainedModel, prompts: list[Ids], ends: set[int], limit: int, stopped: Stopped | None = None
 ) -> list[Ids]:
     """The likeliest tokens after each prompt, in one batch; answers that have ended leave it, a tenth at a time.
 
@@ -164,15 +174,15 @@ def greedy_answers(
     Args:
         model: any causal language model.
         prompts: ids, none empty.
-        end: the token that ends an answer, which keeps it.
+        ends: the tokens that end an answer, which keeps the one that it ends with.
         limit: longest answer.
-        stopped: says of an answer so far whether it has ended, without `end`.
+        stopped: says of an answer so far whether it has ended, without one of them.
     """
     common = common_beginning(prompts)
     width = max(map(len, prompts)) - common
     padding = [common + width - len(prompt) for prompt in prompts]
     ids = torch.tensor(
-        [[end] * n + prompt[common:] for n, prompt in zip(padding, prompts, strict=True)], device=model.device
+        [[min(ends)] * n + prompt[common:] for n, prompt in zip(padding, prompts, strict=True)], device=model.device
     )
     mask = torch.tensor([[1] * common + [0] * n + [1] * (width - n) for n in padding], device=model.device)
     positions = (mask.cumsum(dim=1) - 1)[:, common:].clamp(min=0)
@@ -199,7 +209,7 @@ def greedy_answers(
             answer = answers[row]
             if not ended[row]:
                 answer.append(token)
-                ended[row] = token == end or len(answer) >= limit or (stopped is not None and stopped(answer))
+                ended[row] = token in ends or len(answer) >= limit or (stopped is not None and stopped(answer))
                 if not ended[row]:
                     running.append(place)
         if not running:
@@ -238,7 +248,7 @@ class HuggingFaceChat(ChatModel):
         answers: dict[int, Ids] = {}
         for batch in progress(batches, "generating", unit="batch"):
             found = greedy_answers(
-                self.model, [prompts[i] for i in batch], self.eot_token_id, self.max_new_tokens, self.stopped
+                self.model, [prompts[i] for i in batch], self.ends, self.max_new_tokens, self.stopped
             )
             answers |= zip(batch, found, strict=True)
         return [answers[i] for i in range(len(prompts))]
@@ -266,7 +276,7 @@ class GgufChat(ChatModel):
     def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
         super().__init__(tokenizer, max_new_tokens)
         self.model, self.tokens_together, self.answers_together = model, UBATCH, model.slots
-        model.end = self.eot_token_id
+        model.ends = self.ends
 
     def generate(self, prompts: list[Ids]) -> list[Ids]:
         """Greedy answers as parallel sequences, longest prompts first."""

@@ -15,6 +15,7 @@ from hermes.artifacts import read_json
 from hermes.console import UserError, progress
 from hermes.model.base import device
 from hermes.model.safetensors_stream import Stored, stored_tensors, tensor_bytes, write_folder
+from hermes.settings.base import BaseSettings
 
 PIECE = 1 << 20  # weights
 PLAIN = {
@@ -115,9 +116,10 @@ def quantized_weights(folder: Path) -> set[str]:
     return {f"{name}.weight" for name, _ in linear}
 
 
-def as_trained(weight: torch.Tensor, double_quantization: bool) -> torch.Tensor:
-    """A weight after a round trip through nf4, as training meets it."""
-    packed, state = quantize_4bit(weight.to(device()), quant_type="nf4", compress_statistics=double_quantization)
+def as_trained(weight: torch.Tensor, settings: BaseSettings) -> torch.Tensor:
+    """A weight after a round trip through nf4, as training meets it: it is loaded in the type that the base computes in."""
+    loaded = weight.to(device(), getattr(torch, settings.dtype))
+    packed, state = quantize_4bit(loaded, quant_type="nf4", compress_statistics=settings.double_quantization)
     return dequantize_4bit(packed, state).to(weight.dtype).cpu()
 
 
@@ -128,7 +130,7 @@ class Merger:
         base: folder of the base.
         adapter: folder of the adapter.
         onto: "bf16", the base as it is stored, or "nf4", as training met it.
-        double_quantization: of the quantization constants, as in training.
+        settings: how training loaded the base.
 
     Attributes:
         tensors: of the base, by name.
@@ -138,9 +140,9 @@ class Merger:
         UserError: base or adapter is damaged, or they do not fit together.
     """
 
-    def __init__(self, base: Path, adapter: Path, onto: Literal["bf16", "nf4"], double_quantization: bool) -> None:
+    def __init__(self, base: Path, adapter: Path, onto: Literal["bf16", "nf4"], settings: BaseSettings) -> None:
         self.tensors, self.adapter, self.rounding = stored_tensors(base), Adapter.read(adapter), Rounding()
-        self.folder, self.double_quantization = adapter, double_quantization
+        self.folder, self.settings = adapter, settings
         self.in_nf4 = quantized_weights(base) if onto == "nf4" else set()
         if missing := self.adapter.factors.keys() - {tensor.name for tensor in self.tensors}:
             raise UserError(f"{adapter}: changes {min(missing)}, which {base} does not have; run `dvc repro train`")
@@ -156,7 +158,7 @@ class Merger:
             return None
         weight = stored.read()
         if stored.name in self.in_nf4:
-            weight = as_trained(weight, self.double_quantization)
+            weight = as_trained(weight, self.settings)
         if changed:
             change = self.adapter.change(stored.name)
             if change.shape != weight.shape:

@@ -63,6 +63,9 @@ def load_base(folder: Path, settings: BaseSettings, sharded: bool = False) -> Pr
         model = model.dequantize()  # to the compute type, so to the numbers that every product would make of them
     model.requires_grad_(False)
     model.config.use_cache = False
+    model.config.output_router_logits = (
+        False  # of a mixture of experts: its router is frozen, and needs no loss of its own
+    )
     return model.train()
 
 

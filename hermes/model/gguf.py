@@ -158,7 +158,7 @@ class GgufModel:
             )
         self.path, self.threads = path, threads
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
-        self.end = llama_cpp.llama_vocab_eos(self.vocab)  # the token that ends an answer
+        self.ends = {llama_cpp.llama_vocab_eos(self.vocab)}  # the tokens that end an answer
         self.slots, self.context, self.share_beginning = slots, context, share_beginning
         self.tokens_together = max(UBATCH, 2 * context)
         self.contexts: list[Context] = []
@@ -283,7 +283,7 @@ class GgufModel:
         entered = 0
 
         def ended(answer: list[int]) -> bool:
-            last = answer[-1] == self.end or len(answer) >= max_new_tokens
+            last = answer[-1] in self.ends or len(answer) >= max_new_tokens
             return last or (stopped is not None and stopped(answer))
 
         while entered < len(answers) or in_slot:

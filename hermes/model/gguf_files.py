@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import llama_cpp
+from gguf import GGUFReader
+from transformers import PreTrainedTokenizerBase
 
 from hermes.console import UserError
-from hermes.model.gguf import quiet_llama_cpp
+from hermes.model.gguf import GgufModel, quiet_llama_cpp
 
 FILE_TYPES = {
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
@@ -18,8 +20,17 @@ FILE_TYPES = {
 }
 
 
-def convert(model: Path, target: Path, kind: Literal["f16", "bf16"]) -> None:
-    """Writes the GGUF of a Hugging Face model folder with llama.cpp's converter.
+PROBES = (
+    "Hello, world!",
+    "The year 2024 costs 1,234.56 dollars.",
+    "  two spaces\n\n\ttab and 'quotes'",
+    "naïve café — 日本語 🙂",
+    "def f(x):\n    return x ** 2",
+)
+
+
+def convert(model: Path, target: Path, kind: Literal["f16", "bf16"], vocabulary_only: bool = False) -> None:
+    """Writes the GGUF of a Hugging Face model folder with llama.cpp's converter, or one of its vocabulary alone.
 
     Raises:
         UserError: the converter refuses the folder; gives its last line.
@@ -36,6 +47,7 @@ def convert(model: Path, target: Path, kind: Literal["f16", "bf16"]) -> None:
         kind,
         "--model-name",
         "model",
+        *(["--vocab-only"] if vocabulary_only else []),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode or not target.is_file():
@@ -55,3 +67,40 @@ def quantize(source: Path, target: Path, kind: str, threads: int = 0) -> None:
     settings.nthread = threads
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
         raise UserError(f"{source}: llama.cpp cannot quantize it to {kind}; delete it and run `dvc repro quantize`")
+
+
+def metadata(reader: GGUFReader) -> dict[str, Any]:
+    """What a GGUF says of its tokenizer: architecture, pre-tokenizer, special ids and chat template."""
+    names = {
+        "architecture": "general.architecture",
+        "pre": "tokenizer.ggml.pre",
+        "bos": "tokenizer.ggml.bos_token_id",
+        "eos": "tokenizer.ggml.eos_token_id",
+        "pad": "tokenizer.ggml.padding_token_id",
+        "template": "tokenizer.chat_template",
+    }
+    return {short: reader.fields[name].contents() if name in reader.fields else None for short, name in names.items()}
+
+
+def check_vocabulary(path: Path, found: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compares what the GGUF says, its `metadata`, and does with the tokenizer it was made from.
+
+    Raises:
+        UserError: special ids, chat template, vocabulary or the ids of a probe text differ; names the first difference.
+    """
+    expected = {
+        "eos": tokenizer.eos_token_id,
+        "bos": tokenizer.bos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "template": tokenizer.chat_template,
+    }
+    for name, value in expected.items():
+        if value is not None and found[name] != value:
+            raise UserError(f"{path}: {name} is {found[name]!r} in the GGUF and {value!r} in the tokenizer")
+    with GgufModel(path, threads=1, weights=False) as model:
+        for text in PROBES:
+            ids, wanted = model.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
+            if ids != wanted:
+                raise UserError(
+                    f"{path}: reads {text!r} as {ids}, the tokenizer as {wanted} (pre-tokenizer {found['pre']})"
+                )

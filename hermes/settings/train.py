@@ -1,6 +1,6 @@
 """Section `train`, the optimization, and the science on top of params.yaml that it follows."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator, model_validator
 
@@ -19,7 +19,7 @@ class TrainSettings(Settings):
     lora_rank: PositiveInt
     lora_alpha: PositiveInt
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    lora_modules: Annotated[list[str], Field(min_length=1)]
+    lora_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"]
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     sft_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
@@ -38,7 +38,14 @@ class TrainSettings(Settings):
     processes: PositiveInt
     distribution: Literal["ddp", "fsdp"]
 
-    _modules_once = field_validator("lora_modules")(each_once)
+    @field_validator("lora_modules")
+    @classmethod
+    def _modules_once(cls, modules: Any) -> Any:
+        return modules if isinstance(modules, str) else each_once(modules)
+
+    def adapts(self, layer: str) -> bool:
+        """Whether the linear layers of this name get an adapter."""
+        return self.lora_modules == "all-linear" or layer in self.lora_modules
 
     @field_validator("processes")
     @classmethod

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from hermes.console import UserError
 from hermes.model.base import load
@@ -145,7 +146,12 @@ def choose_forward(folder: Path, pairs: Sequence[Pair]) -> Forward:
     """
     if not pairs:
         return Forward()
-    model = load(folder, torch.float32, config=shallow_config(folder))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would name every weight of the other layers
+    try:
+        model = load(folder, torch.float32, config=shallow_config(folder))
+    finally:
+        logging.set_verbosity(verbosity)
     try:
         how, why = find_forward(model, few(pairs))
     except (ValueError, TypeError, RuntimeError) as error:

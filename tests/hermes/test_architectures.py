@@ -19,9 +19,23 @@ from hermes.training.exactness import Pair, find_forward, own_scores, pair_score
 
 PAGE = Path(__file__).parent.parent.parent / "docs/bring-a-model.md"
 ROW = re.compile(r"^\| (exact and fast|exact and slow|refused)[^|]*\| (.*) \|$", re.MULTILINE)
-EXPECTED = {name: verdict for verdict, names in ROW.findall(PAGE.read_text()) for name in re.findall(r"`([^`]+)`", names)}
+EXPECTED = {
+    name: verdict for verdict, names in ROW.findall(PAGE.read_text()) for name in re.findall(r"`([^`]+)`", names)
+}
 # Of the families that people tune most.
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "cohere"]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "granite",
+    "cohere",
+]
 FAMILIES += ["cohere2", "gpt_oss", "mixtral", "bloom", "mamba", "bert"]
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "lru_width"), 64),

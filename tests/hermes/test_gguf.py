@@ -130,7 +130,7 @@ def test_batched_greedy_answers_are_those_of_generate(beginning: list[int]) -> N
     assert len(set(ended)) >= 5
     assert any(len(answer) == limit for answer in expected)
     with torch.inference_mode():
-        assert greedy_answers(model, prompts, end, limit) == expected
+        assert greedy_answers(model, prompts, {end}, limit) == expected
 
 
 def test_samples_of_a_prompt_use_its_cache_and_stop_at_the_limit(gguf_file: Path, prompts: list[list[int]]) -> None:
@@ -188,11 +188,11 @@ def test_tensors_whose_rows_do_not_fit_are_counted_as_fallback(
 def test_a_gguf_of_another_tokenizer_is_refused(
     gguf_file: Path, read_gguf: GGUFReader, tiny_model_folder: Path
 ) -> None:
-    tokenizer, found = AutoTokenizer.from_pretrained(tiny_model_folder), quantize.metadata(read_gguf)
-    quantize.check(gguf_file, found, tokenizer)
+    tokenizer, found = AutoTokenizer.from_pretrained(tiny_model_folder), gguf_files.metadata(read_gguf)
+    gguf_files.check_vocabulary(gguf_file, found, tokenizer)
     tokenizer.chat_template += "x"
     with pytest.raises(UserError, match="template is"):
-        quantize.check(gguf_file, found, tokenizer)
+        gguf_files.check_vocabulary(gguf_file, found, tokenizer)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -37,6 +37,7 @@ ROWS = [
 ]
 
 
+PLAIN = '{"id": "a", "split": "test", "question": "What is tea?", "answer": "A drink – hot."}\n'
 LARGE = (".safetensors", ".parquet", ".gz")
 
 
@@ -231,7 +232,7 @@ def embed(splits: tuple[str, ...] = SPLITS) -> None:
             pa.Table.from_pylist([row | {"split": split} for row in ROWS]), fetch_data.EMBEDDED / f"{split}.parquet"
         )
     pq.write_table(pa.Table.from_pylist([{"id": "q", "question": "?"}]), fetch_data.EMBEDDED / "questions.parquet")
-    (fetch_data.EMBEDDED / "plain.jsonl").write_text("{}\n")
+    (fetch_data.EMBEDDED / "plain.jsonl").write_text(PLAIN)
 
 
 def test_embedded_data_arrives_unchanged_with_the_held_out_questions(workplace: Path) -> None:
@@ -914,3 +915,30 @@ def test_no_network_is_one_line_and_leaves_the_earlier_files(workplace: Path, no
     assert re.search(r"check (the )?name, (the )?network and HF_TOKEN$", line)
     assert [path.name for path in earlier.parent.iterdir()] == ["earlier"]
     assert [path.name for path in earlier.parent.parent.iterdir()] == [earlier.parent.name]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"split": "test", "question": "q", "answer": ["a"]}',
+            r"plain\.jsonl, row 0: `answer` is \['a'\]; expected text",
+        ),
+        ('{"split": "test", "question": "q"}', r"plain\.jsonl, row 0: `answer` is None; expected text"),
+        ("{", r"plain\.jsonl: not a readable jsonl file \(line 1"),
+    ],
+)
+def test_plain_answers_that_evaluate_could_not_read_are_refused(workplace: Path, text: str, message: str) -> None:
+    embed()
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
+    (fetch_data.EMBEDDED / "plain.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        fetch_data.main()
+
+
+def test_plain_answers_behind_a_byte_order_mark_are_read(workplace: Path) -> None:
+    embed()
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
+    (fetch_data.EMBEDDED / "plain.jsonl").write_text("\ufeff" + PLAIN)
+    fetch_data.main()
+    assert Path("data/raw/plain.jsonl").read_text() == PLAIN

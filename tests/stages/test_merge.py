@@ -26,6 +26,8 @@ from stages.train import save_adapter
 ROOT = Path(__file__).parents[2]
 MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
+TRAINED = BaseSettings(quantization="nf4", double_quantization=True, keep_dequantized=True, dtype="bfloat16", threads=1)
+
 
 @pytest.fixture
 def adapter(tiny_model_folder: Path, tmp_path: Path) -> Path:
@@ -54,10 +56,8 @@ def test_merged_tensors_have_the_bits_of_pefts_merge(
 ) -> None:
     """On the stored base, and on the base that training meets, dequantized."""
     target = tmp_path / "merged"
-    adapter_merge.Merger(tiny_model_folder, adapter, onto, double).write(target, 10**9)
-    settings = BaseSettings(
-        quantization="nf4", double_quantization=double, keep_dequantized=True, dtype="bfloat16", threads=1
-    )
+    settings = TRAINED.model_copy(update={"double_quantization": double})
+    adapter_merge.Merger(tiny_model_folder, adapter, onto, settings).write(target, 10**9)
     base = load(tiny_model_folder, torch.bfloat16) if onto == "bf16" else load_base(tiny_model_folder, settings)
     peft = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     expected, before, ours = peft.state_dict(), weights(tiny_model_folder), weights(target)
@@ -69,9 +69,28 @@ def test_merged_tensors_have_the_bits_of_pefts_merge(
     assert changed == (len(adapter_merge.Adapter.read(adapter).factors) if onto == "bf16" else linear)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_a_base_stored_in_another_type_is_quantized_as_training_loads_it(
+    stored: torch.dtype, tiny_model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    generator = torch.Generator().manual_seed(0)
+    model = load(tiny_model_folder, torch.float32)
+    for parameter in model.parameters():  # numbers that bfloat16 rounds
+        parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator)
+    model.to(stored).save_pretrained(base)
+    merger = adapter_merge.Merger(base, adapter, "nf4", TRAINED)
+    merger.adapter.factors = {}
+    expected = load_base(base, TRAINED).state_dict()
+    found = {tensor.name: merger.weight(tensor) for tensor in merger.tensors}
+    quantized = {name: weight for name, weight in found.items() if weight is not None}
+    assert len(quantized) == 14
+    assert all(torch.equal(weight.bfloat16(), expected[name]) for name, weight in quantized.items())
+
+
 def test_shards_hold_every_tensor_once_and_load_alike(tiny_model_folder: Path, adapter: Path, tmp_path: Path) -> None:
-    adapter_merge.Merger(tiny_model_folder, adapter, "bf16", True).write(tmp_path / "one", 10**9)
-    adapter_merge.Merger(tiny_model_folder, adapter, "bf16", True).write(tmp_path / "many", 20_000)
+    adapter_merge.Merger(tiny_model_folder, adapter, "bf16", TRAINED).write(tmp_path / "one", 10**9)
+    adapter_merge.Merger(tiny_model_folder, adapter, "bf16", TRAINED).write(tmp_path / "many", 20_000)
     files = sorted(path.name for path in (tmp_path / "many").iterdir())
     assert len(files) > 3
     assert files[-1] == "model.safetensors.index.json"
@@ -145,10 +164,10 @@ def test_an_adapter_of_another_shape_or_without_its_weight_or_not_finite_is_refu
     ):
         save_file({name: tensor.contiguous() for name, tensor in (good | bad).items()}, file)
         with pytest.raises(UserError, match=message):
-            adapter_merge.Merger(tiny_model_folder, adapter, "bf16", True).write(tmp_path / "bad", 10**9)
+            adapter_merge.Merger(tiny_model_folder, adapter, "bf16", TRAINED).write(tmp_path / "bad", 10**9)
     file.write_bytes(b"damaged")
     with pytest.raises(UserError, match="cannot be merged"):
-        adapter_merge.Merger(tiny_model_folder, adapter, "bf16", True).write(tmp_path / "bad", 10**9)
+        adapter_merge.Merger(tiny_model_folder, adapter, "bf16", TRAINED).write(tmp_path / "bad", 10**9)
 
 
 @pytest.mark.parametrize("text", ["", "5", "GB", "0MB", "-1GB", "1.5GB", "5TB"])
@@ -182,7 +201,7 @@ import resource, sys
 from pathlib import Path
 from hermes.model.adapter_merge import Merger
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-Merger(Path(sys.argv[1]), Path(sys.argv[2]), "bf16", True).write(Path(sys.argv[3]), 10**8)
+Merger(Path(sys.argv[1]), Path(sys.argv[2]), "bf16", None).write(Path(sys.argv[3]), 10**8)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 

@@ -136,10 +136,10 @@ RULES: dict[str, tuple[dict[str, Any], list[Row], str]] = {
     "empty rejected": ({"drop_empty": True}, [row(1, rejected="\t")], "empty_answer"),
     "identical": ({"drop_identical": True}, [row(1, chosen="a B", rejected="a B")], "identical_answers"),
     "case and spacing": ({"drop_identical": True}, [row(1, chosen="a B\n", rejected="A  b")], "identical_answers"),
-    "duplicate": ({"drop_exact_duplicates": True}, [row(1, "q", "a", "b"), row(2, "q", "a", "b")], "exact_duplicate"),
+    "duplicate": ({"drop_exact_duplicates": True}, [row(2, "q", "a", "b"), row(1, "q", "a", "b")], "exact_duplicate"),
     "near duplicate": (
         {"near_duplicate_similarity": 0.9},
-        [row(1, EXAMPLE, "yes", "no"), row(2, EXAMPLE.upper() + "!", "Yes", "never")],
+        [row(2, EXAMPLE, "yes", "no"), row(1, EXAMPLE.upper() + "!", "Yes", "never")],
         "near_duplicate",
     ),
 }
@@ -207,6 +207,50 @@ def test_each_pair_is_counted_once_under_the_first_rule_that_removes_it() -> Non
     assert report["read"] == report["kept"] + sum(report["removed"].values())
 
 
+WORDS = " ".join(f"word{i}" for i in range(60))
+
+
+def test_of_near_duplicates_the_better_pair_stays() -> None:
+    write([row(0.1, "ask", WORDS), row(5.0, "ask", f"{WORDS} more"), row(3.0)])
+    assert run(k=2, near_duplicate_similarity=0.9)["train"]["removed"] == {"near_duplicate": 1}
+    assert kept_scores() == [5.0, 3.0]
+
+
+def test_of_exact_duplicates_the_better_pair_stays_and_of_equal_ones_the_first() -> None:
+    write([row(1, "q", "a", "b"), row(2, "q", "a", "b"), row(2, "Q", "a", "b")])
+    assert run(drop_exact_duplicates=True)["train"]["removed"] == {"exact_duplicate": 2}
+    assert pq.read_table(subset.OUTPUT / "train.parquet").to_pylist()[0]["question"] == "q"
+    assert kept_scores() == [2.0]
+
+
+def kept_scores() -> list[float]:
+    return pq.read_table(subset.OUTPUT / "train.parquet")["delta_score"].to_pylist()
+
+
+def after(said: str, pair: Row) -> Row:
+    return pair | {"context": [{"role": "user", "content": said}, {"role": "assistant", "content": "Yes."}]}
+
+
+def test_the_same_question_after_another_conversation_is_another_question() -> None:
+    write([after("Tea?", row(1, "Why?", "a", "b"))], "test")
+    write([after("Salt?", row(1, "Why?", "a", "b")), after("Sand?", row(2, "Why?", "a", "b"))])
+    report = run(drop_evaluation_leaks=True, drop_exact_duplicates=True, near_duplicate_similarity=0.9)
+    assert report["train"]["removed"] == {}
+    write([after("tea? ", row(1, "Why?", "c", "d")), row(2)])
+    assert run(drop_evaluation_leaks=True)["train"]["removed"] == {"leaks_from_evaluation": 1}
+
+
+def test_pairs_without_words_are_not_near_duplicates_for_that() -> None:
+    write([row(1, "🙂", "👍", "👎"), row(2, "🌧", "☔", "☀")])
+    assert run(near_duplicate_similarity=0.9)["train"]["removed"] == {}
+
+
+def test_a_column_named_context_that_holds_text_is_refused() -> None:
+    write([row(1) | {"context": "a passage"}])
+    with pytest.raises(UserError, match="column `context` holds string; expected a list of messages"):
+        run()
+
+
 def jaccard(one: str, two: str) -> float:
     """Exact similarity of the sets of word 5-grams."""
     found = [re.findall(r"\w+", text.lower()) for text in (one, two)]
@@ -228,11 +272,10 @@ def test_near_duplicates_are_those_of_high_jaccard_similarity() -> None:
         if 0.65 < similarity < 0.98:
             continue
         checked[similarity > 0.9] += 1
-        seen = subset.Seen()
-        settings = subset.SubsetSettings(**OFF | {"near_duplicate_similarity": 0.9})
-        assert subset.reason_to_remove(one, settings, seen, is_train=True) is None
-        reason = subset.reason_to_remove(two, settings, seen, is_train=True)
-        assert reason == ("near_duplicate" if similarity > 0.9 else None), similarity
+        signatures = [subset.minhash(f"{pair['question']} {pair['chosen']}") for pair in (one, two)]
+        bands: dict[tuple[int, bytes], list[Any]] = {}
+        found = [subset.is_near_duplicate(signature, bands, 0.9) for signature in signatures]
+        assert found == [False, similarity > 0.9], similarity
     assert min(checked.values()) > 50
 
 
@@ -287,7 +330,7 @@ def test_a_score_that_is_no_number_is_told_with_its_row(value: float) -> None:
         run()
 
 
-@pytest.mark.parametrize("column", subset.COLUMNS)
+@pytest.mark.parametrize("column", ["question", "chosen", "rejected", "delta_score"])
 def test_a_missing_value_is_told_with_its_row(column: str) -> None:
     write([row(1), row(2) | {column: None}, row(3)])
     with pytest.raises(

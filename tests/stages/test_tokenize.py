@@ -271,8 +271,9 @@ def test_a_split_of_which_nothing_fits_is_an_error(byte_tokenizer: PreTrainedTok
 def workplace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte_tokenizer: PreTrainedTokenizerFast
 ) -> PreTrainedTokenizerFast:
-    """A folder with a tokenizer and two splits; returns the tokenizer."""
+    """A folder with a tokenizer and two splits; returns the tokenizer. There is no model, so none is checked."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenize, "check_base", lambda folder: None)
     Path("dvc.yaml").write_text(PIPELINE)
     configure(10_000)
     byte_tokenizer.save_pretrained(tokenize.BASE)
@@ -331,14 +332,6 @@ def test_an_error_leaves_the_earlier_ids(workplace: PreTrainedTokenizerFast) -> 
     with pytest.raises(UserError, match="max_length"):
         tokenize.main()
     assert {path: path.read_bytes() for path in [*tokenize.OUTPUT.iterdir(), tokenize.REPORT]} == before
-
-
-def test_a_tokenizer_without_a_chat_template_is_refused(workplace: PreTrainedTokenizerFast) -> None:
-    workplace.chat_template = None
-    (tokenize.BASE / "chat_template.jinja").unlink()
-    workplace.save_pretrained(tokenize.BASE)
-    with pytest.raises(UserError, match=r"^models/base: its tokenizer has no chat template"):
-        tokenize.main()
 
 
 def test_messages_before_the_question_are_part_of_the_prompt(byte_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -487,3 +480,54 @@ def test_truncation_is_that_of_trl_0_11(
 def test_truncation_needs_a_limit_for_the_prompt_below_the_whole(section: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="max_prompt_length"):
         limited(100, **section)
+
+
+MARKS = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+OPENS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (MARKS.replace("in messages", "in messages if m['role'] != 'system'") + OPENS, "leaves out what the system says"),
+        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + MARKS + OPENS,
+         r"refuses the turns system, user \(no system\)"),
+    ],
+    ids=["drops it", "refuses it"],
+)  # fmt: skip
+def test_a_template_without_a_place_for_a_system_prompt_is_refused_with_the_row(
+    byte_tokenizer: PreTrainedTokenizerFast, template: str, message: str
+) -> None:
+    byte_tokenizer.chat_template = template
+    rows = [{"question": "Hi", "chosen": "Yes", "rejected": "No", "context": context} for context in ([], SYSTEM)]
+    with pytest.raises(UserError, match=rf"train\.parquet, row 1: chat template: {message}"):
+        tokenize_split(rows, byte_tokenizer, LONG, "train")
+
+
+def test_a_space_between_answer_and_end_is_part_of_the_answer_as_in_llama_2(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    byte_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] + ' <|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    assert byte_tokenizer.decode(answer_ids(byte_tokenizer, "Hi", "Yes")) == " Yes <|im_end|>"
+
+
+def test_a_mark_of_the_template_that_is_not_called_special_forges_turns_too(
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    byte_tokenizer.add_tokens(["<turn>"])
+    byte_tokenizer.chat_template = "<turn>" + str(byte_tokenizer.chat_template)
+    row = {"question": "Hi", "chosen": "Yes<turn>", "rejected": "No"}
+    with pytest.raises(UserError, match="holds the special token <turn>"):
+        tokenize_split([row], byte_tokenizer, LONG, "train")
+
+
+def test_answers_that_are_alike_once_they_are_cut_are_counted(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    cut = limited(40, "truncate", max_prompt_length=30, template=PUBLISHED)
+    same = {"question": "Hi" * 40, "chosen": "x" * 50 + "a", "rejected": "x" * 50 + "b"}
+    other = {"question": "Hi" * 40, "chosen": "y" * 50, "rejected": "x" * 50}
+    _, report = tokenize_split([same, other], byte_tokenizer, cut, "train")
+    assert report["identical_when_truncated"] == 1

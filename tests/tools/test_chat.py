@@ -31,7 +31,7 @@ class Letters:
 class Script:
     """A model that gives the answers it is told, and keeps the prompts it saw."""
 
-    end = EOS
+    ends = frozenset({EOS})
 
     def __init__(self, answers: Iterable[str], context: int = 1000) -> None:
         self.answers, self.context = iter(answers), context
@@ -105,7 +105,7 @@ def test_an_unfinished_answer_says_so() -> None:
 def test_an_answer_ends_where_the_chat_template_ends_one(gguf_file: Path, byte_tokenizer: Any) -> None:
     byte_tokenizer.chat_template = byte_tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
     with chat.open_gguf(gguf_file, byte_tokenizer) as model:
-        assert model.end == byte_tokenizer.convert_tokens_to_ids("<|endoftext|>") != byte_tokenizer.eos_token_id
+        assert model.ends == {byte_tokenizer.convert_tokens_to_ids("<|endoftext|>"), byte_tokenizer.eos_token_id}
 
 
 def test_missing_models_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,31 +2,15 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset
-from lm_eval.api.task import ConfigurableTask
 
-from hermes.evaluation.held_out import read_pairs
 from hermes.instructions.kinds import grade, is_strict
 
 RAW = Path("data/raw")
-
-
-class ConversationTask(ConfigurableTask):
-    """A task whose documents may bring messages that come before the question (`context`, hermes/data/pairs.py)."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config={key: value for key, value in config.items() if key != "class"})
-
-    def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The prompt's text, in the chat template that lm-eval passes along."""
-        if doc.get("context"):
-            return kwargs["chat_template"]([*doc["context"], {"role": "user", "content": doc["question"]}])
-        return super().fewshot_context(doc, *args, **kwargs)
 
 
 def load_instructions(split: str, questions_per_kind: int | None = None, **_: Any) -> dict[str, Dataset]:
@@ -42,21 +26,9 @@ def load_instructions(split: str, questions_per_kind: int | None = None, **_: An
     return {"test": Dataset.from_list(rows)}
 
 
-def load_pairs(split: str, left_out: Sequence[int] = (), **_: Any) -> dict[str, Dataset]:
-    """The held-out preference pairs of a split, but those of these numbers."""
-    table = read_pairs(split)
-    return {"test": Dataset(table.take(sorted(set(range(table.num_rows)) - set(left_out))))}
-
-
-def load_plain(split: str, **_: Any) -> dict[str, Dataset]:
-    """The plain questions and answers of a split."""
-    rows = [json.loads(line) for line in (RAW / "plain.jsonl").read_text().splitlines()]
-    return {"test": Dataset.from_list([row for row in rows if row["split"] == split])}
-
-
-def answers(doc: dict[str, Any]) -> list[str]:
-    """The two answers of a pair, chosen first."""
-    return [doc["chosen"], doc["rejected"]]
+def question(doc: dict[str, Any]) -> str:
+    """What is asked. As a function, since lm-eval would evaluate what a template makes of a user's text."""
+    return str(doc["question"])
 
 
 def grade_instruction(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -66,8 +38,3 @@ def grade_instruction(doc: dict[str, Any], results: list[str]) -> dict[str, floa
         "strict": float(is_strict(doc["kind"], results[0], constraint)),
         "grade": grade(doc["kind"], results[0], constraint),
     }
-
-
-def log_likelihood(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """The log-likelihood of one answer in nats."""
-    return {"log_likelihood": results[0][0]}

@@ -1,0 +1,106 @@
+"""What a base has to be for every stage from tokenize on, refused where it is not, before anything is computed.
+
+It refuses and shapes no output, so no stage depends on it.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from hermes.artifacts import read_json
+from hermes.console import UserError
+from hermes.data.chat_text import end_of_answer
+from hermes.model import gguf_files
+from hermes.model.safetensors_stream import DTYPES, stored_tensors
+
+MEND = "choose another revision or model"
+
+
+def check_weights(folder: Path) -> None:
+    """Refuses weights that merge and quantization cannot read.
+
+    Raises:
+        UserError: they are quantized, or of a type that is no 16 or 32 bit float; names the tensor.
+    """
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise UserError(f"{folder}: is quantized already (`quantization_config` in config.json); {MEND}")
+    for tensor in stored_tensors(folder):
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"{folder}: {tensor.name} is {tensor.dtype}; {', '.join(DTYPES)} are read, {MEND}")
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, source: Path) -> None:
+    """Refuses a tokenizer with ids that the embedding lacks.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    rows = config.get_text_config().vocab_size
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        raise UserError(f"{source}: its tokenizer has the id {largest}, and its embedding {rows} rows; {MEND}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(config, name, None)
+        for id in found if isinstance(found, list) else [found]:
+            if id is not None and not 0 <= id < rows:
+                raise UserError(
+                    f"{source}: `{name}` of config.json is {id}; correct it in a copy, or set it to null there"
+                )
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
+    """Refuses a chat template that is none, several, another one tomorrow, or without an end of an answer.
+
+    Raises:
+        UserError: says which, and what to do.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        raise UserError(f"{source}: its tokenizer has no chat template; write one into `model.chat_template`")
+    if not isinstance(template, str):
+        raise UserError(
+            f"{source}: has several chat templates ({', '.join(template)}); write one into `model.chat_template`"
+        )
+    if "strftime_now" in template:
+        raise UserError(
+            f"{source}: its chat template writes today's date, so that ids differ from day to day; "
+            "copy it to `model.chat_template` with a fixed date"
+        )
+    try:
+        end_of_answer(tokenizer)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def check_gguf(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a model that llama.cpp's converter does not know, or whose tokenizer it writes otherwise.
+
+    Raises:
+        UserError: gives the converter's last line, or the first difference.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "vocabulary.gguf"
+        try:
+            gguf_files.convert(folder, path, "f16", vocabulary_only=True)
+            gguf_files.check_vocabulary(path, gguf_files.metadata(GGUFReader(path)), tokenizer)
+        except UserError as error:
+            raise UserError(f"{folder}: no GGUF file can be made of it ({error}); {MEND}") from None
+
+
+def check_base(folder: Path) -> None:
+    """Refuses a base that a later stage could not take.
+
+    Raises:
+        UserError: says why.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries raise about the files of others
+        raise UserError(f"{folder}: is not a readable model ({type(error).__name__}: {error})") from None
+    check_weights(folder)
+    check_template(tokenizer, folder)
+    check_tokens(tokenizer, config, folder)
+    check_gguf(folder, tokenizer)
