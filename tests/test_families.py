@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from ruamel.yaml import YAML
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from hermes.artifacts import read_json
+from hermes.artifacts import read_json, write_json
 from stages import evaluate, fetch_data, fetch_model, merge, quantize, reference, report, subset, tokenize, train
 from tests.conftest import ROOT, cpu_params
 from tests.hermes.test_architectures import small_config
@@ -39,6 +40,44 @@ def write_model(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if name == "phi3":  # as Phi-4 is published; the converter wants a tokenizer.model otherwise
+        config_file = folder / "tokenizer_config.json"
+        write_json(config_file, read_json(config_file) | {"tokenizer_class": "GPT2Tokenizer"})
+
+
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n'"
+    " + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def gemma_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A small SentencePiece tokenizer in Gemma's layout, without which llama.cpp's converter takes no Gemma; leaves tokenizer.model."""
+    folder.mkdir()
+    special = {
+        "pad_id": 0,
+        "eos_id": 1,
+        "bos_id": 2,
+        "unk_id": 3,
+        "control_symbols": ["<start_of_turn>", "<end_of_turn>"],
+    }
+    plain = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(ROOT / "README.md"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        **special,
+        **plain,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    write_json(folder / "config.json", {"model_type": "gemma2"})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GemmaTokenizer"})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = GEMMA_TEMPLATE
+    return tokenizer
 
 
 @pytest.mark.slow
@@ -47,7 +86,8 @@ def test_all_stages(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_model(name, tmp_path / "my-model", embedded_tokenizer)
+    tokenizer = gemma_tokenizer(tmp_path / "my-model") if name == "gemma2" else embedded_tokenizer
+    write_model(name, tmp_path / "my-model", tokenizer)
     small_data(tmp_path / "small-data")
     tree: dict[str, Any] = cpu_params(
         data={"source": "./small-data"},
@@ -65,6 +105,7 @@ def test_all_stages(
         stage.main()
     metrics = read_json(Path("reports/metrics.json"))
     assert abs(metrics["train"]["first_loss"] - 0.693147) < 5e-3
-    assert metrics["gguf_kl"]["f16"] < 1e-3
+    # llama.cpp's files of Mistral and Phi-3 know no window, which is 8 tokens here: the report says how far off they are.
+    assert (metrics["gguf_kl"]["f16"] < 1e-3) == (name not in ("mistral", "phi3"))
     assert read_json(Path("models/merged/merge.json"))["base"] == "bf16"
     assert metrics["preference_accuracy"].keys() == {"base", "merged"}
