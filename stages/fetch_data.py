@@ -6,8 +6,9 @@ source, the files of its splits are downloaded at the exact commit; `datasets` s
 goes into the manifest. `splits` says which split of the source plays which part, `columns` and `format` how its tables are laid out
 (hermes/data/pairs.py).
 
-Every row of the source has its row here. One that is not of the layout has null parts, and misfits.json, which is there only for such
-rows, says why; stages/subset.py stops at it or leaves it out. Only where no row of a split fits, the parameters are wrong: that stops here.
+Every row of the source has its row here, or several where it has several candidates. One that is not of the layout has null parts, and
+misfits.json, which is there only for such rows, says why; stages/subset.py stops at it or leaves it out. Only where no row of a split fits,
+the parameters are wrong: that stops here.
 """
 
 import json
@@ -47,7 +48,7 @@ class Params(params.Params):
 def is_standard(source: Path, found: pa.Schema, settings: DataSettings) -> bool:
     """Whether a table file is one that the stages read as it is."""
     texts = (found.field(name).type for name in ("question", "chosen", "rejected"))
-    is_layout = source.suffix == ".parquet" and settings.columns.are_standard(settings.format)
+    is_layout = source.suffix == ".parquet" and settings.is_standard()
     return is_layout and all(map(pa.types.is_string, texts))
 
 
@@ -68,10 +69,8 @@ def standardize(sources: list[Path], target: Path, settings: DataSettings, where
         UserError: a file is damaged, a column is missing, no row is of the layout, or the files do not fit together.
     """
     misfits: dict[int, Misfit] = {}
-    number, tables = 0, [read_table(source, settings.columns) for source in sources]
-    schema = common_schema(
-        [standard_schema(found, settings.format, settings.columns, where) for found, _ in tables], where
-    )
+    number, tables = 0, [read_table(source, settings) for source in sources]
+    schema = common_schema([standard_schema(found, settings, where) for found, _ in tables], where)
     with complete_file(target) as temporary:
         if len(sources) == 1 and is_standard(sources[0], tables[0][0], settings):
             number = sum(map(len, tables[0][1]))  # every row is read, so that a damaged one is found here
@@ -79,7 +78,7 @@ def standardize(sources: list[Path], target: Path, settings: DataSettings, where
         else:
             with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
                 for _, batches in tables:
-                    for batch, odd in standard_batches(batches, schema, settings.format, settings.columns):
+                    for batch, odd in standard_batches(batches, schema, settings):
                         writer.write_batch(batch)
                         misfits |= {number + i: misfit for i, misfit in odd.items()}
                         number += batch.num_rows

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from hermes import params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, write_json
 from hermes.console import UserError, progress
-from hermes.data.misfits import Misfit, read_misfits
+from hermes.data.misfits import UNDECIDED, Misfit, read_misfits
 from hermes.run import run_stage
 from hermes.settings.subset import SubsetSettings
 
@@ -214,14 +214,17 @@ def decide(
     ranked = is_train and settings.k is not None
     for number, row, misfit in progress(read_rows(path, ranked), path.stem, unit="row"):
         read = number + 1
-        if misfit and not settings.drop_malformed:
+        if misfit and misfit.kind not in UNDECIDED and not settings.drop_malformed:
             raise UserError(
                 f"{path}, row {number}: {misfit}; mend it or `data.format`, or leave such rows out with "
                 "`subset.drop_malformed: true`"
             )
-        if misfit:
+        decided = not misfit or misfit.kind not in UNDECIDED
+        if misfit and decided:
             malformed.setdefault(misfit.kind, []).append(number)
-        reason = f"malformed_{misfit.kind}" if misfit else reason_to_remove(row, settings, held_out, is_train)
+        reason = (
+            ("malformed_" * decided + misfit.kind) if misfit else reason_to_remove(row, settings, held_out, is_train)
+        )
         if reason:
             removed[reason] = removed.get(reason, 0) + 1
             continue

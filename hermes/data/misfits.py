@@ -5,6 +5,7 @@ from pathlib import Path
 from hermes.artifacts import read_json, write_json
 
 MISFITS = "misfits.json"
+UNDECIDED = {"tie", "unlabelled"}  # kinds that a source of verdicts is expected to have
 
 
 class Misfit(ValueError):

@@ -1,4 +1,4 @@
-"""Preference tables of any layout, as the one that the stages read: question, chosen, rejected, delta_score, and context.
+r"""Preference tables of any layout, as the one that the stages read: question, chosen, rejected, delta_score, and context.
 
 Columns say where the parts are, and the format how their texts are written:
 
@@ -6,6 +6,10 @@ Columns say where the parts are, and the format how their texts are written:
     chatml    strings with ChatML marks; the question holds all turns before the answers, which hold one end mark or none
     messages  lists of {role, content}, or of ShareGPT's {from, value}; an answer is the last message of a list, and what comes before
               it the same in both answers (argilla's and UltraFeedback's layout); a string counts as one message
+    transcripts  texts of turns that begin with "\n\nHuman: " and "\n\nAssistant: " (hh-rlhf); one without such marks is one turn
+
+A source that has candidates side by side says by a `Choice` which is the better one. Where neither is, the row is a `Misfit` of the kind
+tie or unlabelled, which stops no run. Of more than two candidates a row may become several pairs.
 
 `context` is what comes before the question, a list of {role, content}: a system prompt, earlier turns. It is a column only where the
 format or a system column can bring one. Other columns are carried along.
@@ -14,16 +18,18 @@ A row that is not of the layout is a `Misfit`, of a kind under which such rows a
 stages/subset.py.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
 from typing import Any
 
 import pyarrow as pa
 
 from hermes.console import UserError
 from hermes.data.misfits import Misfit
-from hermes.settings.data import Columns, Format
+from hermes.settings.data import Choice, Columns, Format, Layout
 
 Message = dict[str, str]
 Pair = dict[str, Any]
@@ -39,7 +45,8 @@ PARTS = {
 }
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n?|\Z)", re.DOTALL)
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
-SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
+SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant|System):[ ]?")
+SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "assistant": "assistant"}
 
 
 def from_chatml(text: str) -> list[Message]:
@@ -102,6 +109,15 @@ def text_of(row: Pair, column: str | None) -> str:
     return value
 
 
+def value_at(row: Any, name: str) -> Any:
+    """What stands in a column, or in a field inside it (`a.b`); None where there is nothing."""
+    if isinstance(row, dict) and name in row:
+        return row[name]
+    outer, _, inner = name.partition(".")
+    found = row.get(outer) if inner and isinstance(row, dict) else None
+    return None if found is None else value_at(found, inner)
+
+
 def read_plain(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
     """The turns before the answers, and the two answers."""
     question, chosen, rejected = (text_of(row, name) for name in (columns.question, columns.chosen, columns.rejected))
@@ -112,6 +128,33 @@ def read_chatml(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
     """The turns before the answers, and the two answers."""
     question, chosen, rejected = (text_of(row, name) for name in (columns.question, columns.chosen, columns.rejected))
     return from_chatml(question), chatml_answer(chosen), chatml_answer(rejected)
+
+
+def from_transcript(text: str, role: str) -> list[Message]:
+    """The turns of a transcript, without an opened turn of the assistant at its end; a text without marks is one message of this role."""
+    first, *rest = SPEAKER.split(text)
+    if not rest:
+        return [{"role": role, "content": text}]
+    if first.strip():
+        raise Misfit("no_transcript", f"{first[:60]!r} stands before the first turn of a transcript")
+    turns = [
+        {"role": SHAREGPT[who.lower()], "content": said.strip()}
+        for who, said in zip(rest[::2], rest[1::2], strict=True)
+    ]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def read_transcripts(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
+    """The turns before the answers, and the two answers."""
+    parts = {"question": columns.question, "chosen": columns.chosen, "rejected": columns.rejected}
+    turns = {
+        name: from_transcript(text_of(row, column), "user" if name == "question" else "assistant")
+        for name, column in parts.items()
+        if column
+    }
+    return read_messages(
+        turns, Columns(**{name: name if name in turns else None for name in parts}, score=None, system=None)
+    )
 
 
 def read_messages(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
@@ -139,7 +182,61 @@ READERS: dict[Format, Callable[[Pair, Columns], tuple[list[Message], str, str]]]
     "plain": read_plain,
     "chatml": read_chatml,
     "messages": read_messages,
+    "transcripts": read_transcripts,
 }
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def candidates_of(row: Pair, choice: Choice) -> tuple[list[Any], list[Any]]:
+    """The candidates of a row, and where each has a number of its own, these.
+
+    Raises:
+        Misfit: there are none.
+    """
+    if isinstance(choice.candidates, list):
+        found = [value_at(row, name) for name in choice.candidates]
+        numbers = [value_at(row, name) for name in choice.value] if isinstance(choice.value, list) else []
+    else:
+        listed = value_at(row, choice.candidates)
+        if not isinstance(listed, list):
+            raise Misfit(
+                "no_candidates", f"`{choice.candidates}` is {str(listed)[:60]!r}; expected a list of candidates"
+            )
+        found, numbers = listed, [value_at(entry, str(choice.value)) for entry in listed]
+    return [value_at(entry, choice.text) if choice.text else entry for entry in found], numbers
+
+
+def decided(row: Pair, choice: Choice) -> list[tuple[Any, Any, float | None]]:
+    """The better answer, the worse one, and by how much, of every pair in a row.
+
+    Raises:
+        Misfit: nobody decided, or both are equal.
+    """
+    answers, numbers = candidates_of(row, choice)
+    if choice.by in ("label", "strength"):
+        verdict = value_at(row, str(choice.value))
+        if verdict is None or (choice.by == "strength" and not is_number(verdict)):
+            raise Misfit("unlabelled", f"`{choice.value}` is {verdict!r:.60}")
+        second = verdict in choice.second if choice.by == "label" else verdict > 0
+        if not second and not (verdict in choice.first if choice.by == "label" else verdict < 0):
+            raise Misfit("tie", f"`{choice.value}` is {verdict!r:.60}, which is neither the first nor the second")
+        return [(answers[second], answers[not second], None if choice.by == "label" else float(abs(verdict)))]
+    if sum(map(is_number, numbers)) < 2:
+        raise Misfit("unlabelled", f"fewer than two candidates have a {choice.by}")
+    sign = -1.0 if choice.by == "rank" else 1.0
+    rated = [
+        (sign * float(number), answer) for number, answer in zip(numbers, answers, strict=True) if is_number(number)
+    ]
+    rated.sort(key=lambda one: -one[0])
+    both = combinations(rated, 2) if choice.pairs == "all" else [(rated[0], rated[-1])]
+    found = [(better, worse, high - low) for (high, better), (low, worse) in both if high > low]
+    if not found:
+        raise Misfit("tie", f"all candidates have the same {choice.by}")
+    return found
 
 
 def delta_score(row: Pair, score: str | list[str]) -> float:
@@ -155,6 +252,24 @@ def delta_score(row: Pair, score: str | list[str]) -> float:
         return float(values[0] - values[1] if len(values) == 2 else values[0])
     except OverflowError:
         raise Misfit("no_score", f"{score} is larger than any number that a column of scores can hold") from None
+
+
+def standard_pairs(row: Pair, layout: Layout) -> list[Pair]:
+    """One row as the pairs that the stages read, with their names and texts; it is one pair, except of several candidates.
+
+    Raises:
+        Misfit: the row is not of this layout; says why.
+    """
+    columns, choice = layout.columns, layout.choice
+    row = {name: value_at(row, name) for name in layout.used()}
+    if choice is None:
+        return [standard_pair(row, layout.format, columns)]
+    named = columns.model_copy(update={"chosen": "chosen", "rejected": "rejected", "score": None})
+    pairs = []
+    for chosen, rejected, by in decided(row, choice):
+        pair = standard_pair(row | {"chosen": chosen, "rejected": rejected}, layout.format, named)
+        pairs.append(pair if by is None else pair | {"delta_score": by})
+    return pairs
 
 
 def standard_pair(row: Pair, layout: Format, columns: Columns) -> Pair:
@@ -180,7 +295,7 @@ def standard_pair(row: Pair, layout: Format, columns: Columns) -> Pair:
     return pair if columns.score is None else pair | {"delta_score": delta_score(row, columns.score)}
 
 
-def standard_schema(source: pa.Schema, layout: Format, columns: Columns, where: str) -> pa.Schema:
+def standard_schema(source: pa.Schema, layout: Layout, where: str) -> pa.Schema:
     """The columns of a table in the standard layout: the parts, then what is carried along.
 
     Raises:
@@ -188,18 +303,20 @@ def standard_schema(source: pa.Schema, layout: Format, columns: Columns, where: 
     """
     if twice := [name for name, count in Counter(source.names).items() if count > 1]:
         raise UserError(f"{where}: two columns are named `{twice[0]}`; rename one")
-    if missing := [name for name in columns.used() if name not in source.names]:
+    used = {name: name if name in source.names else name.partition(".")[0] for name in layout.used()}
+    if missing := [name for name, column in used.items() if column not in source.names]:
         raise UserError(
             f"{where}: column `{missing[0]}` is missing; found {', '.join(source.names)}; see `data.columns` in params.yaml"
         )
-    left_out = {"context": layout == "plain" and columns.system is None, "delta_score": columns.score is None}
+    scored = layout.columns.score is not None or (layout.choice is not None and layout.choice.by != "label")
+    left_out = {"context": layout.format == "plain" and layout.columns.system is None, "delta_score": not scored}
     parts = [(name, kind) for name, kind in PARTS.items() if not left_out.get(name)]
-    carried = [source.field(name) for name in source.names if name not in {*columns.used(), *PARTS}]
+    carried = [source.field(name) for name in source.names if name not in {*used.values(), *PARTS}]
     return pa.schema([*parts, *carried])
 
 
 def standard_batches(
-    batches: Iterable[list[Pair]], schema: pa.Schema, layout: Format, columns: Columns
+    batches: Iterable[list[Pair]], schema: pa.Schema, layout: Layout
 ) -> Iterator[tuple[pa.RecordBatch, dict[int, Misfit]]]:
     """The rows of a table in the standard layout, batch by batch, and the rows that are not of it by their numbers in the batch.
 
@@ -210,7 +327,7 @@ def standard_batches(
         misfits: dict[int, Misfit] = {}
         for row in batch:
             try:
-                rows.append(row | standard_pair(row, layout, columns))
+                rows += [row | pair for pair in standard_pairs(row, layout)]
             except Misfit as error:
                 misfits[len(rows)] = error
                 rows.append(row | dict.fromkeys(PARTS))

@@ -14,7 +14,7 @@ import pyarrow.csv
 
 from hermes.artifacts import open_parquet
 from hermes.console import UserError
-from hermes.settings.data import Columns
+from hermes.settings.data import Layout
 
 Row = dict[str, Any]
 BATCH = 1024
@@ -57,7 +57,7 @@ def read_all(path: Path, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
         read += len(batch)
 
 
-def read_table(path: Path, columns: Columns) -> tuple[pa.Schema, Iterator[list[Row]]]:
+def read_table(path: Path, layout: Layout) -> tuple[pa.Schema, Iterator[list[Row]]]:
     """The schema of a table file and its rows by batches; texts are read as texts, whatever they look like.
 
     Raises:
@@ -70,19 +70,28 @@ def read_table(path: Path, columns: Columns) -> tuple[pa.Schema, Iterator[list[R
             file = open_parquet(path)
             schema, batches = file.schema_arrow, (batch.to_pylist() for batch in file.iter_batches(BATCH))
         elif name.endswith(".csv"):
-            table = read_csv(path, columns)
+            table = read_csv(path, layout)
             schema, batches = table.schema, (batch.to_pylist() for batch in table.to_batches(BATCH))
         else:
             schema = json_schema(json_rows(path))
-            batches = json_batches(path, schema, columns)
+            batches = json_batches(path, schema, layout)
     if not schema.names:
         raise UserError(f"{path}: has no rows")
     return schema, read_all(path, batches)
 
 
-def read_csv(path: Path, columns: Columns) -> pa.Table:
+def read_csv(path: Path, layout: Layout) -> pa.Table:
     """A CSV file, in which the columns that hold texts are not taken for dates or numbers."""
-    texts = {name: pa.string() for name in (columns.question, columns.chosen, columns.rejected, columns.system) if name}
+    named = layout.columns
+    candidates = layout.choice.candidates if layout.choice else []
+    parts = [
+        named.question,
+        named.chosen,
+        named.rejected,
+        named.system,
+        *([] if isinstance(candidates, str) else candidates),
+    ]
+    texts = {name: pa.string() for name in parts if name}
     return pyarrow.csv.read_csv(
         path,
         read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK),
@@ -137,9 +146,10 @@ def json_schema(rows: Iterable[Row]) -> pa.Schema:
     )
 
 
-def json_batches(path: Path, schema: pa.Schema, columns: Columns) -> Iterator[list[Row]]:
+def json_batches(path: Path, schema: pa.Schema, layout: Layout) -> Iterator[list[Row]]:
     """The rows of a JSON file, all of its columns in each; what is carried along as JSON text is so already."""
-    texts = [field.name for field in schema if field.type == pa.string() and field.name not in columns.used()]
+    used = {part for name in layout.used() for part in (name, name.partition(".")[0])}
+    texts = [field.name for field in schema if field.type == pa.string() and field.name not in used]
     empty = dict.fromkeys(schema.names)
     waiting = json_rows(path)
     while rows := list(islice(waiting, BATCH)):

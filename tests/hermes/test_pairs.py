@@ -9,8 +9,8 @@ import pytest
 
 from hermes.console import UserError
 from hermes.data.misfits import Misfit
-from hermes.data.pairs import standard_batches, standard_pair, standard_schema
-from hermes.settings.data import Columns, Format
+from hermes.data.pairs import standard_batches, standard_pair, standard_pairs, standard_schema
+from hermes.settings.data import Columns, Format, Layout
 
 STANDARD: dict[str, Any] = {
     "question": "question",
@@ -28,6 +28,10 @@ WANTED = {"context": [SYSTEM, *TURNS], "question": "What is tea?", **ANSWERS, "d
 
 def columns(**changes: Any) -> Columns:
     return Columns(**STANDARD | changes)
+
+
+def layout_of(kind: Format, named: Columns) -> Layout:
+    return Layout(format=kind, columns=named, choice=None)
 
 
 def answer(text: str) -> dict[str, str]:
@@ -121,7 +125,7 @@ def test_without_a_score_there_is_none() -> None:
     row = {"question": "Q", "chosen": "A", "rejected": "B"}
     assert "delta_score" not in standard_pair(row, "plain", columns(score=None))
     source = pa.schema([(name, pa.string()) for name in (*row, "id")])
-    assert standard_schema(source, "plain", columns(score=None), "here").names == [
+    assert standard_schema(source, layout_of("plain", columns(score=None)), "here").names == [
         "question",
         "chosen",
         "rejected",
@@ -166,8 +170,10 @@ def test_a_row_of_another_layout_is_named(layout: Format, change: dict[str, Any]
 def test_a_misfit_keeps_its_place_without_its_parts_and_says_why() -> None:
     rows = [{"question": chatml(ASKED), "chosen": "A", "rejected": "B", "delta_score": 1.0, "id": i} for i in range(5)]
     rows[3] = rows[3] | {"question": "plain"}
-    schema = standard_schema(pa.Table.from_pylist(rows).schema, "chatml", columns(), "mine")
-    (first, none), (second, odd), _ = standard_batches([rows[:2], rows[2:4], rows[4:]], schema, "chatml", columns())
+    schema = standard_schema(pa.Table.from_pylist(rows).schema, layout_of("chatml", columns()), "mine")
+    (first, none), (second, odd), _ = standard_batches(
+        [rows[:2], rows[2:4], rows[4:]], schema, layout_of("chatml", columns())
+    )
     assert [row["question"] for row in first.to_pylist()] == ["What is tea?"] * 2
     assert none == {}
     parts = dict.fromkeys(("context", "question", "chosen", "rejected", "delta_score"))
@@ -180,8 +186,8 @@ def test_a_misfit_keeps_its_place_without_its_parts_and_says_why() -> None:
 def test_other_columns_come_along_and_a_missing_one_is_named(tmp_path: Path) -> None:
     rows = [{"prompt": "Q", "chosen": "A", "rejected": "B", "delta_score": 1, "id": 7, "tags": ["x"]}]
     table = pa.Table.from_pylist(rows)
-    schema = standard_schema(table.schema, "messages", columns(question="prompt"), "mine")
-    ((batch, _),) = standard_batches([rows], schema, "messages", columns(question="prompt"))
+    schema = standard_schema(table.schema, layout_of("messages", columns(question="prompt")), "mine")
+    ((batch, _),) = standard_batches([rows], schema, layout_of("messages", columns(question="prompt")))
     expected = {
         "context": [],
         "question": "Q",
@@ -196,11 +202,269 @@ def test_other_columns_come_along_and_a_missing_one_is_named(tmp_path: Path) -> 
     with pytest.raises(
         UserError, match=r"^mine: column `question` is missing; found prompt, chosen, .*see `data\.columns`"
     ):
-        standard_schema(table.schema, "plain", columns(), "mine")
+        standard_schema(table.schema, layout_of("plain", columns()), "mine")
 
 
 def test_the_standard_layout_is_known_as_such() -> None:
-    assert columns().are_standard("plain")
-    assert not columns().are_standard("chatml")
-    assert not columns(system="system").are_standard("plain")
+    assert layout_of("plain", columns()).is_standard()
+    assert not layout_of("chatml", columns()).is_standard()
+    assert not layout_of("plain", columns(system="system")).is_standard()
     assert json.loads(columns().model_dump_json()) == STANDARD
+
+
+NONE = dict.fromkeys(("question", "chosen", "rejected", "score", "system"))
+TEA = [{"role": "user", "content": "What is tea?"}]
+MORE = [*TEA, answer("A drink."), {"role": "user", "content": "Hot?"}]
+Turns = list[dict[str, str]]
+Expected = list[tuple[Turns, str, str, float | None]]  # turns before the answers, chosen, rejected, score
+
+
+def talk(text: str) -> Turns:
+    return [*TEA, answer(text)]
+
+
+# Rows written anew in the layouts of these data sets, as their cards describe them, and what they mean.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], Expected]] = {
+    "Anthropic/hh-rlhf": (
+        {"format": "transcripts", "columns": NONE | {"chosen": "chosen", "rejected": "rejected"}},
+        {
+            "chosen": "\n\nHuman: What is tea?\n\nAssistant: A drink.\n\nHuman: Hot?\n\nAssistant: Often.\n\nSome drink it cold.",
+            "rejected": "\n\nHuman: What is tea?\n\nAssistant: A drink.\n\nHuman: Hot?\n\nAssistant: Go away.",
+        },
+        [(MORE, "Often.\n\nSome drink it cold.", "Go away.", None)],
+    ),
+    "PKU-Alignment/PKU-SafeRLHF": (
+        {
+            "format": "plain",
+            "columns": NONE | {"question": "prompt"},
+            "choice": {
+                "candidates": ["response_0", "response_1"],
+                "by": "label",
+                "value": "better_response_id",
+                "first": [0],
+                "second": [1],
+            },
+        },
+        {
+            "prompt": "What is tea?",
+            "response_0": "No.",
+            "response_1": "A drink.",
+            "better_response_id": 1,
+            "safer_response_id": 0,
+        },
+        [(TEA, "A drink.", "No.", None)],
+    ),
+    "nvidia/HelpSteer2 (preference)": (
+        {
+            "format": "plain",
+            "columns": NONE | {"question": "prompt"},
+            "choice": {"candidates": ["response_1", "response_2"], "by": "strength", "value": "preference_strength"},
+        },
+        {"prompt": "What is tea?", "response_1": "A drink.", "response_2": "No.", "preference_strength": -2},
+        [(TEA, "A drink.", "No.", 2.0)],
+    ),
+    "nvidia/HelpSteer3": (
+        {
+            "format": "messages",
+            "columns": NONE | {"question": "context"},
+            "choice": {"candidates": ["response1", "response2"], "by": "strength", "value": "overall_preference"},
+        },
+        {"context": MORE, "response1": "No.", "response2": "Often.", "overall_preference": 3},
+        [(MORE, "Often.", "No.", 3.0)],
+    ),
+    "stanfordnlp/SHP": (
+        {
+            "format": "plain",
+            "columns": NONE | {"question": "history"},
+            "choice": {"candidates": ["human_ref_A", "human_ref_B"], "by": "score", "value": ["score_A", "score_B"]},
+        },
+        {
+            "history": "What is tea?",
+            "human_ref_A": "No.",
+            "human_ref_B": "A drink.",
+            "labels": 0,
+            "score_A": 3,
+            "score_B": 10,
+        },
+        [(TEA, "A drink.", "No.", 7.0)],
+    ),
+    "lmsys/chatbot_arena_conversations": (
+        {
+            "format": "messages",
+            "columns": NONE,
+            "choice": {
+                "candidates": ["conversation_a", "conversation_b"],
+                "by": "label",
+                "value": "winner",
+                "first": ["model_a"],
+                "second": ["model_b"],
+            },
+        },
+        {
+            "conversation_a": talk("No."),
+            "conversation_b": talk("A drink."),
+            "winner": "model_b",
+            "model_a": "x",
+            "model_b": "y",
+        },
+        [(TEA, "A drink.", "No.", None)],
+    ),
+    "openai/webgpt_comparisons": (
+        {
+            "format": "plain",
+            "columns": NONE | {"question": "question.full_text"},
+            "choice": {"candidates": ["answer_0", "answer_1"], "by": "score", "value": ["score_0", "score_1"]},
+        },
+        {
+            "question": {"id": "1", "full_text": "What is tea?"},
+            "answer_0": "A drink.",
+            "answer_1": "No.",
+            "score_0": 0.5,
+            "score_1": -0.5,
+        },
+        [(TEA, "A drink.", "No.", 1.0)],
+    ),
+    "openbmb/UltraFeedback": (
+        {
+            "format": "plain",
+            "columns": NONE | {"question": "instruction"},
+            "choice": {"candidates": "completions", "text": "response", "by": "score", "value": "overall_score"},
+        },
+        {
+            "instruction": "What is tea?",
+            "completions": [
+                {"response": "Hm.", "overall_score": 5.0},
+                {"response": "A drink.", "overall_score": 8.5},
+                {"response": "No.", "overall_score": 1.0},
+                {"response": "?", "overall_score": None},
+            ],
+        },
+        [(TEA, "A drink.", "No.", 7.5)],
+    ),
+    "berkeley-nest/Nectar, all pairs": (
+        {
+            "format": "transcripts",
+            "columns": NONE | {"question": "prompt"},
+            "choice": {"candidates": "answers", "text": "answer", "by": "rank", "value": "rank", "pairs": "all"},
+        },
+        {
+            "prompt": "\n\nHuman: What is tea?\n\nAssistant: ",
+            "answers": [
+                {"answer": "Hm.", "rank": 2.0},
+                {"answer": "A drink.", "rank": 1.0},
+                {"answer": "No.", "rank": 3.0},
+            ],
+        },
+        [(TEA, "A drink.", "Hm.", 1.0), (TEA, "A drink.", "No.", 2.0), (TEA, "Hm.", "No.", 1.0)],
+    ),
+    "HuggingFaceH4/ultrafeedback_binarized": (
+        {
+            "format": "messages",
+            "columns": {
+                "question": "prompt",
+                "chosen": "chosen",
+                "rejected": "rejected",
+                "score": ["score_chosen", "score_rejected"],
+                "system": None,
+            },
+        },
+        {
+            "prompt": "What is tea?",
+            "chosen": talk("A drink."),
+            "rejected": talk("No."),
+            "score_chosen": 8.5,
+            "score_rejected": 1.0,
+        },
+        [(TEA, "A drink.", "No.", 7.5)],
+    ),
+    "allenai/llama-3.1-tulu-3-8b-preference-mixture": (
+        {"format": "messages", "columns": NONE | {"chosen": "chosen", "rejected": "rejected"}},
+        {"prompt": "What is tea?", "chosen": talk("A drink."), "rejected": talk("No."), "chosen_rating": None},
+        [(TEA, "A drink.", "No.", None)],
+    ),
+    "Skywork/Skywork-Reward-Preference-80K-v0.2": (
+        {"format": "messages", "columns": NONE | {"chosen": "chosen", "rejected": "rejected"}},
+        {"chosen": talk("A drink."), "rejected": talk("No."), "source": "x"},
+        [(TEA, "A drink.", "No.", None)],
+    ),
+    "Intel/orca_dpo_pairs": (
+        {
+            "format": "plain",
+            "columns": NONE | {"question": "question", "chosen": "chosen", "rejected": "rejected", "system": "system"},
+        },
+        {"system": "Be kind.", "question": "What is tea?", "chosen": "A drink.", "rejected": "No."},
+        [([SYSTEM, *TEA], "A drink.", "No.", None)],
+    ),
+    "argilla/distilabel-capybara-dpo-7k-binarized": (
+        {
+            "format": "messages",
+            "columns": {
+                "question": None,
+                "chosen": "chosen",
+                "rejected": "rejected",
+                "score": ["rating_chosen", "rating_rejected"],
+                "system": None,
+            },
+        },
+        {
+            "chosen": [*MORE, answer("Often.")],
+            "rejected": [*MORE, answer("No.")],
+            "rating_chosen": 5,
+            "rating_rejected": 3,
+        },
+        [(MORE, "Often.", "No.", 2.0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layouts_are_read_turn_by_turn(name: str) -> None:
+    settings, row, expected = PUBLISHED[name]
+    found = standard_pairs(row, Layout(**{"choice": None} | settings))
+    assert [
+        (
+            [*pair["context"], {"role": "user", "content": pair["question"]}],
+            pair["chosen"],
+            pair["rejected"],
+            pair.get("delta_score"),
+        )
+        for pair in found
+    ] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind"),
+    [
+        ("PKU-Alignment/PKU-SafeRLHF", {"better_response_id": None}, "unlabelled"),
+        ("PKU-Alignment/PKU-SafeRLHF", {"better_response_id": 2}, "tie"),
+        ("nvidia/HelpSteer3", {"overall_preference": 0}, "tie"),
+        ("nvidia/HelpSteer3", {"overall_preference": float("nan")}, "unlabelled"),
+        ("lmsys/chatbot_arena_conversations", {"winner": "tie (bothbad)"}, "tie"),
+        ("openai/webgpt_comparisons", {"score_0": 0.0, "score_1": 0.0}, "tie"),
+        ("openbmb/UltraFeedback", {"completions": [{"response": "Hm.", "overall_score": 5.0}]}, "unlabelled"),
+        ("openbmb/UltraFeedback", {"completions": "none"}, "no_candidates"),
+        ("Anthropic/hh-rlhf", {"rejected": "\n\nHuman: Other?\n\nAssistant: Hm."}, "different_turns"),
+        ("Anthropic/hh-rlhf", {"chosen": "Well\n\nHuman: Hi\n\nAssistant: Hm."}, "no_transcript"),
+    ],
+)
+def test_a_row_without_a_verdict_is_a_misfit_of_its_kind(name: str, change: dict[str, Any], kind: str) -> None:
+    settings, row, _ = PUBLISHED[name]
+    with pytest.raises(Misfit) as found:
+        standard_pairs(row | change, Layout(**{"choice": None} | settings))
+    assert found.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": STANDARD}, "`choice` says which answer is better"),
+        ({"choice": None}, "`columns` names no `chosen`"),
+        ({"choice": {"candidates": ["a", "b", "c"], "by": "strength", "value": "s"}}, "decides between two"),
+        ({"choice": {"candidates": ["a", "b"], "by": "label", "value": "s"}}, "needs the labels of both"),
+        ({"choice": {"candidates": ["a", "b"], "by": "score", "value": ["s"]}}, "one for each column"),
+    ],
+)
+def test_a_layout_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
+    settings, _, _ = PUBLISHED["stanfordnlp/SHP"]
+    with pytest.raises(ValueError, match=message):
+        Layout(**settings | changes)

@@ -192,7 +192,7 @@ def choose(
     """Writes a params.yaml (JSON is YAML) that selects this source; splits that are not given are the first one given."""
     chosen: dict[str, Any] = {"source": source, "revision": revision}
     if section == "data":
-        chosen |= {"config": None, "format": "plain", "columns": COLUMNS} | others
+        chosen |= {"config": None, "format": "plain", "columns": COLUMNS, "choice": None} | others
     else:
         chosen |= {"chat_template": None} | others
     if splits:
