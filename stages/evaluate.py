@@ -32,8 +32,8 @@ from hermes.console import UserError
 from hermes.data.chat_text import Forged, answer_ids, check_plain, prompt_ids
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, release, score
-from hermes.evaluation.held_out import read_pairs
 from hermes.evaluation.intervals import paired_gain
+from hermes.evaluation.tasks.functions import read_pairs
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
@@ -92,23 +92,18 @@ def run_tasks(model: ChatModel, settings: EvaluateSettings) -> dict[str, Answers
 
 def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
     """The rows of data/evaluation/NAME.jsonl: one a question."""
-    rows = []
-    for sample, is_finished in zip(samples, finished, strict=True):
-        doc, answer = sample["doc"], sample["filtered_resps"][0]
-        rows.append(
-            {
-                "id": doc["id"],
-                "topic": doc["topic"],
-                "kind": doc["kind"],
-                "seen": doc["kind"] in SEEN,
-                "question": doc["question"],
-                "answer": answer,
-                "strict": bool(sample["strict"]) and is_finished,
-                "grade": sample["grade"] if is_finished else 0.0,
-                "finished": is_finished,
-            }
-        )
-    return rows
+    return [
+        {name: sample["doc"][name] for name in ("id", "topic", "kind")}
+        | {
+            "seen": sample["doc"]["kind"] in SEEN,
+            "question": sample["doc"]["question"],
+            "answer": sample["filtered_resps"][0],
+            "strict": bool(sample["strict"]) and is_finished,
+            "grade": sample["grade"] if is_finished else 0.0,
+            "finished": is_finished,
+        }
+        for sample, is_finished in zip(samples, finished, strict=True)
+    ]
 
 
 def run_suites(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> dict[str, Path]:
@@ -267,13 +262,7 @@ def held_out_pairs(
 
 @dataclass(frozen=True)
 class Exact:
-    """The merged model in float32 on the chosen answers of held-out pairs.
-
-    Attributes:
-        prompts: token ids of each prompt.
-        answers: token ids of the chosen answer to each, alone in a list.
-        logits: (answer tokens, vocabulary) of each, by its number.
-    """
+    """The merged model in float32 on the chosen answers of held-out pairs: logits (answer tokens, vocabulary) by the pair's number."""
 
     prompts: list[Ids]
     answers: list[list[Ids]]

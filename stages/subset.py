@@ -26,7 +26,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,9 +51,6 @@ class Params(params.Params):
     """Parameters of subset."""
 
     subset: SubsetSettings
-
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -216,7 +213,8 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
         if len(usable) > settings.k:
             removed["below_top_k"] = len(usable) - settings.k
     if not is_train and settings.held_out_k is not None and settings.held_out_k < len(usable):
-        kept = evenly_spaced(usable, settings.held_out_k)
+        count = settings.held_out_k  # at equal distances
+        kept = [usable[i * len(usable) // count] for i in range(count)]
         removed["beyond_held_out_k"] = len(usable) - len(kept)
     scores = [-score for score, _ in kept]
     summary: dict[str, Any] = {
@@ -231,11 +229,6 @@ def decide(path: Path, settings: SubsetSettings, seen: Seen, is_train: bool) -> 
     if malformed:
         summary["malformed_rows"] = {kind: numbers[:SHOWN] for kind, numbers in sorted(malformed.items())}
     return sorted(number for _, number in kept), summary
-
-
-def evenly_spaced(values: list[T], count: int) -> list[T]:
-    """So many of the values, in their order, at equal distances."""
-    return [values[i * len(values) // count] for i in range(count)]
 
 
 def copy_rows(source: Path, target: Path, kept: list[int]) -> None:

@@ -16,7 +16,7 @@ stages/subset.py.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -97,15 +97,11 @@ def text_of(row: Pair, column: str | None) -> str:
     return value
 
 
-def read_plain(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
+def read_texts(row: Pair, columns: Columns, layout: Format) -> tuple[list[Message], str, str]:
     """The turns before the answers, and the two answers."""
     question, chosen, rejected = (text_of(row, name) for name in (columns.question, columns.chosen, columns.rejected))
-    return [{"role": "user", "content": question}], chosen, rejected
-
-
-def read_chatml(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
-    """The turns before the answers, and the two answers."""
-    question, chosen, rejected = (text_of(row, name) for name in (columns.question, columns.chosen, columns.rejected))
+    if layout == "plain":
+        return [{"role": "user", "content": question}], chosen, rejected
     return from_chatml(question), chatml_answer(chosen), chatml_answer(rejected)
 
 
@@ -128,13 +124,6 @@ def read_messages(row: Pair, columns: Columns) -> tuple[list[Message], str, str]
             "other_question", "the question is not what comes before the answers; leave `columns.question` out"
         )
     return before or asked, chosen["content"], rejected["content"]
-
-
-READERS: dict[Format, Callable[[Pair, Columns], tuple[list[Message], str, str]]] = {
-    "plain": read_plain,
-    "chatml": read_chatml,
-    "messages": read_messages,
-}
 
 
 def delta_score(row: Pair, score: str | list[str]) -> float:
@@ -160,7 +149,8 @@ def standard_pair(row: Pair, layout: Format, columns: Columns) -> Pair:
     """
     if missing := [name for name in columns.used() if row[name] is None and name != columns.system]:
         raise Misfit("missing_value", f"`{missing[0]}` is empty")
-    turns, chosen, rejected = READERS[layout](row, columns)
+    is_text = layout != "messages"
+    turns, chosen, rejected = read_texts(row, columns, layout) if is_text else read_messages(row, columns)
     if columns.system and row[columns.system]:
         turns = [{"role": "system", "content": text_of(row, columns.system)}, *turns]
     if not turns or turns[-1]["role"] != "user":

@@ -122,17 +122,9 @@ def as_trained(weight: torch.Tensor, double_quantization: bool) -> torch.Tensor:
 
 
 class Merger:
-    """An adapter and a base, merged a weight at a time.
+    """The folders of a base and an adapter, merged a weight at a time onto the base as it is stored ("bf16") or as training met it ("nf4").
 
-    Args:
-        base: folder of the base.
-        adapter: folder of the adapter.
-        onto: "bf16", the base as it is stored, or "nf4", as training met it.
-        double_quantization: of the quantization constants, as in training.
-
-    Attributes:
-        tensors: of the base, by name.
-        rounding: of the weights merged so far.
+    `tensors` are those of the base, and `rounding` tells of the weights merged so far.
 
     Raises:
         UserError: base or adapter is damaged, or they do not fit together.

