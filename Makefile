@@ -26,6 +26,7 @@ example.review := BASE=main
 example.publish := REPO=owner/name
 SWITCHES := RESOLVE PUSH FULL
 SETUP := DEVICE PYTHON
+SPLIT := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder # of tests, a file to each free core
 
 # Everything is checked here, before anything is set up. A value of the environment counts for set-up alone, so that a SEED that happens
 # to be there changes no run; it is mentioned where the target could have taken it from the command line.
@@ -148,12 +149,12 @@ publish: setup
 
 ## make test                run the fast tests
 test: setup
-	$(PY) -m pytest -q -m 'not slow and not gpu' tests
+	$(PY) -m pytest -q $(SPLIT) -m 'not slow and not gpu' tests
 
 ## make test-all            run the slow ones too
 test-all: setup
 	@./setup.sh math
-	$(PY) -m pytest -q -m 'not gpu' tests
+	$(PY) -m pytest -q $(SPLIT) -m 'not gpu' tests
 
 ## make lint                check style, formatting and types
 lint: setup

@@ -25,13 +25,12 @@ class Lines(tqdm):
         """Leaves the cursor where it is."""
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> "tqdm[T]":
+def progress(items: Iterable[T], description: str, unit: str = "it") -> "tqdm[T]":
     """A progress bar over `items`; where nobody watches, a line at the beginning, every half minute at most, and at the end."""
     watched = sys.stderr.isatty()
     return (tqdm if watched else Lines)(
         items,
         desc=description,
-        total=total,
         unit=f" {unit}",
         mininterval=0.5 if watched else 30.0,
         maxinterval=float("inf"),

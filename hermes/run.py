@@ -32,7 +32,8 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
 
     started = datetime.now(UTC)
     clock = time.monotonic()
-    run_tool(name, checked, " [earlier outputs: .venv/bin/dvc checkout && git checkout reports]" if under_dvc() else "")
+    hint = " [earlier outputs: .venv/bin/dvc checkout && git checkout reports]"
+    run_tool(name, checked, hint if "DVC_ROOT" in os.environ else "")
     record_timing(name, started, time.monotonic() - clock)
 
 
@@ -53,11 +54,6 @@ def run_tool(name: str, main: Callable[[], int | None], hint: str = "") -> None:
         sys.exit(f"{name}: {type(error).__name__}, see the traceback above{hint}")
     if code:
         sys.exit(code)
-
-
-def under_dvc() -> bool:
-    """Whether DVC runs this process."""
-    return "DVC_ROOT" in os.environ
 
 
 def record_timing(name: str, started: datetime, seconds: float) -> None:

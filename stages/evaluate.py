@@ -166,23 +166,18 @@ def write_answers(model: ChatModel, settings: EvaluateSettings) -> Answers:
 
 def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
     """The rows of data/evaluation/NAME.jsonl: one a question."""
-    rows = []
-    for sample, is_finished in zip(samples, finished, strict=True):
-        doc, answer = sample["doc"], sample["filtered_resps"][0]
-        rows.append(
-            {
-                "id": doc["id"],
-                "topic": doc["topic"],
-                "kind": doc["kind"],
-                "seen": doc["kind"] in SEEN,
-                "question": doc["question"],
-                "answer": answer,
-                "strict": bool(sample["strict"]) and is_finished,
-                "grade": sample["grade"] if is_finished else 0.0,
-                "finished": is_finished,
-            }
-        )
-    return rows
+    return [
+        {name: sample["doc"][name] for name in ("id", "topic", "kind")}
+        | {
+            "seen": sample["doc"]["kind"] in SEEN,
+            "question": sample["doc"]["question"],
+            "answer": sample["filtered_resps"][0],
+            "strict": bool(sample["strict"]) and is_finished,
+            "grade": sample["grade"] if is_finished else 0.0,
+            "finished": is_finished,
+        }
+        for sample, is_finished in zip(samples, finished, strict=True)
+    ]
 
 
 def run_suites(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> dict[str, Path]:
@@ -335,13 +330,7 @@ def compare(after: Answers, before: Answers, against: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Exact:
-    """The merged model in float32 on the chosen answers of held-out pairs.
-
-    Attributes:
-        prompts: token ids of each prompt.
-        answers: token ids of the chosen answer to each, alone in a list.
-        logits: (answer tokens, vocabulary) of each, by its number.
-    """
+    """The merged model in float32 on the chosen answers of held-out pairs: logits (answer tokens, vocabulary) by the pair's number."""
 
     prompts: list[Ids]
     answers: list[list[Ids]]

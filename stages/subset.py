@@ -27,7 +27,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -53,9 +53,6 @@ class Params(params.Params):
     """Parameters of subset."""
 
     subset: SubsetSettings
-
-
-T = TypeVar("T")
 
 
 class Candidate(NamedTuple):
@@ -257,7 +254,7 @@ def decide(
         cut = {"delta_score": value, "tied_at_cut": sum(tied), "tied_kept": sum(tied[: settings.k])}
     if not is_train and settings.held_out_k is not None and settings.held_out_k < len(kept):
         removed["beyond_held_out_k"] = len(kept) - settings.held_out_k
-        kept = evenly_spaced(kept, settings.held_out_k)
+        kept = [kept[i * len(kept) // settings.held_out_k] for i in range(settings.held_out_k)]
     scores = [candidate.score for candidate in kept]
     summary: dict[str, Any] = {
         "read": read,
@@ -271,11 +268,6 @@ def decide(
     if malformed:
         summary["malformed_rows"] = {kind: numbers[:SHOWN] for kind, numbers in sorted(malformed.items())}
     return sorted(candidate.number for candidate in kept), summary
-
-
-def evenly_spaced(values: list[T], count: int) -> list[T]:
-    """So many of the values, in their order, at equal distances."""
-    return [values[i * len(values) // count] for i in range(count)]
 
 
 def copy_rows(source: Path, target: Path, kept: list[int]) -> None:

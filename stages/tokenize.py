@@ -34,7 +34,6 @@ from hermes.console import UserError, progress
 from hermes.data.chat_text import (
     Forged,
     Ids,
-    Messages,
     answer_ids,
     check_plain,
     prompt_ids,
@@ -69,12 +68,15 @@ def templated_ids(
     return whole[:start], whole[start:] + end
 
 
-def system_prompt(template: TextTemplate, context: Messages) -> str:
-    """The system prompt of a row, which a template of one's own has to have a place for; empty without one.
+def templated_pair(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: TextTemplate
+) -> dict[str, tuple[Ids, Ids]]:
+    """The ids of prompt and answer in a template of one's own, for each answer of a pair.
 
     Raises:
         UserError: what comes before the question does not fit into the template.
     """
+    context = row.get("context") or []
     system = context[0]["content"] if context and context[0]["role"] == "system" else ""
     if len(context) > bool(system):
         raise UserError("a template of one's own has no place for turns before the question; use `template: null`")
@@ -82,26 +84,9 @@ def system_prompt(template: TextTemplate, context: Messages) -> str:
         raise UserError(
             "the row has a system prompt, for which the template has no place; put {system} into `tokenize.template.prompt`"
         )
-    return system
-
-
-def templated_pair(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: TextTemplate
-) -> dict[str, tuple[Ids, Ids]]:
-    """The ids of prompt and answer in a template of one's own, for each answer of a pair.
-
-    Raises:
-        UserError: the row does not fit into the template.
-    """
-    system = system_prompt(template, row.get("context") or [])
     return {
         name: templated_ids(tokenizer, template, row["question"], row[name], system) for name in ("chosen", "rejected")
     }
-
-
-def is_uneven(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], template: TextTemplate) -> bool:
-    """Whether one answer of a pair changes the last token of the prompt and the other does not (module docstring)."""
-    return len({len(prompt) for prompt, _ in templated_pair(tokenizer, row, template).values()}) > 1
 
 
 def conversation_ids(
@@ -210,7 +195,9 @@ def tokenize_split(
             dropped[f"{found[0]}_longer_than_{limit}"] += 1
             continue
         identical += answers["chosen"] == answers["rejected"] and whole["chosen"] != whole["rejected"]
-        uneven += settings.template is not None and is_uneven(tokenizer, rows[number], settings.template)
+        if settings.template is not None:
+            prompts = [prompt for prompt, _ in templated_pair(tokenizer, rows[number], settings.template).values()]
+            uneven += len(prompts[0]) != len(prompts[1])
         kept.append({"prompt_ids": prompt, "chosen_ids": answers["chosen"], "rejected_ids": answers["rejected"]})
     if not kept:
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))

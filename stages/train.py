@@ -153,10 +153,9 @@ def run_key(loaded: Params) -> str:
     """A hash of everything the trained adapter depends on, to name its scratch folder."""
     code = [module.__file__ for name, module in sys.modules.items() if name.startswith(("hermes.", "stages."))]
     files = {Path(file) for file in (*code, __file__, PACKAGES) if file}
-    inputs = [sha256_folder(folder) for folder in (TOKENS, REFERENCE, BASE)] + sorted(map(sha256_file, files))
-    return hashlib.sha256(json.dumps([loaded.model_dump(mode="json"), inputs], sort_keys=True).encode()).hexdigest()[
-        :16
-    ]
+    hashes = [sha256_folder(folder) for folder in (TOKENS, REFERENCE, BASE)] + sorted(map(sha256_file, files))
+    inputs = json.dumps([loaded.model_dump(mode="json"), hashes], sort_keys=True)
+    return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -215,9 +214,8 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
         )
     except ValueError as error:
         raise UserError(f"params.yaml: {error}") from None
-    config._n_gpu = min(
-        config.n_gpu, 1
-    )  # a process has one, or none; Trainer would spread the model over all that it sees
+    # A process has one GPU, or none; Trainer would spread the model over all that it sees.
+    config._n_gpu = min(config.n_gpu, 1)
     return config
 
 
@@ -395,8 +393,7 @@ def run(loaded: Params, scratch: Path) -> None:
     if trainer.is_fsdp_enabled:  # all processes take part
         gathered = distributed.adapter_of(trainer.accelerator.get_state_dict(trainer.model))
     trainer.accelerator.wait_for_everyone()  # no process writes to `scratch` any more
-    losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
-    if not all(loss == loss and abs(loss) != float("inf") for loss in losses):
+    if not all(math.isfinite(float(row["loss"])) for row in trainer.state.log_history if "loss" in row):
         raise UserError("the loss is not a number any more; lower train.learning_rate or beta")
     if not main:
         return

@@ -75,11 +75,7 @@ class Conversation:
 
 
 def base_gguf() -> Path:
-    """The bf16 GGUF of models/base, converted where there is none of these weights yet.
-
-    Raises:
-        UserError: the base is missing or cannot be converted.
-    """
+    """The bf16 GGUF of models/base, converted where there is none of these weights yet; a UserError where the base is missing."""
     if not (BASE / "config.json").is_file():
         raise UserError(f"{BASE}: no model there; run: make repro")
     path = SCRATCH / f"base-{sha256_folder(BASE)[:16]}.gguf"
@@ -91,11 +87,7 @@ def base_gguf() -> Path:
 
 
 def tuned_gguf(kind: str | None) -> Path:
-    """The tuned model's GGUF of a type, or the smallest.
-
-    Raises:
-        UserError: there is none, or none of that type; names those there are.
-    """
+    """The tuned model's GGUF of a type, or the smallest; a UserError where there is none, which names those there are."""
     made = sorted(GGUF.glob("*.gguf"), key=lambda file: (file.stat().st_size, file.name))
     path = made[0] if made and kind is None else GGUF / f"{kind or '*'}.gguf"
     if path not in made:

@@ -41,6 +41,7 @@ from hermes.instructions.topics import split_topics
 from hermes.instructions.verifiers import sentences, words
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
+from hermes.params import read_yaml
 from hermes.run import run_tool
 from hermes.settings import experiment
 from hermes.settings.untracked import CollectSettings
@@ -54,23 +55,7 @@ PLAIN_QUESTIONS = 2
 PAIRING = {"tie_margin", "contrast_share"}  # settings that shape the pairs and not the samples
 TOP_K = 50
 WAVES = sorted({kind.wave for kind in KINDS.values()})
-
-DEMONSTRATIONS = {
-    "paper planes": "A paper plane is a toy that is folded from one sheet. "
-    "Children throw it and watch it glide. A sharp nose makes it fly straight.",
-    "toast": "Toast is bread that was browned by heat. It tastes warm and crunchy. People eat it with butter or jam.",
-    "sandcastles": "A sandcastle is built from wet sand near the sea. "
-    "Children shape its towers with buckets. The next tide washes it away.",
-    "bus tickets": "A bus ticket shows that a passenger has paid. "
-    "It is often a small slip of paper. Many towns now sell it on a phone.",
-    "pencils": "A pencil holds a thin stick of graphite inside wood. "
-    "It leaves gray marks that can be erased. Artists like its soft lines.",
-    "doorbells": "A doorbell tells people that a guest is waiting outside. "
-    "Old ones were pulled by a string. Most ring when a button is pressed.",
-    "blankets": "A blanket keeps a person warm at night. It traps air between its threads. Some are knitted by hand.",
-    "lemonade": "Lemonade is a sour and sweet drink. "
-    "It is made from lemons and cold water. Children like to sell it on hot days.",
-}
+DEMONSTRATIONS: dict[str, str] = read_yaml(Path(__file__).with_name("worked_examples.yaml"))
 Row = dict[str, Any]
 
 
@@ -347,11 +332,7 @@ def main() -> None:
 
 
 def committed_samples(settings: CollectSettings, seed: int) -> list[Row]:
-    """All that was sampled, as data/embedded holds it.
-
-    Raises:
-        UserError: a file is missing, or params.yaml asks for other samples than these.
-    """
+    """All that was sampled, as data/embedded holds it; a UserError where a file is missing, or params.yaml asks for other samples."""
     path, made = EMBEDDED / "samples.parquet", EMBEDDED / "card.json"
     for file in (path, made):
         if not file.is_file():

@@ -91,11 +91,7 @@ def is_due() -> bool:
 
 
 def compare() -> list[str]:
-    """Compares, keeps what was found, and says it.
-
-    Raises:
-        UserError: the rows were made otherwise, so that a difference would say nothing, or the Hub cannot give the published ones.
-    """
+    """Compares, keeps what was found, and says it; a UserError where the rows were made otherwise, and would say nothing."""
     why = difference_in_making()
     ours = [] if why else read_rows(ROWS)
     if not why and len(ours) != KEPT:

@@ -10,9 +10,9 @@ before its evaluation are left out: the files that it carries are those of its c
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.text import Text
 from hermes import params
 from hermes.pages.render import clean
 from hermes.run import run_tool
+from tools.doctor import git
 from tools.dvc_runs import dvc
 
 BASELINE = re.compile(r"^refs/exps/([0-9a-f]{2})/([0-9a-f]{38})/", re.MULTILINE)
@@ -44,8 +45,7 @@ Data = Mapping[str, Any]
 
 def baselines() -> list[str]:
     """The current commit, then the commits that experiments derive from; git's references to experiments name them."""
-    command = ["git", "for-each-ref", "--format=%(refname)", "refs/exps"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    listed = git(Path(), "for-each-ref", "--format=%(refname)", "refs/exps") or ""
     return ["HEAD", *dict.fromkeys("".join(found) for found in BASELINE.findall(listed))]
 
 

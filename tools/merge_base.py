@@ -78,11 +78,7 @@ class Recipe(params.Settings):
 
 
 def read_recipe(path: Path = RECIPE) -> Recipe:
-    """Reads and validates a recipe.
-
-    Raises:
-        UserError: it is not one, or may mean other weights tomorrow; names the key.
-    """
+    """Reads a recipe; a UserError that names the key where it is none, or may mean other weights tomorrow."""
     try:
         return Recipe.model_validate(params.read_yaml(path))
     except ValidationError as error:
@@ -92,11 +88,7 @@ def read_recipe(path: Path = RECIPE) -> Recipe:
 
 
 def resolve(path: Path = RECIPE) -> None:
-    """Writes the newest commit of every model whose revision is null into a recipe, all else as it was; prints which.
-
-    Raises:
-        UserError: the Hub cannot tell one; then the file stays.
-    """
+    """Writes the newest commit of every model whose revision is null into a recipe, which stays as it is where the Hub cannot tell one."""
 
     def pinned(found: re.Match[str]) -> str:
         if is_folder(found[2]):
@@ -113,11 +105,7 @@ def resolve(path: Path = RECIPE) -> None:
 
 
 def fetch(place: Place) -> Path:
-    """The folder of a constituent; one from the Hub is downloaded where an earlier run has not done so.
-
-    Raises:
-        UserError: the Hub cannot give it.
-    """
+    """The folder of a constituent; one from the Hub is downloaded where an earlier run has not done so."""
     if is_folder(place.path):
         return Path(place.path)
     folder = scratch_folder("base-merge") / place.path.replace("/", "--") / str(place.revision)

@@ -27,12 +27,12 @@ from transformers import AutoConfig
 from hermes import hub
 from hermes.artifacts import open_parquet, read_json
 from hermes.console import UserError
-from hermes.evaluation.benchmarks import SuiteName
 from hermes.model import llama3
 from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import UBATCH
 from hermes.model.llama3 import Shape
 from hermes.pages import published_run
+from hermes.params import read_yaml
 from hermes.run import run_tool
 from hermes.settings import experiment
 from hermes.settings.experiment import Profile
@@ -45,7 +45,7 @@ KNOWN = {"embedded": Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True), publishe
 
 
 class Device(NamedTuple):
-    """Bytes of memory, bfloat16 FLOP/s and bytes/s: of a GPU dense, by the maker's data sheet; of a CPU as training reaches them."""
+    """Bytes of memory, bfloat16 FLOP/s and bytes/s: of a GPU those of its data sheet, of a CPU as training reaches them."""
 
     memory: int
     flops: float
@@ -61,7 +61,7 @@ class Mix(NamedTuple):
     kinds: int  # of instruction
     questions: int  # of a kind
     plain: int
-    lengths: tuple[tuple[float, float], ...]  # of prompts, chosen and rejected answers
+    lengths: list[tuple[float, float]]  # of prompts, chosen and rejected answers
 
 
 class Work(NamedTuple):
@@ -73,12 +73,10 @@ class Work(NamedTuple):
     answer: int
 
 
-GPUS = {
-    "A40": Device(46_068 << 20, 150e12, 696e9),
-    "RTX 4090": Device(24_564 << 20, 165e12, 1008e9),
-    "A100": Device(81_920 << 20, 312e12, 1935e9),
-    "H100": Device(81_559 << 20, 989e12, 3352e9),
-}
+ASSUMED = read_yaml(Path(__file__).with_suffix(".yaml"))
+GPUS = {name: Device(**gpu) for name, gpu in ASSUMED["gpus"].items()}
+MIXES = {name: Mix(**mix) for name, mix in ASSUMED["mixes"].items()}
+SUITES = {name: [Work(**part) for part in parts] for name, parts in ASSUMED["suites"].items()}
 # Of the dense rate in training and scoring, as seen in training on one H100; of the memory's in generation, an assumption.
 EFFICIENCY = 0.3
 LAUNCHING = 0.013  # seconds that Python takes to launch a pass through a layer, forward, backward or computed again; seen there too
@@ -86,16 +84,6 @@ LAUNCHING = 0.013  # seconds that Python takes to launch a pass through a layer,
 # trained for 10.5 and evaluated for 12.5 minutes on two cores that do, and for 41.7 and 35.8 on two that do not. Bytes/s: an assumption.
 CORE = {True: (175e9, 0.75), False: (44e9, 1.0)}
 CORE_BANDWIDTH = 10e9
-MIXES = {
-    "embedded": Mix(542, 24, 24, 48, ((47, 0.1), (32, 0.6), (34, 0.6))),
-    "Hermes": Mix(914, 0, 0, 0, ((119, 0.8), (149, 0.7), (149, 0.7))),
-}
-# From the questions that lm-eval lists, those of one kind together; lengths are about, since no data set was here to be counted.
-SUITES: dict[SuiteName, tuple[Work, ...]] = {
-    "nous": (Work(36_828, 5, 110, 10),),
-    "open_llm_v1": (Work(14_042, 4, 700, 1), Work(13_298, 4, 865, 18), Work(1_319, 0, 900, 200)),
-    "open_llm_v2": (Work(12_032, 10, 1_200, 1), Work(7_709, 5, 680, 6), Work(1_865, 0, 585, 400)),
-}
 DOWNLOAD = 100e6  # bytes/s from the Hub; an assumption
 STARTING = 10  # seconds in which a stage starts, is hashed and ends; what the short stages of the default profile take
 # Weights a second on two CPU cores, as the committed rehearsal did them: merged, written as f16, and quantized to one more type.
@@ -139,12 +127,13 @@ class Run(NamedTuple):
 Change = dict[str, dict[str, Any]]  # values of a profile, by section and key
 
 
-def model_shape(loaded: Profile) -> Shape:
-    """The shape of the profile's base.
+def weights_of(shape: Shape) -> int:
+    """How many a model of this shape has."""
+    return shape.linear_weights + shape.other_weights
 
-    Raises:
-        UserError: it is known neither here nor from its folder or the Hub.
-    """
+
+def model_shape(loaded: Profile) -> Shape:
+    """The shape of the profile's base; a UserError where neither this checkout, its folder nor the Hub knows it."""
     source, revision = loaded.model.source, loaded.model.revision
     manifest = BASE / "manifest.json"
     if manifest.is_file() and read_json(manifest)["source"] == source:
@@ -204,7 +193,7 @@ def evaluation_seconds(run: Run, flops: float, bandwidth: float) -> float:
     for all of one token, llama.cpp once for all.
     """
     loaded, shape, lengths = run
-    e, mix, weights = loaded.evaluate, MIXES[kind(loaded)], shape.linear_weights + shape.other_weights
+    e, mix = loaded.evaluate, MIXES[kind(loaded)]
     questions = mix.kinds * min(e.questions_per_kind or mix.questions, mix.questions)
     prompt, answer = round(lengths.prompt.mean()), round((lengths.chosen + lengths.rejected).mean() / 2)
     tasks = {
@@ -218,7 +207,7 @@ def evaluation_seconds(run: Run, flops: float, bandwidth: float) -> float:
         prompts = max(1, math.ceil(part.choices / together)) if part.answer > 1 else 1
         answers = part.questions * max(1, part.choices) * part.answer
         read = part.questions * prompts * part.prompt + answers
-        passes = answers / batch * weights * BITS.get(file, 16.0) / 8 if part.choices == 0 else 0
+        passes = answers / batch * weights_of(shape) * BITS.get(file, 16.0) / 8 if part.choices == 0 else 0
         return (
             2 * (shape.linear_weights * read + shape.vocabulary * shape.hidden * answers) / flops + passes / bandwidth
         )
@@ -235,7 +224,7 @@ def seconds_of(run: Run, device: Device) -> dict[str, float]:
     The other stages go by the rehearsal's rates, and by an assumed one of the network.
     """
     loaded, shape, lengths = run
-    train, pairs, weights = loaded.train, len(lengths.prompt), shape.linear_weights + shape.other_weights
+    train, pairs, weights = loaded.train, len(lengths.prompt), weights_of(shape)
     share = EFFICIENCY if device.is_gpu else 1.0
     answers = (lengths.chosen + lengths.rejected).sum() * shape.vocabulary * shape.hidden
     forward = 2 * float(lengths.tokens.sum() * shape.linear_weights + answers) / pairs
@@ -280,7 +269,7 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     float32, where weights are merged or quantized.
     """
     loaded, shape, lengths = run
-    e, step, weights = loaded.evaluate, training_step(run, is_gpu), shape.linear_weights + shape.other_weights
+    e, step, weights = loaded.evaluate, training_step(run, is_gpu), weights_of(shape)
     base = training_memory(shape, loaded.base, loaded.train, 0, 0)
     row, _ = lengths.largest_row(loaded.reference.batch_size)
     forward = step.workspace + step.logits + row * shape.hidden * SIZES[loaded.base.dtype] * 8
@@ -306,7 +295,7 @@ def disk_of(loaded: Profile, shape: Shape) -> dict[str, int]:
     DVC links its cache to what is in the folder, so every artifact counts once; of fetch_model's two copies, the download's and the
     model's, one is left.
     """
-    weights = shape.linear_weights + shape.other_weights
+    weights = weights_of(shape)
     files = sum(round(weights * BITS[kind] / 8) for kind in ("f16", *loaded.quantize.types))
     adapter = 3 * training_memory(shape, loaded.base, loaded.train, 0, 0).adapter
     return {"fetch_model": 2 * weights, "train": adapter, "merge": 2 * weights, "quantize": files}
@@ -389,7 +378,7 @@ def report(run: Run, source: str, name: str, device: Device) -> str:
         return gibibytes(count) if count else ""
 
     lines = [
-        f"model: {loaded.model.source}, {(shape.linear_weights + shape.other_weights) / 1e9:.2f} billion weights",
+        f"model: {loaded.model.source}, {weights_of(shape) / 1e9:.2f} billion weights",
         f"lengths: {source}; largest row of {loaded.train.batch_size} pairs: {tokens:,} tokens, {answers:,} scored",
         f"device: {name}, {gibibytes(device.memory)}; what follows is a prediction",
         "",
@@ -421,11 +410,7 @@ def device_here(threads: int) -> tuple[str, Device]:
 
 
 def plan(profile: str | None, gpu: str | None) -> tuple[str, str | None]:
-    """The plan of a profile for a GPU of this name, or for what is here; and why it does not fit, which is all that is said of a CPU then.
-
-    Raises:
-        UserError: an unknown profile, or a model of unknown shape.
-    """
+    """The plan of a profile for a GPU of this name, or for what is here; and why it does not fit. Of a CPU only that is said then."""
     loaded = load(profile)
     name, device = (gpu, GPUS[gpu]) if gpu else device_here(loaded.base.threads)
     run, source = run_of(loaded)

@@ -28,11 +28,7 @@ def write_params(source: Path, target: Path, profile: str, changes: Mapping[str,
 
 
 def with_profile(text: str, value: str) -> tuple[str, str]:
-    """`text`, a params.yaml, with `value` written at its top-level `profile` and every other character as it was; and what stood there.
-
-    Raises:
-        UserError: there is no such key.
-    """
+    """`text`, a params.yaml, with `value` written at its top-level `profile` and every other character as it was; and what stood there."""
     root = YAML(pure=True).compose(text)
     for key, node in root.value if isinstance(root, MappingNode) else []:
         if key.value == "profile":
@@ -63,11 +59,7 @@ def replace(path: Path, text: str) -> None:
 
 @contextmanager
 def selected(name: str | None) -> Iterator[None]:
-    """Selects a profile in params.yaml for the length of the block; None leaves the file alone.
-
-    Raises:
-        UserError: there is no such profile; names those that there are.
-    """
+    """Selects a profile in params.yaml for the length of the block; None leaves the file alone."""
     tree = read_yaml(PARAMS)
     profiles = tree.get("profiles") or {}
     if name is not None and name not in profiles:

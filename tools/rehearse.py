@@ -42,11 +42,12 @@ from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import GgufModel
 from hermes.model.llama3 import Shape
 from hermes.model.safetensors_stream import DTYPES, PIECE, Stored, write_folder
+from hermes.pages import render
 from hermes.run import run_tool
 from hermes.settings.experiment import Profile
 from tools import disk
 from tools.dvc_runs import environment
-from tools.plan import BITS, load, model_shape, pair_lengths
+from tools.plan import BITS, load, model_shape, pair_lengths, weights_of
 from tools.profiles import write_params
 
 ROOT = Path(__file__).parent.parent
@@ -128,11 +129,6 @@ def overrides(loaded: Profile, pairs: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def weights(shape: Shape) -> int:
-    """How many a model of this shape has."""
-    return shape.linear_weights + shape.other_weights
-
-
 def positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isdecimal() or int(text) == 0:
@@ -158,7 +154,7 @@ def prepare(folder: Path, profile: str, loaded: Profile, pairs: int, shape: Shap
     if lock.is_file() and "fetch_model" in params.read_yaml(lock)["stages"]:  # DVC has a copy
         shutil.rmtree(folder / SOURCE, ignore_errors=True)
     elif not (folder / SOURCE).is_dir():
-        print(f"rehearse: writing {weights(shape) / 1e9:.2f} billion random weights", flush=True)
+        print(f"rehearse: writing {weights_of(shape) / 1e9:.2f} billion random weights", flush=True)
         random_model(folder / SOURCE, shape, tokenizer)
     write_params(ROOT / params.PARAMS, folder / params.PARAMS, profile, overrides(loaded, pairs))
 
@@ -223,15 +219,11 @@ def generate() -> None:
 
 
 def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, Any]:
-    """The whole rehearsal; the content of reports/rehearsal.json.
-
-    Raises:
-        UserError: the disk has no room, or a stage fails or did not do what it is there for.
-    """
+    """The whole rehearsal, as reports/rehearsal.json has it. A UserError where a stage fails or did not do what it is there for."""
     loaded, records = load(profile), folder / "records.json"
     held = disk_used(folder) if folder.is_dir() else 0
     # base, merged model and f16 GGUF have two bytes a weight
-    free, mend = disk.room(ROOT, weights(shape) * (3 * 2 + BITS[TYPE] / 8) - held)
+    free, mend = disk.room(ROOT, weights_of(shape) * (3 * 2 + BITS[TYPE] / 8) - held)
     if mend:
         raise UserError(f"{free}; {mend}, or use fewer --layers")
     prepare(folder, profile, loaded, pairs, shape)
@@ -244,7 +236,7 @@ def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, 
         "cores": os.cpu_count(),
         "has_bfloat16": has_bfloat16(),
         "shape": vars(shape),
-        "weights": weights(shape),
+        "weights": weights_of(shape),
         "pairs": pairs,
         "pairs_of_profile": loaded.train.batch_size * loaded.train.accumulation,
         "largest_b": largest,
@@ -256,29 +248,8 @@ def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, 
 
 def markdown(found: dict[str, Any]) -> str:
     """The page of reports/rehearsal.md."""
-    shape, cpu = found["shape"], f"{found['cores']} cores {'with' if found['has_bfloat16'] else 'without'} bfloat16"
-    rows = []
-    for name in (*STAGES, "generate"):
-        record = found["stages"][name]
-        cells = (record["seconds"] / 60, *(record[key] / 2**30 for key in ("anonymous", "resident", "disk")))
-        rows.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in cells) + " |")
-    table = "\n".join(rows)
-    return f"""\
-# Rehearsal of the profile {found["profile"]}
-
-`{found["command"]}` on {cpu}: {found["weights"] / 1e9:.2f} billion random weights ({shape["layers"]} layers,
-hidden size {shape["hidden"]}, vocabulary {shape["vocabulary"]:,}),
-one optimizer step of {found["pairs"]} of the profile's {found["pairs_of_profile"]} pairs,
-merge, GGUF {TYPE}, and {NEW_TOKENS} tokens written by it. Memory of its own is what no file backs; resident also counts the pages of
-files that a process has mapped. They are the largest that was seen, looking every half second.
-
-| stage | minutes | memory of its own, GiB | resident, GiB | most disk, GiB |
-|---|--:|--:|--:|--:|
-{table}
-
-Disk counts DVC's cache and the random weights themselves. After the step the adapter's B factors reach {found["largest_b"]:.2g};
-rounding to bfloat16 swallowed {found["merge"]["swallowed"]:.1%} of the changes that it made to the weights.
-"""
+    content = found | {"order": (*STAGES, "generate"), "type": TYPE, "new_tokens": NEW_TOKENS}
+    return render.environment().get_template("rehearsal.md.j2").render(content)
 
 
 def main() -> None:

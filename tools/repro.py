@@ -116,11 +116,7 @@ def prepare_punkt() -> None:
 
 
 def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ()) -> int:
-    """Runs `dvc repro` with the arguments `rest` under a profile, or `dvc exp run` with changed values; DVC's exit code.
-
-    Raises:
-        UserError: an unknown profile, or another run in this folder.
-    """
+    """Runs `dvc repro` with the arguments `rest` under a profile, or `dvc exp run` with changed values; DVC's exit code."""
     with only_one("repro") as lock, Relay() as relay:
         if put_back():
             print(f"repro: {params.PARAMS} is as it was before a run that was killed", file=sys.stderr)

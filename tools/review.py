@@ -48,11 +48,7 @@ class Revision:
     files: AbstractFileSystem
 
     def read(self, path: str, parse: Callable[[str], Any] = str) -> Any:
-        """What `parse` makes of the text of a file.
-
-        Raises:
-            UserError: it is missing, or not what it should be.
-        """
+        """What `parse` makes of the text of a file; a UserError where it is missing or not what it should be."""
         try:
             return parse(self.files.read_text(path))
         except (OSError, DvcException):
@@ -107,11 +103,7 @@ class AnswerChanges:
 
 
 def open_revision(name: str | None) -> Revision:
-    """Finds a revision by the name of a commit, branch, tag or experiment; None is the working tree.
-
-    Raises:
-        UserError: there is no such revision, or this is no repository of git and DVC.
-    """
+    """Finds a revision by the name of a commit, branch, tag or experiment; None is the working tree."""
     if name is None:
         return Revision("working tree", None, LocalFileSystem())
     try:
@@ -129,11 +121,7 @@ def open_revision(name: str | None) -> Revision:
 
 
 def load_run(revision: Revision) -> Run:
-    """Reads what every comparison needs of a revision.
-
-    Raises:
-        UserError: a report is missing or malformed.
-    """
+    """Reads what every comparison needs of a revision."""
     tree = revision.read("params.yaml", lambda text: dict(YAML(typ="safe", pure=True).load(text)))
     return Run(
         name=revision.name,
@@ -182,11 +170,7 @@ def quantization(revision: Revision) -> dict[str, Row]:
 
 
 def review(base: str, head: str | None = None) -> list[str]:
-    """Compares two revisions and writes reports/review/review.html and review.md; returns a summary in lines.
-
-    Raises:
-        UserError: a revision does not exist or lacks a report.
-    """
+    """Compares two revisions and writes reports/review/review.html and review.md; returns a summary in lines."""
     revisions = [open_revision(base), open_revision(head)]
     before, after = (load_run(revision) for revision in revisions)
     old_answers, new_answers = (revision.read("reports/eval/merged.jsonl", parse_answers) for revision in revisions)
@@ -233,11 +217,7 @@ def _gain(gain: Mapping[str, Any]) -> str:
 
 
 def compare(names: Sequence[str]) -> list[str]:
-    """Sets experiments side by side in reports/review/sweep.html, sweep.md and sweep.json; returns them in lines, sorted by name.
-
-    Raises:
-        UserError: an experiment does not exist or lacks a report.
-    """
+    """Sets experiments side by side in reports/review/sweep.html, sweep.md and sweep.json; returns them in lines, sorted by name."""
     runs = [load_run(open_revision(name)) for name in sorted(set(names))]
     differing = differing_params(runs)
     spreads = spread(runs)

@@ -30,11 +30,7 @@ VALUES = {
 
 
 def parse(key: str, text: str) -> list[str]:
-    """The values of a comma-separated list, in order and as they were written, which is also how they name experiments.
-
-    Raises:
-        UserError: a value that `key` cannot have, or that comes twice; names it.
-    """
+    """The values of a comma-separated list, in order and as written. A UserError names one that `key` cannot have, or that comes twice."""
     pattern, wanted = VALUES[key]
     values: list[str] = []
     for value in (entry.strip() for entry in text.split(",")):
@@ -52,22 +48,14 @@ def assignments(key: str, values: list[str]) -> dict[str, str]:
 
 
 def check_repository(root: Path) -> None:
-    """Refuses what DVC would fail on at every experiment.
-
-    Raises:
-        UserError: git knows no author, or the path has letters that DVC cannot write into the copy's settings.
-    """
+    """Refuses, by a UserError, what DVC would fail on at every experiment: no author, or a path that it cannot write into a copy."""
     for check in doctor.of_git(root):
         if check.mend and check.name in ("repository", "git identity"):
             raise UserError(f"{check.finding}; {check.mend}")
 
 
 def sweep(wanted: Mapping[str, str]) -> int:
-    """Runs and compares the experiments (name: assignment); 1 where one failed or could not be compared, else a signal's 128 + number.
-
-    Raises:
-        UserError: experiments cannot be run here, or another sweep runs.
-    """
+    """Runs and compares the experiments (name: assignment); 1 where one failed or could not be compared, else a signal's 128 + number."""
     check_repository(Path.cwd())
     with only_one("sweep") as lock, Relay() as relay:
         existing, succeeded = dvc("exp", "list", "--name-only").split(), []

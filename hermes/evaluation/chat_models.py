@@ -39,30 +39,12 @@ def score(logits: torch.Tensor, answer: Ids) -> tuple[float, bool]:
     return float(log_probs.double().sum()), bool((logits.argmax(dim=-1, keepdim=True) == tokens).all())
 
 
-class QuietModel(TemplateLM):
-    """lm-eval's interface, without its own progress bars where nobody watches."""
+class TokenizedModel(TemplateLM):
+    """lm-eval's interface to models with a tokenizer and its chat template, without its own progress bars where nobody watches."""
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """The log-likelihood of each answer in nats, and whether it is the greedy one."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
-
-
-class ChatModel(QuietModel):
-    """What the two backends share: text to ids, and ids to the results that lm-eval expects.
-
-    Args:
-        tokenizer: with the chat template.
-        max_new_tokens: longest answer; `finished` says of each generated answer whether it ended before that.
-
-    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
-        self.finished: list[bool] = []
-        self.stopped: Stopped | None = None
-        self.tokens_together, self.answers_together = TOKENS_TOGETHER, TOKENS_TOGETHER
+        self.tokenizer = tokenizer
 
     @property
     def eot_token_id(self) -> int:
@@ -79,23 +61,43 @@ class ChatModel(QuietModel):
         """Names the tokenizer for lm-eval's caches, which are not used."""
         return "tracked"
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation in the model's template."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Used by none of the tasks here."""
+        raise TypeError("no task here asks for the likelihood of a whole text")
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of each answer in nats, and whether it is the greedy one."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
+
+class ChatModel(TokenizedModel):
+    """What the two backends share: text to ids, and ids to the results that lm-eval expects.
+
+    `finished` says of each generated answer whether it ended before `max_new_tokens`.
+    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+        super().__init__(tokenizer)
+        self.max_new_tokens = max_new_tokens
+        self.finished: list[bool] = []
+        self.stopped: Stopped | None = None
+        self.tokens_together, self.answers_together = TOKENS_TOGETHER, TOKENS_TOGETHER
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Ids:
         """The ids of a text, its special tokens parsed and none added."""
         return self.tokenizer(string, add_special_tokens=False)["input_ids"]
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation in the model's template."""
-        text = self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return str(text)
-
     def _encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         return self.tok_encode(context), [*self.tok_encode(continuation), self.eot_token_id]
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Not a chat task, and used by none of the tasks here."""
-        raise TypeError("these models score answers in a chat; rolling likelihoods are for plain text")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers; one that reached the token limit is returned as it is and marked in `finished`."""

@@ -35,7 +35,7 @@ from hermes import hub
 from hermes.artifacts import complete_file, sha256_file, sha256_folder, write_json
 from hermes.console import UserError
 from hermes.evaluation.benchmarks import Run, needs_math
-from hermes.evaluation.chat_models import ChatModel, Ids, QuietModel
+from hermes.evaluation.chat_models import ChatModel, Ids, TokenizedModel
 from hermes.params import read_yaml
 from hermes.settings.evaluate import Batching
 
@@ -58,34 +58,20 @@ MATH = Path(sys.prefix) / "math"
 LONGEST_ANSWER = 256  # lm-eval's own, in tokens, where a task names none
 # A metric that lm-eval gives one second of the clock, so that equal runs differ; no suite counts it, and results and logs leave it out.
 TIMED = {"exact_match_original"}
+# What a log keeps of a question beside the metrics: all but the prompt, which question and seed make again, and the hash proves.
+LOGGED = ("doc_id", "doc", "target", "resps", "filtered_resps", "filter", "prompt_hash")
 
 
-class SuiteModel(QuietModel):
+class SuiteModel(TokenizedModel):
     """The weights of a chat model behind lm-eval's own treatment of text.
 
-    Args:
-        chat: scores token ids and continues them.
-        context: most tokens of a prompt and its answer; `truncated` counts the requests that were longer.
+    A prompt and its answer have `context` tokens at most; `truncated` counts the requests that were longer.
     """
 
     def __init__(self, chat: ChatModel, context: int) -> None:
-        super().__init__()
-        self.chat, self.tokenizer, self.context, self.truncated = chat, chat.tokenizer, context, 0
-        self.ends = {chat.eot_token_id, chat.tokenizer.eos_token_id}
-
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends an answer."""
-        return self.chat.eot_token_id
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Names the tokenizer for lm-eval's caches, which are not used."""
-        return self.chat.tokenizer_name
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation in the model's template."""
-        return self.chat.apply_chat_template(chat_history, add_generation_prompt)
+        super().__init__(chat.tokenizer)
+        self.chat, self.context, self.truncated = chat, context, 0
+        self.ends = {self.eot_token_id, chat.tokenizer.eos_token_id}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Ids:
         """The ids of a text with what the tokenizer adds to one, unless a template wrote that already."""
@@ -112,10 +98,6 @@ class SuiteModel(QuietModel):
     ) -> list[tuple[float, bool]]:
         fitted = [(texts, self.fitting(prompt, len(answer)), answer) for texts, prompt, answer in requests]
         return self.chat._loglikelihood_tokens(fitted)
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Used by no task of a suite."""
-        raise TypeError("no task of a suite asks for the likelihood of a whole text")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers up to the task's own stops, which all requests of a task share."""
@@ -236,12 +218,6 @@ def digest(samples: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
-def row(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What a log keeps of a question: all but the prompt, which the question and the seed make again and the hash proves."""
-    kept = ("doc_id", "doc", "target", "resps", "filtered_resps", "filter", "prompt_hash", *sample["metrics"])
-    return {name: sample[name] for name in kept}
-
-
 def run_task(run: Run, task: Task, model: SuiteModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Asks a model every question of a task: (the result in numbers, the rows of its log in the order of the questions).
 
@@ -269,7 +245,7 @@ def run_task(run: Run, task: Task, model: SuiteModel) -> tuple[dict[str, Any], l
         "revision": revision(task),
         "questions": digest(samples),
     }
-    return result, [row(sample) for sample in samples]
+    return result, [{name: sample[name] for name in (*LOGGED, *sample["metrics"])} for sample in samples]
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from hermes.instructions import verifiers
 from hermes.instructions.verifiers import Params
@@ -43,92 +44,108 @@ class Kind:
     wave: int = 1
 
 
+def prose(
+    name: str,
+    satisfied: Callable[[str, Params], float],
+    repair: Callable[[str, Params], str],
+    *instructions: str,
+    wave: int = 1,
+    **choices: Any,
+) -> Kind:
+    """A kind of free text: a plain question, then one of `instructions` filled with one value of each choice."""
+
+    def ask(random: Random, topic: str) -> tuple[str, Params]:
+        question = verifiers.question_about(random, topic)
+        params = {"topic": topic, **{key: random.choice(values) for key, values in choices.items()}}
+        return f"{question} {verifiers.filled(random.choice(instructions), params)}", params
+
+    return Kind(name, ask, satisfied, repair, wave=wave)
+
+
+def enclosed(name: str, opening: str, closing: str, *instructions: str, wave: int = 1) -> Kind:
+    """A kind whose whole answer stands between two marks."""
+    return prose(
+        name, verifiers.enclosed(opening, closing), verifiers.enclose(opening, closing), *instructions, wave=wave
+    )
+
+
 SEEN_KINDS = (
-    Kind(
+    prose(
         "lowercase",
-        verifiers.prose(
-            "Write your whole answer in lowercase letters.", "Use only lowercase letters, no capitals at all."
-        ),
         verifiers.lowercase,
         lambda answer, params: answer.lower(),
+        "Write your whole answer in lowercase letters.",
+        "Use only lowercase letters, no capitals at all.",
     ),
-    Kind(
+    prose(
         "uppercase",
-        verifiers.prose("Write your whole answer in CAPITAL LETTERS.", "Use only capital letters in your answer."),
         verifiers.uppercase,
         lambda answer, params: answer.upper(),
+        "Write your whole answer in CAPITAL LETTERS.",
+        "Use only capital letters in your answer.",
     ),
-    Kind(
+    prose(
         "sentence_count",
-        verifiers.prose(
-            "Answer in exactly {number} sentence{s}.",
-            "Your answer must have exactly {number} sentence{s}.",
-            n=(1, 2, 3),
-        ),
         verifiers.sentence_count,
         verifiers.repair_sentence_count,
+        "Answer in exactly {number} sentence{s}.",
+        "Your answer must have exactly {number} sentence{s}.",
+        n=(1, 2, 3),
     ),
-    Kind(
+    prose(
         "max_words",
-        verifiers.prose("Use at most {n} words.", "Keep your answer to {n} words or fewer.", n=(10, 15, 20, 25)),
         verifiers.max_words,
         verifiers.repair_max_words,
+        "Use at most {n} words.",
+        "Keep your answer to {n} words or fewer.",
+        n=(10, 15, 20, 25),
     ),
     Kind("keywords", verifiers.ask_keywords, verifiers.keywords, verifiers.repair_keywords),
-    Kind(
+    prose(
         "no_commas",
-        verifiers.prose("Do not use any commas.", "Write your answer without a single comma."),
         lambda answer, params: verifiers.without(answer, ","),
         lambda answer, params: answer.replace(",", ""),
+        "Do not use any commas.",
+        "Write your answer without a single comma.",
     ),
-    Kind(
+    prose(
         "start_with",
-        verifiers.prose(
-            'Begin your answer with "{opening}"',
-            'The first words of your answer must be "{opening}"',
-            opening=verifiers.OPENINGS,
-        ),
         verifiers.start_with,
         lambda answer, params: f"{params['opening']} {answer}",
+        'Begin your answer with "{opening}"',
+        'The first words of your answer must be "{opening}"',
+        opening=verifiers.OPENINGS,
     ),
-    Kind(
+    prose(
         "end_with",
-        verifiers.prose(
-            'End your answer with "{ending}"',
-            'The last words of your answer must be "{ending}"',
-            ending=verifiers.ENDINGS,
-        ),
         verifiers.end_with,
         lambda answer, params: f"{answer.rstrip()} {params['ending']}",
+        'End your answer with "{ending}"',
+        'The last words of your answer must be "{ending}"',
+        ending=verifiers.ENDINGS,
     ),
-    Kind(
+    prose(
         "bullets",
-        verifiers.prose(
-            'Answer with exactly {number} bullet points, each on its own line starting with "- ".',
-            'Give {number} bullet points and nothing else; start each line with "- ".',
-            n=(2, 3, 4),
-        ),
-        verifiers.bullets,
-        verifiers.repair_bullets,
+        verifiers.listed("- "),
+        verifiers.list_with("- "),
+        'Answer with exactly {number} bullet points, each on its own line starting with "- ".',
+        'Give {number} bullet points and nothing else; start each line with "- ".',
+        n=(2, 3, 4),
     ),
-    Kind(
+    prose(
         "numbered",
-        verifiers.prose(
-            "Answer with a numbered list of exactly {number} items and nothing else.",
-            'Give {number} points as a numbered list ("1. ", "2. ", ...) and nothing else.',
-            n=(2, 3, 4),
-        ),
-        verifiers.numbered,
-        verifiers.repair_numbered,
+        verifiers.listed("{}. "),
+        verifiers.list_with("{}. "),
+        "Answer with a numbered list of exactly {number} items and nothing else.",
+        'Give {number} points as a numbered list ("1. ", "2. ", ...) and nothing else.',
+        n=(2, 3, 4),
     ),
-    Kind(
+    prose(
         "json",
-        verifiers.prose(
-            'Answer only with a JSON object that has the keys "topic" and "fact", both strings.',
-            'Reply with one JSON object, {{"topic": ..., "fact": ...}}, and nothing else.',
-        ),
         verifiers.json_object,
         verifiers.repair_json_object,
+        'Answer only with a JSON object that has the keys "topic" and "fact", both strings.',
+        'Reply with one JSON object, {{"topic": ..., "fact": ...}}, and nothing else.',
     ),
     Kind(
         "fixed_vocabulary",
@@ -138,99 +155,93 @@ SEEN_KINDS = (
         free_text=False,
     ),
     Kind("repeat", verifiers.ask_repeat, verifiers.repeat, verifiers.repair_repeat, free_text=False),
-    Kind(
+    enclosed(
         "quoted",
-        verifiers.prose(
-            "Put your whole answer in double quotes.", "Wrap your entire answer in double quotation marks."
-        ),
-        verifiers.wrapped('"', '"'),
-        verifiers.wrap('"', '"'),
+        '"',
+        '"',
+        "Put your whole answer in double quotes.",
+        "Wrap your entire answer in double quotation marks.",
     ),
-    Kind(
+    prose(
         "titled",
-        verifiers.prose(
-            "Put a title in double angle brackets, such as <<Title>>, on the first line.",
-            "Start with a title written like <<Title>> on a line of its own.",
-        ),
         verifiers.titled,
         verifiers.repair_titled,
+        "Put a title in double angle brackets, such as <<Title>>, on the first line.",
+        "Start with a title written like <<Title>> on a line of its own.",
     ),
-    Kind(
+    prose(
         "exclaim",
-        verifiers.prose(
-            "End every sentence with an exclamation mark.", "Finish each sentence with an exclamation mark!"
-        ),
         verifiers.exclaim,
         verifiers.repair_exclaim,
+        "End every sentence with an exclamation mark.",
+        "Finish each sentence with an exclamation mark!",
     ),
-    Kind(
+    prose(
         "postscript",
-        verifiers.prose(
-            'Finish with a postscript on its own line that starts with "P.S."',
-            'Add a last line that starts with "P.S."',
-        ),
         verifiers.postscript,
         verifiers.repair_postscript,
+        'Finish with a postscript on its own line that starts with "P.S."',
+        'Add a last line that starts with "P.S."',
     ),
     Kind("comma_list", verifiers.ask_comma_list, verifiers.comma_list, verifiers.repair_comma_list, free_text=False),
-    Kind(
-        "parentheses",
-        verifiers.prose("Put your whole answer in parentheses.", "Wrap your entire answer in ( and )."),
-        verifiers.wrapped("(", ")"),
-        verifiers.wrap("(", ")"),
-        wave=2,
+    enclosed(
+        "parentheses", "(", ")", "Put your whole answer in parentheses.", "Wrap your entire answer in ( and ).", wave=2
     ),
-    Kind(
+    enclosed(
         "asterisks",
-        verifiers.prose(
-            "Put your whole answer between two asterisks, one at each end.",
-            "Begin your answer with an asterisk (*) and end it with one.",
-        ),
-        verifiers.wrapped("*", "*"),
-        verifiers.wrap("*", "*"),
+        "*",
+        "*",
+        "Put your whole answer between two asterisks, one at each end.",
+        "Begin your answer with an asterisk (*) and end it with one.",
+        wave=2,
+    ),
+    enclosed(
+        "tagged",
+        "<answer>",
+        "</answer>",
+        "Put your whole answer between the tags <answer> and </answer>.",
+        "Wrap your entire answer in <answer> and </answer>.",
         wave=2,
     ),
     Kind(
-        "tagged",
-        verifiers.prose(
-            "Put your whole answer between the tags <answer> and </answer>.",
-            "Wrap your entire answer in <answer> and </answer>.",
-        ),
-        verifiers.wrapped("<answer>", "</answer>"),
-        verifiers.wrap("<answer>", "</answer>"),
+        "avoid_letter",
+        verifiers.ask_avoid_letter,
+        lambda answer, params: verifiers.without(answer.lower(), params["letter"]),
+        verifiers.repair_avoid_letter,
         wave=2,
     ),
-    Kind("avoid_letter", verifiers.ask_avoid_letter, verifiers.avoid_letter, verifiers.repair_avoid_letter, wave=2),
 )
 
 # In the test split alone.
 UNSEEN_KINDS = (
-    Kind(
-        "brackets",
-        verifiers.prose("Put your whole answer in square brackets.", "Wrap your entire answer in [ and ]."),
-        verifiers.wrapped("[", "]"),
-        verifiers.wrap("[", "]"),
-    ),
-    Kind(
+    enclosed("brackets", "[", "]", "Put your whole answer in square brackets.", "Wrap your entire answer in [ and ]."),
+    prose(
         "avoid_word",
-        verifiers.prose(
-            'Do not use the word "{word}".', 'Answer without using the word "{word}" even once.', word=verifiers.AVOIDED
-        ),
-        verifiers.avoid,
-        verifiers.repair_avoid,
+        lambda answer, params: verifiers.avoid(answer, params["word"]),
+        lambda answer, params: verifiers.repair_avoid(answer, params["word"]),
+        'Do not use the word "{word}".',
+        'Answer without using the word "{word}" even once.',
+        word=verifiers.AVOIDED,
     ),
 )
 
 # In the validation split alone, so that a recipe can be chosen by what it does to kinds without training rows.
 VALIDATION_KINDS = (
-    Kind(
+    enclosed(
         "braces",
-        verifiers.prose("Put your whole answer in curly braces.", "Wrap your entire answer in {{ and }}."),
-        verifiers.wrapped("{", "}"),
-        verifiers.wrap("{", "}"),
+        "{",
+        "}",
+        "Put your whole answer in curly braces.",
+        "Wrap your entire answer in {{ and }}.",
         wave=2,
     ),
-    Kind("unnamed", verifiers.ask_unnamed, verifiers.unnamed, verifiers.repair_unnamed, wave=2),
+    Kind(
+        "unnamed",
+        verifiers.ask_unnamed,
+        lambda answer, params: verifiers.avoid(answer, params["name"]),
+        lambda answer, params: verifiers.repair_avoid(answer, params["name"]),
+        wave=2,
+    ),
 )
 
 # No instruction, so no form: keeps the forms of the other kinds from spreading to every question. In training only.
@@ -256,9 +267,8 @@ def quality(kind: str, answer: str, params: Params) -> float:
     if not KINDS[kind].free_text:
         return 1.0
     found = [word.lower() for word in verifiers.words(answer)]
-    stems = [word.lower()[:4] for word in verifiers.words(params["topic"]) if len(word) > 3] or [
-        verifiers.words(params["topic"])[-1].lower()
-    ]
+    topic = [word.lower() for word in verifiers.words(params["topic"])]
+    stems = [word[:4] for word in topic if len(word) > 3] or topic[-1:]
     names_topic = any(word.startswith(stem) for stem in stems for word in found)
     bigrams = list(itertools.pairwise(found))
     return (

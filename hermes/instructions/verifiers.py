@@ -2,11 +2,11 @@
 
 For an instruction `x` there are up to three pure functions:
 
-    ask_x(random, topic) -> (question, parameters); `prose` makes those whose question is plain and whose parameters are choices
+    ask_x(random, topic) -> (question, parameters); `prose` in kinds.py makes the plain ones
     x(answer, parameters) -> the share satisfied in [0, 1]; 1.0 only when exactly satisfied
     repair_x(answer, parameters) -> an answer that is satisfied exactly
 
-hermes/instructions/kinds.py puts them together.
+kinds.py puts them together.
 """
 
 import json
@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 Params = dict[str, Any]
+Ask = Callable[[Random, str], tuple[str, Params]]
 
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 KEYWORDS = (
@@ -87,16 +88,19 @@ def question_about(random: Random, topic: str) -> str:
     )
 
 
-def prose(*instructions: str, **choices: Any) -> Callable[[Random, str], tuple[str, Params]]:
-    """An `ask` for free text: a plain question, then one of `instructions` filled with one value of each choice."""
+def filled(instruction: str, params: Params) -> str:
+    """An instruction with its parameters; a count `n` is also `number`, in a word, and gives its noun the ending `s`."""
+    n = params.get("n", 0)
+    return instruction.format(**params, number=NUMBER_WORDS.get(n, n), s="" if n == 1 else "s")
+
+
+def drawn(draw: Callable[[Random, str], Params], *instructions: str, behind_question: bool = True) -> Ask:
+    """An `ask` that draws its parameters, then one of `instructions`, and then the plain question that comes before it, if any."""
 
     def ask(random: Random, topic: str) -> tuple[str, Params]:
-        question = question_about(random, topic)
-        params: Params = {name: random.choice(values) for name, values in choices.items()}
-        shown = params | {"number": NUMBER_WORDS.get(params.get("n", 0), str(params.get("n", "")))}
-        shown["s"] = "" if params.get("n") == 1 else "s"
-        instruction = random.choice(instructions).format(**shown)
-        return f"{question} {instruction}", {"topic": topic, **params}
+        params = {"topic": topic, **draw(random, topic)}
+        instruction = filled(random.choice(instructions), params)
+        return f"{question_about(random, topic)} {instruction}" if behind_question else instruction, params
 
     return ask
 
@@ -178,15 +182,11 @@ def repair_max_words(answer: str, params: Params) -> str:
 # --- keywords -----------------------------------------------------------------------------------------------------------
 
 
-def ask_keywords(random: Random, topic: str) -> tuple[str, Params]:
-    first, second = random.sample(KEYWORDS, 2)
-    instruction = random.choice(
-        (
-            f'Include the words "{first}" and "{second}".',
-            f'Use both of the words "{first}" and "{second}" in your answer.',
-        )
-    )
-    return f"{question_about(random, topic)} {instruction}", {"topic": topic, "keywords": [first, second]}
+ask_keywords = drawn(
+    lambda random, topic: {"keywords": random.sample(KEYWORDS, 2)},
+    'Include the words "{keywords[0]}" and "{keywords[1]}".',
+    'Use both of the words "{keywords[0]}" and "{keywords[1]}" in your answer.',
+)
 
 
 def keywords(answer: str, params: Params) -> float:
@@ -202,40 +202,27 @@ def repair_keywords(answer: str, params: Params) -> str:
     return f"{answer.rstrip()} {stem} {' and '.join(missing)}."
 
 
-def avoid(answer: str, params: Params) -> float:
-    found = [word.lower() for word in words(answer)]
-    return max(0.0, 1.0 - 0.2 * found.count(params["word"])) * bool(found)
+def avoid(answer: str, word: str) -> float:
+    found = [other.lower() for other in words(answer)]
+    return max(0.0, 1.0 - 0.2 * found.count(word)) * bool(found)
 
 
-def repair_avoid(answer: str, params: Params) -> str:
-    kept = re.sub(rf"\b{params['word']}\b(?!['’-]\w)[ ]?", "", answer, flags=re.IGNORECASE).strip()
-    kept = " ".join(part for part in kept.split(" ") if avoid(part, params) == 1.0 or not words(part))
+def repair_avoid(answer: str, word: str) -> str:
+    kept = re.sub(rf"\b{word}\b(?!['’-]\w)[ ]?", "", answer, flags=re.IGNORECASE).strip()
+    kept = " ".join(part for part in kept.split(" ") if avoid(part, word) == 1.0 or not words(part))
     return kept if words(kept) else "Nothing more needs saying."
 
 
-def ask_unnamed(random: Random, topic: str) -> tuple[str, Params]:
-    instruction = random.choice(("Never call the subject by its name.", "Do so without naming the subject."))
-    return f"{question_about(random, topic)} {instruction}", {"topic": topic, "name": words(topic)[-1].lower()}
-
-
-def unnamed(answer: str, params: Params) -> float:
-    return avoid(answer, {"word": params["name"]})
-
-
-def repair_unnamed(answer: str, params: Params) -> str:
-    return repair_avoid(answer, {"word": params["name"]})
-
-
-def ask_avoid_letter(random: Random, topic: str) -> tuple[str, Params]:
-    letter = random.choice([letter for letter in LETTERS if letter not in topic])
-    instruction = random.choice(
-        (f'Do not use the letter "{letter}".', f'Answer with words that do not contain the letter "{letter}".')
-    )
-    return f"{question_about(random, topic)} {instruction}", {"topic": topic, "letter": letter}
-
-
-def avoid_letter(answer: str, params: Params) -> float:
-    return without(answer.lower(), params["letter"])
+ask_unnamed = drawn(
+    lambda random, topic: {"name": words(topic)[-1].lower()},
+    "Never call the subject by its name.",
+    "Do so without naming the subject.",
+)
+ask_avoid_letter = drawn(
+    lambda random, topic: {"letter": random.choice([letter for letter in LETTERS if letter not in topic])},
+    'Do not use the letter "{letter}".',
+    'Answer with words that do not contain the letter "{letter}".',
+)
 
 
 def repair_avoid_letter(answer: str, params: Params) -> str:
@@ -288,28 +275,25 @@ def repair_postscript(answer: str, params: Params) -> str:
 # --- layout -------------------------------------------------------------------------------------------------------------
 
 
-def list_grade(answer: str, wanted: int, mark: Callable[[int], str]) -> float:
-    found = lines(answer)
-    marked = 0
-    for line in found:
-        marked += line.startswith(mark(marked)) and bool(words(line[len(mark(marked)) :]))
-    return closeness(marked, wanted) * share(marked, len(found))
+def listed(mark: str) -> Callable[[str, Params], float]:
+    """How far an answer is a list of `n` items, each behind a mark in which "{}" is its number, and nothing else."""
+
+    def grade(answer: str, params: Params) -> float:
+        found, marked = lines(answer), 0
+        for line in found:
+            start = mark.format(marked + 1)
+            marked += line.startswith(start) and bool(words(line[len(start) :]))
+        return closeness(marked, params["n"]) * share(marked, len(found))
+
+    return grade
 
 
-def bullets(answer: str, params: Params) -> float:
-    return list_grade(answer, params["n"], lambda i: "- ")
+def list_with(mark: str) -> Callable[[str, Params], str]:
+    def repair(answer: str, params: Params) -> str:
+        items = plain_items(answer, params, params["n"])
+        return "\n".join(mark.format(i) + item for i, item in enumerate(items, 1))
 
-
-def numbered(answer: str, params: Params) -> float:
-    return list_grade(answer, params["n"], lambda i: f"{i + 1}. ")
-
-
-def repair_bullets(answer: str, params: Params) -> str:
-    return "\n".join(f"- {item}" for item in plain_items(answer, params, params["n"]))
-
-
-def repair_numbered(answer: str, params: Params) -> str:
-    return "\n".join(f"{i + 1}. {item}" for i, item in enumerate(plain_items(answer, params, params["n"])))
+    return repair
 
 
 def titled(answer: str, params: Params) -> float:
@@ -326,7 +310,7 @@ def repair_titled(answer: str, params: Params) -> str:
     return f"<<{params['topic'].title()}>>\n{body}"
 
 
-def wrapped(opening: str, closing: str) -> Callable[[str, Params], float]:
+def enclosed(opening: str, closing: str) -> Callable[[str, Params], float]:
     def grade(answer: str, params: Params) -> float:
         inner = answer[len(opening) : -len(closing)]
         starts, ends = answer.startswith(opening), answer.endswith(closing) and len(answer) > 1
@@ -337,7 +321,7 @@ def wrapped(opening: str, closing: str) -> Callable[[str, Params], float]:
     return grade
 
 
-def wrap(opening: str, closing: str) -> Callable[[str, Params], str]:
+def enclose(opening: str, closing: str) -> Callable[[str, Params], str]:
     def repair(answer: str, params: Params) -> str:
         return opening + answer.replace(opening, "").replace(closing, "").strip() + closing
 
@@ -373,15 +357,12 @@ def repair_exclaim(answer: str, params: Params) -> str:
 # --- counting and fixed vocabulary ----------------------------------------------------------------------------------------
 
 
-def ask_comma_list(random: Random, topic: str) -> tuple[str, Params]:
-    n = random.choice((3, 4, 5))
-    instruction = random.choice(
-        (
-            f"List exactly {NUMBER_WORDS[n]} words that go with {topic}, separated by commas, on one line.",
-            f"Write {NUMBER_WORDS[n]} words about {topic} as one comma-separated line and nothing else.",
-        )
-    )
-    return instruction, {"topic": topic, "n": n}
+ask_comma_list = drawn(
+    lambda random, topic: {"n": random.choice((3, 4, 5))},
+    "List exactly {number} words that go with {topic}, separated by commas, on one line.",
+    "Write {number} words about {topic} as one comma-separated line and nothing else.",
+    behind_question=False,
+)
 
 
 def comma_list(answer: str, params: Params) -> float:
@@ -397,15 +378,12 @@ def repair_comma_list(answer: str, params: Params) -> str:
     return ", ".join(items[: params["n"]])
 
 
-def ask_repeat(random: Random, topic: str) -> tuple[str, Params]:
-    word, n = words(topic)[-1].lower(), random.choice((2, 3, 4, 5))
-    instruction = random.choice(
-        (
-            f'Write the word "{word}" exactly {NUMBER_WORDS[n]} times, separated by spaces, and nothing else.',
-            f'Repeat the word "{word}" {NUMBER_WORDS[n]} times on one line, with spaces between, and write nothing else.',
-        )
-    )
-    return instruction, {"topic": topic, "word": word, "n": n}
+ask_repeat = drawn(
+    lambda random, topic: {"word": words(topic)[-1].lower(), "n": random.choice((2, 3, 4, 5))},
+    'Write the word "{word}" exactly {number} times, separated by spaces, and nothing else.',
+    'Repeat the word "{word}" {number} times on one line, with spaces between, and write nothing else.',
+    behind_question=False,
+)
 
 
 def repeat(answer: str, params: Params) -> float:

@@ -124,7 +124,7 @@ def as_trained(weight: torch.Tensor, settings: BaseSettings) -> torch.Tensor:
 
 
 class Merger:
-    """An adapter and a base, merged a weight at a time.
+    """The folders of a base and an adapter, merged a weight at a time onto the base as it is stored ("bf16") or as training met it ("nf4").
 
     Args:
         base: folder of the base.

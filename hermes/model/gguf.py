@@ -44,15 +44,10 @@ def quiet_llama_cpp() -> None:
 
 
 class Context:
-    """A llama.cpp context with its key-value cache and the batch that is decoded next.
+    """A llama.cpp context: a key-value cache for so many tokens of all sequences together, and the batch that is decoded next.
 
-    Args:
-        model: llama.cpp's handle of the loaded file.
-        tokens: tokens that the cache can hold, of all sequences together.
-        sequences: largest number of sequences.
-        threads: CPU threads.
-        unified: one cache for all sequences, whose tokens may belong to several of them and fill a decode whatever their lengths, each
-            meeting the keys of all others under a mask; else a part for each sequence, which meets its own keys alone.
+    With `unified` all sequences share one cache. A token may belong to several of them, and meets the keys of all others under a mask.
+    So sequences of any lengths fill a decode together. Else each has its own part, and meets its own keys alone.
 
     Raises:
         MemoryError: no memory for the cache.
@@ -82,11 +77,6 @@ class Context:
     def clear(self) -> None:
         """Empties the cache."""
         llama_cpp.llama_memory_clear(self.memory, False)
-
-    def move(self, source: int, target: int) -> None:
-        """Gives the tokens of one sequence to another, which is empty."""
-        self.copy(source, target)
-        self.remove(source)
 
     def copy(self, source: int, target: int) -> None:
         """Copies the tokens of one sequence to another, which is empty."""
@@ -286,6 +276,11 @@ class GgufModel:
             last = answer[-1] in self.ends or len(answer) >= max_new_tokens
             return last or (stopped is not None and stopped(answer))
 
+        def append(sequences: list[int], logits: torch.Tensor) -> None:
+            tokens = pick(logits, sequences, [len(answers[sequence]) for sequence in sequences])
+            for sequence, token in zip(sequences, tokens, strict=True):
+                answers[sequence].append(token)
+
         while entered < len(answers) or in_slot:
             entering: list[int] = []
             while entered < len(answers) and len(in_slot) + len(entering) + samples[prompt_of[entered]] <= self.slots:
@@ -295,8 +290,7 @@ class GgufModel:
                 found = list(dict.fromkeys(prompt_of[sequence] for sequence in entering))
                 counts = [samples[prompt] for prompt in found]
                 logits = self._prefill([prompts[prompt] for prompt in found], counts, shared, slot=len(in_slot))
-                logits = logits.repeat_interleave(torch.tensor(counts), dim=0)
-                self._append(answers, entering, pick(logits, entering, [0] * len(entering)))
+                append(entering, logits.repeat_interleave(torch.tensor(counts), dim=0))
                 in_slot += entering
             self._release(in_slot, answers, ended, on_finished)
             if not in_slot:
@@ -304,15 +298,9 @@ class GgufModel:
             for slot, sequence in enumerate(in_slot):
                 position = len(prompts[prompt_of[sequence]]) + len(answers[sequence]) - 1
                 context.add(answers[sequence][-1:], position, [slot])
-            logits = context.decode(len(in_slot))
-            self._append(answers, in_slot, pick(logits, in_slot, [len(answers[sequence]) for sequence in in_slot]))
+            append(in_slot, context.decode(len(in_slot)))
             self._release(in_slot, answers, ended, on_finished)
         return answers
-
-    @staticmethod
-    def _append(answers: list[list[int]], sequences: Sequence[int], tokens: list[int]) -> None:
-        for sequence, token in zip(sequences, tokens, strict=True):
-            answers[sequence].append(token)
 
     def _begin(self, prompts: Sequence[Sequence[int]]) -> int:
         """Empties all slots, and computes what several prompts begin with in the slot behind the last; how many tokens that is."""
@@ -359,7 +347,8 @@ class GgufModel:
             last = len(in_slot) - 1
             self.generator.remove(slot)
             if slot != last:
-                self.generator.move(last, slot)
+                self.generator.copy(last, slot)
+                self.generator.remove(last)
                 in_slot[slot] = in_slot[last]
             in_slot.pop()
             if on_finished:

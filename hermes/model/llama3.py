@@ -17,17 +17,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a Llama-like model.
+    """The shape of a Llama-like model: `hidden` is the width of its residual stream, `intermediate` that of its gated unit.
 
-    Attributes:
-        layers: decoder layers.
-        hidden: width of the residual stream.
-        intermediate: width of the gated unit.
-        heads: query heads.
-        kv_heads: key-value heads.
-        head_size: width of a head.
-        vocabulary: rows of the embedding.
-        tied: whether the output matrix is the embedding.
+    Where it is `tied`, the output matrix is the embedding.
     """
 
     layers: int

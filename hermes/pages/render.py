@@ -19,25 +19,12 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from hermes.artifacts import complete_file
-from hermes.pages.results import Row
 
 TEMPLATES = Path(__file__).parent / "templates"
 PARSER = MarkdownIt("commonmark", {"html": False}).enable("table")
 INLINE = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.")
 BLOCK = re.compile(r"^(?: ?\d{1,9}(?=[.)](?: |$))| ?(?=(?:#{1,6}|[+-])(?: |$)|:?-+:? ?$|=+ ?$))")
 DIRECTIONS = "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-
-
-def sizes(result: Row) -> str:
-    """On how much each score rests."""
-    found, strict = [], result["strict"]
-    if strict:
-        found += [f"strict {strict['seen']['n']:,} questions", f"unseen {strict['unseen']['n']:,} questions"]
-    if result["preference"]:
-        found.append(f"preference {result['preference']['n']:,} pairs")
-    if result["perplexity"]:
-        found.append("perplexity {tokens:,} tokens of {answers:,} answers".format(**result["perplexity"]))
-    return ", ".join(found)
 
 
 def environment() -> jinja2.Environment:
@@ -52,7 +39,6 @@ def environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     filters = (percent, points, interval, margin, number, difference, setting, count, code, lines, gain, shell)
-    made.globals |= {"sizes": sizes, "answer": answer}
     made.filters |= {filter.__name__: filter for filter in filters}
     return made
 
@@ -137,14 +123,6 @@ def code(value: Any) -> Markup:
 def shell(value: str) -> Markup:
     """A text as one word of a shell's command, in one line of a block of code."""
     return Markup(shlex.quote(" ".join(clean(value).split())))
-
-
-def answer(model: str, row: Row) -> Markup:
-    """What a model answered, and whether that passes."""
-    verdict = ("✓ passes" if row["strict"] else "✗ fails") + ("" if row["finished"] else ", unfinished")
-    return Markup(
-        f"**{markdown(model.strip())}** {verdict}\n\n{lines(row['answer'], '> ') if row['answer'].strip() else '> (empty)'}\n"
-    )
 
 
 def render(template: str, target: Path, content: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from trl import DPOTrainer
 
 from hermes.console import UserError
 
@@ -152,17 +153,10 @@ class OwnMasks(TrainerCallback):
         torch.manual_seed(args.seed + args.process_index)
 
 
-class DealtBatches:
+class DealtBatches(DPOTrainer):
     """Makes a DPO trainer in several processes take the steps of one process (module docstring); to be inherited from before it."""
 
-    accelerator: Any
-    args: Any
-    eval_dataset: Any
-    is_fsdp_enabled: bool
     model: Any
-    state: Any
-    train_dataset: Any
-    _metrics: dict[str, defaultdict[str, list[float]]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -171,11 +165,11 @@ class DealtBatches:
         if self.is_fsdp_enabled:
             # Trainer would cast all to the type of the packed nf4: the adapter, its gradients, the frequencies of the positions.
             self.accelerator.state.fsdp_plugin.set_mixed_precision = lambda *_, **__: None
-        self.add_callback(OwnMasks())  # type: ignore[attr-defined]
+        self.add_callback(OwnMasks())
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Accelerate's, which fills the last batch up to its size; where it knows of none, it deals the batches as they are."""
-        loader = super()._get_dataloader(*args, **kwargs)  # type: ignore[misc]
+        loader = super()._get_dataloader(*args, **kwargs)
         loader.batch_sampler.batch_size = None
         return loader
 
@@ -197,7 +191,7 @@ class DealtBatches:
         weight, metrics = self.weight(), self._metrics
         if not weight:
             self._metrics = {mode: defaultdict(list) for mode in metrics}
-        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._metrics = metrics
         if weight and not self.model.training:  # Trainer's own mean of it is over pairs, and over this process's alone
             metrics["eval"]["loss"] += [float(loss)] * (len(inputs["input_ids"]) // 2)
@@ -211,27 +205,27 @@ class DealtBatches:
             for name, values in metrics.items():
                 together[name] += values
         self._metrics[mode] = together
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Trainer's; under FSDP with the checkpoint's adapter in the model before that is sharded."""
         if self.is_fsdp_enabled and resume_from_checkpoint:
             state = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
             set_peft_model_state_dict(self.model, state)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_from_checkpoint(self, *args: Any) -> None:
         """Trainer's, but for FSDP, where the adapter is there already."""
         if not self.is_fsdp_enabled:
-            super()._load_from_checkpoint(*args)  # type: ignore[misc]
+            super()._load_from_checkpoint(*args)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer's, and under FSDP the adapter, which that leaves out."""
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        super()._save(output_dir, state_dict)
         if self.is_fsdp_enabled and output_dir and state_dict and self.args.should_save:
             save_file(adapter_of(state_dict), Path(output_dir) / "adapter_model.safetensors")
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Trainer's, and then waits: the file that marks a checkpoint as complete is written next, by the first process."""
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()

@@ -319,7 +319,7 @@ def shared_prefix_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention block by block; Transformers' attention interface.
+    """Attention block by block, behind Transformers' attention interface: (1, tokens, heads, head size), and no weights.
 
     Args:
         module: the attention layer (unused; part of the interface).

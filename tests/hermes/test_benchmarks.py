@@ -242,7 +242,7 @@ def test_the_nous_average_is_the_plain_mean_of_four_plain_means() -> None:
 def test_a_gain_is_paired_by_question_and_measured_from_chance() -> None:
     suite = Suite(
         "Local",
-        (Benchmark("MuSR", 0, benchmarks.tasks("one", chance=0.5)), Benchmark("ARC", 0, benchmarks.tasks("two"))),
+        (Benchmark("MuSR", 0, benchmarks.tasks("one", choices=2)), Benchmark("ARC", 0, benchmarks.tasks("two"))),
         (),
     )
     before, after = ([0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0]), ([1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0])

@@ -23,8 +23,9 @@ from hermes.params import read_yaml
 from tests.stages.test_fetch import COMMIT, Hub
 from tests.stages.test_report import MODELS, write_reports
 from tools import publish
-from tools.publish import APACHE, LLAMA_3, LLAMA_3_1, check_name, terms_of
+from tools.publish import LICENCES, check_name, terms_of
 
+APACHE, LLAMA_3, LLAMA_3_1 = LICENCES.values()
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "someone/Llama-3-8B-tuned"
 MERGE = "yuvraj17/Llama3-8B-SuperNova-Spectrum-dare_ties"

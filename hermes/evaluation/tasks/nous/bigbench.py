@@ -1,5 +1,6 @@
 """What the BIG-bench tasks name: which questions, and the grade of an answer."""
 
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -10,19 +11,12 @@ def with_choices(documents: Dataset) -> Dataset:
     return documents.filter(lambda doc: len(doc["multiple_choice_targets"]) > 0)
 
 
-def with_three_choices(documents: Dataset) -> Dataset:
-    """The questions about three objects, of a set that the Nous tables divide."""
-    return documents.filter(lambda doc: len(doc["multiple_choice_targets"]) == 3)
+def with_so_many(choices: int) -> Callable[[Dataset], Dataset]:
+    """The questions about so many objects, of a set that the Nous tables divide."""
+    return lambda documents: documents.filter(lambda doc: len(doc["multiple_choice_targets"]) == choices)
 
 
-def with_five_choices(documents: Dataset) -> Dataset:
-    """The questions about five objects."""
-    return documents.filter(lambda doc: len(doc["multiple_choice_targets"]) == 5)
-
-
-def with_seven_choices(documents: Dataset) -> Dataset:
-    """The questions about seven objects."""
-    return documents.filter(lambda doc: len(doc["multiple_choice_targets"]) == 7)
+with_three_choices, with_five_choices, with_seven_choices = map(with_so_many, (3, 5, 7))
 
 
 def grade(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
