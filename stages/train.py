@@ -113,15 +113,16 @@ class TrackedDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
         """TRL's loss, and as a metric the part of it that is not the chosen answers' negative log-likelihood."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        counts = {name: len(values) for name, values in metrics.items()}
         result = super()._compute_loss(model, inputs, return_outputs)
         loss = result[0] if return_outputs else result
-        metrics = self._metrics["train" if self.model.training else "eval"]
         chosen = inputs["completion_mask"][: len(inputs["completion_mask"]) // 2, 1:]
         sft_loss = -metrics["logps/chosen"][-1] * len(chosen) / int(chosen.sum())
         weight = sum(w for name, w in zip(self.loss_types, self.loss_weights, strict=True) if name == "sft")
         metrics["preference_loss"].append(float(loss.detach()) - weight * sft_loss)
         if not self.model.training:  # TRL reports the mean of batch means, and the last batch may be smaller
-            for values in metrics.values():
+            for values in (values for name, values in metrics.items() if len(values) > counts.get(name, 0)):
                 values.extend(values[-1:] * (len(chosen) - 1))
         return result
 

@@ -54,23 +54,14 @@ GEMMA_TEMPLATE = (
 def gemma_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A small SentencePiece tokenizer in Gemma's layout, without which llama.cpp's converter takes no Gemma; leaves tokenizer.model."""
     folder.mkdir()
-    special = {
-        "pad_id": 0,
-        "eos_id": 1,
-        "bos_id": 2,
-        "unk_id": 3,
+    options: dict[str, Any] = {
+        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},
+        **{"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
+        **{"vocab_size": 600, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2},
         "control_symbols": ["<start_of_turn>", "<end_of_turn>"],
     }
-    plain = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
     sentencepiece.SentencePieceTrainer.train(
-        input=str(ROOT / "README.md"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=600,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-        **special,
-        **plain,
+        input=str(ROOT / "README.md"), model_prefix=str(folder / "tokenizer"), **options
     )
     (folder / "tokenizer.vocab").unlink()
     write_json(folder / "config.json", {"model_type": "gemma2"})

@@ -147,7 +147,7 @@ def from_transcript(text: str, role: str) -> list[Message]:
 def read_transcripts(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
     """The turns before the answers, and the two answers."""
     parts = {"question": columns.question, "chosen": columns.chosen, "rejected": columns.rejected}
-    turns = {
+    turns: dict[str, Any] = {
         name: from_transcript(text_of(row, column), "user" if name == "question" else "assistant")
         for name, column in parts.items()
         if column
@@ -164,7 +164,7 @@ def read_messages(row: Pair, columns: Columns) -> tuple[list[Message], str, str]
         Misfit: an answer is not the assistant's, or the two follow different turns.
     """
     asked = from_messages(row[columns.question], "user") if columns.question else []
-    conversations = [from_messages(row[name], "assistant") for name in (columns.chosen, columns.rejected)]
+    conversations = [from_messages(row[str(name)], "assistant") for name in (columns.chosen, columns.rejected)]
     for name, messages in zip(("chosen", "rejected"), conversations, strict=True):
         if not messages or messages[-1]["role"] != "assistant":
             raise Misfit("no_answer", f"the last message of `{name}` is not the assistant's")
@@ -233,7 +233,9 @@ def decided(row: Pair, choice: Choice) -> list[tuple[Any, Any, float | None]]:
     ]
     rated.sort(key=lambda one: -one[0])
     both = combinations(rated, 2) if choice.pairs == "all" else [(rated[0], rated[-1])]
-    found = [(better, worse, high - low) for (high, better), (low, worse) in both if high > low]
+    found: list[tuple[Any, Any, float | None]] = [
+        (better, worse, high - low) for (high, better), (low, worse) in both if high > low
+    ]
     if not found:
         raise Misfit("tie", f"all candidates have the same {choice.by}")
     return found

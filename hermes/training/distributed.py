@@ -157,6 +157,8 @@ class DealtBatches(DPOTrainer):
     """Makes a DPO trainer in several processes take the steps of one process (module docstring); to be inherited from before it."""
 
     model: Any
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -169,7 +171,7 @@ class DealtBatches(DPOTrainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Accelerate's, which fills the last batch up to its size; where it knows of none, it deals the batches as they are."""
-        loader = super()._get_dataloader(*args, **kwargs)
+        loader: Any = super()._get_dataloader(*args, **kwargs)
         loader.batch_sampler.batch_size = None
         return loader
 

@@ -59,7 +59,7 @@ class Block:
     keys: tuple[slice, ...]
     mask: torch.Tensor | None
 
-    def under(self, rule: Callable[..., torch.Tensor], positions: torch.Tensor) -> "Block":
+    def under(self, rule: Callable[..., Any], positions: torch.Tensor) -> "Block":
         """This block where a mask function of Transformers has a say, too: of a query's and a key's position (tokens,) in its sequence."""
         q, k = positions[self.queries], torch.cat([positions[part] for part in self.keys])
         mask = self.mask
@@ -184,7 +184,7 @@ def pack_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: to
 ROW: ContextVar[PackedPairs] = ContextVar("the row that a model is reading")
 
 
-def row_mask(mask_function: Callable[..., torch.Tensor] = causal_mask_function, **kwargs: Any) -> Blocks:
+def row_mask(mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Blocks:
     """The mask of a kind of layer; Transformers' mask interface, whose other arguments are the same for every row."""
     row = ROW.get()
     if mask_function is causal_mask_function:

@@ -33,7 +33,10 @@ def in_float64(folder: Path) -> None:
 
 
 def template(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "chat_template.jinja").write_text(text) and None
+    def write(folder: Path) -> None:
+        (folder / "chat_template.jinja").write_text(text)
+
+    return write
 
 
 def two_templates(folder: Path) -> None:

@@ -77,8 +77,9 @@ def test_a_base_stored_in_another_type_is_quantized_as_training_loads_it(
     generator = torch.Generator().manual_seed(0)
     model = load(tiny_model_folder, torch.float32)
     for parameter in model.parameters():  # numbers that bfloat16 rounds
-        parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator)
-    model.to(stored).save_pretrained(base)
+        parameter.data = (parameter.data + 1e-3 * torch.randn(parameter.shape, generator=generator)).to(stored)
+    model.config.dtype = stored
+    model.save_pretrained(base)
     merger = adapter_merge.Merger(base, adapter, "nf4", TRAINED)
     merger.adapter.factors = {}
     expected = load_base(base, TRAINED).state_dict()
