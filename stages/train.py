@@ -178,6 +178,12 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
     """
     s = loaded.train
     steps = s.max_steps or math.ceil(s.epochs * math.ceil(math.ceil(pairs / s.batch_size) / s.accumulation))
+    if s.warmup_steps >= steps:
+        reached = s.learning_rate * (steps - 1) / s.warmup_steps
+        print(
+            f"train: the warm-up of {s.warmup_steps} steps outlasts the {steps} steps; the rate reaches {reached:.3g}",
+            flush=True,
+        )
     try:
         config = DPOConfig(
             output_dir=str(output),
