@@ -26,7 +26,7 @@ from hermes import hub, params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json
 from hermes.console import UserError
 from hermes.data.misfits import Misfit, write_misfits
-from hermes.data.pairs import standard_batches, standard_schema
+from hermes.data.pairs import holds_messages, standard_batches, standard_schema
 from hermes.data.tables import ENDINGS, json_rows, read_table, readable
 from hermes.run import run_stage
 from hermes.settings.data import DataSettings
@@ -49,7 +49,10 @@ def is_standard(source: Path, found: pa.Schema, settings: DataSettings) -> bool:
     """Whether a table file is one that the stages read as it is."""
     texts = (found.field(name).type for name in ("question", "chosen", "rejected"))
     is_layout = source.suffix == ".parquet" and settings.is_standard()
-    return is_layout and all(map(pa.types.is_string, texts))
+    has_other_context = "context" in found.names and not holds_messages(found.field("context").type)
+    if has_other_context:
+        print(f"fetch_data: {source}: its column `context` holds no messages, and is left out", flush=True)
+    return is_layout and not has_other_context and all(map(pa.types.is_string, texts))
 
 
 def common_schema(schemas: list[pa.Schema], where: str) -> pa.Schema:

@@ -155,12 +155,6 @@ def misfit_of(row: dict[str, Any]) -> Misfit | None:
     return None
 
 
-def holds_messages(kind: pa.DataType) -> bool:
-    """Whether a column's type is a list of messages with role and content."""
-    message = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
-    return isinstance(message, pa.StructType) and {"role", "content"} <= {field.name for field in message}
-
-
 def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], Misfit | None]]:
     """The numbered rows of a raw split and what is wrong with each; only a batch of them is in memory.
 
@@ -183,7 +177,7 @@ def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], M
             kind = schema.field(name).type
             expected, fits = {
                 "delta_score": ("numbers", pa.types.is_floating(kind) or pa.types.is_integer(kind)),
-                "context": ("a list of messages with role and content", holds_messages(kind)),
+                "context": ("a list of messages with role and content", pa.types.is_list(kind)),
             }.get(name, ("text", pa.types.is_string(kind) or pa.types.is_large_string(kind)))
             if not fits:
                 raise UserError(f"{path}: column `{name}` holds {kind}; expected {expected}")

@@ -297,6 +297,12 @@ def standard_pair(row: Pair, layout: Format, columns: Columns) -> Pair:
     return pair if columns.score is None else pair | {"delta_score": delta_score(row, columns.score)}
 
 
+def holds_messages(kind: pa.DataType) -> bool:
+    """Whether a column's type is a list of messages with role and content."""
+    message = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
+    return isinstance(message, pa.StructType) and {"role", "content"} <= {field.name for field in message}
+
+
 def standard_schema(source: pa.Schema, layout: Layout, where: str) -> pa.Schema:
     """The columns of a table in the standard layout: the parts, then what is carried along.
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from hermes import params
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
 from hermes.data import tables
@@ -942,3 +943,30 @@ def test_plain_answers_behind_a_byte_order_mark_are_read(workplace: Path) -> Non
     (fetch_data.EMBEDDED / "plain.jsonl").write_text("\ufeff" + PLAIN)
     fetch_data.main()
     assert Path("data/raw/plain.jsonl").read_text() == PLAIN
+
+
+def test_a_column_named_context_that_holds_text_is_left_out_and_said(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed()
+    pq.write_table(
+        pa.Table.from_pylist([row | {"context": "a passage"} for row in ROWS]), fetch_data.EMBEDDED / "train.parquet"
+    )
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
+    fetch_data.main()
+    assert "context" not in pq.read_table("data/raw/train.parquet").column_names
+    assert "its column `context` holds no messages, and is left out" in capsys.readouterr().out
+
+
+def test_shards_that_differ_in_a_column_that_nobody_reads_go_together(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = [pa.Table.from_pylist([row | {"note": note} for row in ROWS]) for note in ("text", 1)]
+    paths = [Path(f"shard-{i}.parquet") for i in range(2)]
+    for table, path in zip(tables, paths, strict=True):
+        pq.write_table(table, path)
+    choose("data", "embedded", None, {"train": "train"})
+    settings = params.load(fetch_data.Params).data
+    assert fetch_data.standardize(paths, Path("out.parquet"), settings, "here") == {}
+    assert pq.read_table("out.parquet").num_rows == 2 * len(ROWS)
+    assert "the files differ in note, which is left out" in capsys.readouterr().out
