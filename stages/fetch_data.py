@@ -6,6 +6,8 @@ source, the files of its splits are downloaded at the exact commit; `datasets` s
 goes into the manifest. `splits` says which split of the source plays which part, `columns` and `format` how its tables are laid out
 (hermes/data/pairs.py).
 
+`mixed_with` names further sources, each with its columns and the share of its rows that is taken.
+
 Every row of the source has its row here, or several where it has several candidates. One that is not of the layout has null parts, and
 misfits.json, which is there only for such rows, says why; stages/subset.py stops at it or leaves it out. Only where no row of a split fits,
 the parameters are wrong: that stops here.
@@ -13,8 +15,10 @@ the parameters are wrong: that stops here.
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,18 +27,18 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import metadata_load
 
 from hermes import hub, params
-from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json
+from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json, write_parquet
 from hermes.console import UserError
 from hermes.data.misfits import Misfit, write_misfits
 from hermes.data.pairs import holds_messages, standard_batches, standard_schema
 from hermes.data.tables import ENDINGS, json_rows, read_table, readable
 from hermes.run import run_stage
-from hermes.settings.data import DataSettings
+from hermes.settings.data import DataSettings, Source, Split
 from hermes.settings.sources import is_folder
 
 RAW, EMBEDDED = Path("data/raw"), Path("data/embedded")
 Misfits = dict[str, dict[int, Misfit]]  # by split and number of the row
-CARD = "README.md"
+CARD, MIXED_FROM = "README.md", "mixed_from"
 PLAIN = ("split", "question", "answer")  # what a row of plain.jsonl needs
 CARD_KEYS = ("license", "license_name", "pretty_name", "authors")
 
@@ -45,7 +49,7 @@ class Params(params.Params):
     data: DataSettings
 
 
-def is_standard(source: Path, found: pa.Schema, settings: DataSettings) -> bool:
+def is_standard(source: Path, found: pa.Schema, settings: Source) -> bool:
     """Whether a table file is one that the stages read as it is."""
     texts = (found.field(name).type for name in ("question", "chosen", "rejected"))
     is_layout = source.suffix == ".parquet" and settings.is_standard()
@@ -63,7 +67,7 @@ def common_schema(schemas: list[pa.Schema], where: str) -> pa.Schema:
     return pa.schema(common)
 
 
-def standardize(sources: list[Path], target: Path, settings: DataSettings, where: str) -> dict[int, Misfit]:
+def standardize(sources: list[Path], target: Path, settings: Source, where: str) -> dict[int, Misfit]:
     """Writes the rows of table files, one after another, as one Parquet file in the standard layout; returns those that are not of theirs.
 
     A Parquet file that is in it already is copied as it is.
@@ -94,7 +98,7 @@ def standardize(sources: list[Path], target: Path, settings: DataSettings, where
     return misfits
 
 
-def fetch_folder(folder: Path, settings: DataSettings, target: Path) -> Misfits:
+def fetch_folder(folder: Path, settings: Source, target: Path) -> Misfits:
     """Takes the splits of a folder, and its held-out questions and plain answers where it has them; returns the rows that do not fit.
 
     Raises:
@@ -178,7 +182,7 @@ def is_text(value: Any) -> bool:
     return bool(value) and all(isinstance(part, str) for part in (value if isinstance(value, list) else [value]))
 
 
-def fetch_hub(settings: DataSettings, target: Path) -> tuple[Misfits, dict[str, Any]]:
+def fetch_hub(settings: Source, target: Path) -> tuple[Misfits, dict[str, Any]]:
     """Downloads the files of a Hub data set's splits at one commit and takes their rows; returns those that do not fit, and its terms.
 
     Raises:
@@ -205,26 +209,77 @@ def fetch_hub(settings: DataSettings, target: Path) -> tuple[Misfits, dict[str, 
     return misfits, terms
 
 
+def fetch(settings: Source, target: Path) -> tuple[Misfits, dict[str, Any]]:
+    """Takes the splits of one source; returns the rows that do not fit, and what the Hub says of it."""
+    if not is_folder(settings.source):
+        misfits, card = fetch_hub(settings, target)
+        return misfits, {"config": settings.config, "card": card}
+    folder = EMBEDDED if settings.source == "embedded" else Path(settings.source)
+    return fetch_folder(folder, settings, target), {}
+
+
+def count_rows(folder: Path, splits: Iterable[str]) -> dict[str, int]:
+    """The number of rows of each split in a folder."""
+    found = {}
+    for split in splits:
+        with open_parquet(folder / f"{split}.parquet") as file:
+            found[split] = file.metadata.num_rows
+    return found
+
+
+def mix(target: Path, sources: list[tuple[Source, Path, Misfits]]) -> Misfits:
+    """Makes one table a split of the tables of several sources, one behind the other; returns the rows of it that do not fit.
+
+    The column `mixed_from` says of each row which source it is of. Columns that only some sources have are left out.
+
+    Raises:
+        UserError: only some sources have scores.
+    """
+    misfits: Misfits = {}
+    for split in get_args(Split):
+        tables: list[pa.Table] = []
+        found: dict[int, Misfit] = {}
+        for settings, folder, odd in sources:
+            with open_parquet(folder / f"{split}.parquet") as file:
+                table = file.read()
+            count = max(1, round(table.num_rows * getattr(settings, "share", 1.0)))
+            taken = [i * table.num_rows // count for i in range(count)]
+            first = sum(other.num_rows for other in tables)
+            found |= {first + place: odd[split][row] for place, row in enumerate(taken) if row in odd.get(split, {})}
+            names = pa.array([settings.source] * count, pa.string())
+            tables.append(table.take(taken).append_column(MIXED_FROM, names))
+        if len({"delta_score" in table.column_names for table in tables}) > 1:
+            raise UserError(
+                "params.yaml: `data.mixed_with`: some sources have scores and others have none; name or drop all"
+            )
+        schema = common_schema([table.schema for table in tables], f"mixed {split}")
+        parts = [table.select(schema.names).cast(schema) for table in tables]
+        write_parquet(target / f"{split}.parquet", pa.concat_tables(parts))
+        misfits[split] = found
+    return misfits
+
+
 def main() -> None:
     settings = params.load(Params).data
-    with complete_folder(RAW) as target:
-        on_the_hub: dict[str, Any] = {}
-        if is_folder(settings.source):
-            folder = EMBEDDED if settings.source == "embedded" else Path(settings.source)
-            misfits = fetch_folder(folder, settings, target)
-        else:
-            misfits, card = fetch_hub(settings, target)
-            on_the_hub = {"config": settings.config, "card": card}
+    with complete_folder(RAW) as target, TemporaryDirectory(dir=target.parent) as scratch:
+        misfits, on_the_hub = fetch(settings, target)
+        sources, mixed = [(cast(Source, settings), target, misfits)], []
+        for number, share in enumerate(settings.mixed_with):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            odd, terms = fetch(share, folder)
+            sources.append((share, folder, odd))
+            stated = {"source": share.source, "revision": share.revision, "share": share.share}
+            mixed.append({**stated, "rows": count_rows(folder, share.splits), **terms})
+        if mixed:
+            misfits = mix(target, sources)
         write_misfits(misfits, target)
-        rows = {}
-        for split in settings.splits:
-            with open_parquet(target / f"{split}.parquet") as file:
-                rows[split] = file.metadata.num_rows
         manifest = {
             "source": settings.source,
             "revision": settings.revision,
-            "rows": rows,
+            "rows": count_rows(target, settings.splits),
             **on_the_hub,
+            **({"mixed_with": mixed} if mixed else {}),
             "files": {path.name: sha256_file(path) for path in sorted(target.iterdir())},
         }
         write_json(target / "manifest.json", manifest)

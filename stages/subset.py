@@ -25,6 +25,7 @@ stay.
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +43,8 @@ from hermes.settings.subset import SubsetSettings
 
 RAW, OUTPUT, REPORT = Path("data/raw"), Path("data/subset"), Path("reports/subset.json")
 SPLITS = ("test", "validation", "train")  # held-out first: training rows are compared with them
-COLUMNS = ["context", "question", "chosen", "rejected", "delta_score"]
-OPTIONAL = {"context", "delta_score"}
+COLUMNS = ["context", "question", "chosen", "rejected", "delta_score", "mixed_from"]
+OPTIONAL = {"context", "delta_score", "mixed_from"}
 BATCH = 1024
 SHOWN = 5  # malformed rows of a kind whose numbers the report gives
 HASHES, BANDS = 64, 16
@@ -63,12 +64,14 @@ class Candidate(NamedTuple):
         score: its `delta_score`, 0 where the split has none.
         digest: of its normalized texts.
         signature: for near duplicates (`minhash`); None where they are not looked for.
+        source: that it is of; None where there is only one.
     """
 
     number: int
     score: float
     digest: bytes
     signature: np.ndarray | None
+    source: str | None
 
 
 def normalize(text: str) -> str:
@@ -227,6 +230,7 @@ def decide(
                 row.get("delta_score", 0.0),
                 digest(*before, question, row["chosen"], row["rejected"]),
                 minhash(" ".join([*before, question, row["chosen"]])) if near else None,
+                row.get("mixed_from"),
             )
         )
     if is_train:
@@ -259,6 +263,8 @@ def decide(
         if "delta_score" in row
         else None,
     }
+    if "mixed_from" in row:
+        summary["sources"] = dict(sorted(Counter(str(candidate.source) for candidate in kept).items()))
     if malformed:
         summary["malformed_rows"] = {kind: numbers[:SHOWN] for kind, numbers in sorted(malformed.items())}
     return sorted(candidate.number for candidate in kept), summary

@@ -113,8 +113,8 @@ class Layout(Settings):
         return self
 
 
-class DataSettings(Layout):
-    """Where the preference pairs come from, and how they are laid out there."""
+class Source(Layout):
+    """Where preference pairs come from, and how they are laid out there."""
 
     source: str
     revision: str | None
@@ -129,10 +129,22 @@ class DataSettings(Layout):
         return splits
 
     @model_validator(mode="after")
-    def _fits_its_source(self) -> "DataSettings":
+    def _fits_its_source(self) -> "Source":
         check_source(self.source, self.revision)
         if self.config is not None and is_folder(self.source):
             raise ValueError(
                 f"`config` is {self.config!r}, and {self.source} is a folder, which has none; set it to null"
             )
         return self
+
+
+class Share(Source):
+    """A further source, of which this share of the rows is taken, evenly spaced."""
+
+    share: Annotated[float, Field(gt=0, le=1)]
+
+
+class DataSettings(Source):
+    """Where the preference pairs come from: one source, or several that are mixed."""
+
+    mixed_with: list[Share]

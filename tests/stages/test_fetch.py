@@ -193,7 +193,7 @@ def choose(
     """Writes a params.yaml (JSON is YAML) that selects this source; splits that are not given are the first one given."""
     chosen: dict[str, Any] = {"source": source, "revision": revision}
     if section == "data":
-        chosen |= {"config": None, "format": "plain", "columns": COLUMNS, "choice": None} | others
+        chosen |= {"config": None, "format": "plain", "columns": COLUMNS, "choice": None, "mixed_with": []} | others
     else:
         chosen |= {"chat_template": None} | others
     if splits:
@@ -970,3 +970,30 @@ def test_shards_that_differ_in_a_column_that_nobody_reads_go_together(
     assert fetch_data.standardize(paths, Path("out.parquet"), settings, "here") == {}
     assert pq.read_table("out.parquet").num_rows == 2 * len(ROWS)
     assert "the files differ in note, which is left out" in capsys.readouterr().out
+
+
+def test_sources_are_mixed_each_by_its_share_and_its_own_columns(workplace: Path) -> None:
+    embed()
+    Path("more").mkdir()
+    other = [{"prompt": f"q{i}", "good": f"yes {i}", "bad": "no", "points": float(i)} for i in range(10)]
+    other[4]["good"] = None  # type: ignore[call-overload]
+    for split in SPLITS:
+        pq.write_table(pa.Table.from_pylist(other), f"more/{split}.parquet")
+    columns = {"question": "prompt", "chosen": "good", "rejected": "bad", "score": "points", "system": None}
+    own = {"source": "./more", "revision": None, "config": None, "splits": dict(zip(SPLITS, SPLITS, strict=True))}
+    share = {**own, "format": "plain", "columns": columns, "choice": None, "share": 0.5}
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)), mixed_with=[share])
+    fetch_data.main()
+    rows = pq.read_table("data/raw/train.parquet").to_pylist()
+    assert [row["question"] for row in rows] == [*(row["question"] for row in ROWS), "q0", "q2", None, "q6", "q8"]
+    assert [row["mixed_from"] for row in rows] == ["embedded"] * len(ROWS) + ["./more"] * 5
+    manifest = json.loads(Path("data/raw/manifest.json").read_text())
+    assert manifest["rows"]["train"] == len(ROWS) + 5
+    assert [(part["source"], part["share"], part["rows"]["train"]) for part in manifest["mixed_with"]] == [
+        ("./more", 0.5, 10)
+    ]
+    assert list(json.loads(Path("data/raw/misfits.json").read_text())["train"]) == [str(len(ROWS) + 2)]
+    share["columns"] = columns | {"score": None}
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)), mixed_with=[share])
+    with pytest.raises(UserError, match="some sources have scores and others have none"):
+        fetch_data.main()

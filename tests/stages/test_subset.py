@@ -489,3 +489,8 @@ def test_the_size_of_a_batch_changes_nothing_and_no_more_is_read_at_once(monkeyp
     assert kept() == expected
     assert max(sizes) == 3
     assert sum(sizes) == 2 * (50 + 1)
+
+
+def test_kept_rows_of_mixed_sources_are_counted_by_source() -> None:
+    write([row(i) | {"mixed_from": name} for i, name in enumerate("aabba")])
+    assert run(k=3)["train"]["sources"] == {"a": 1, "b": 2}
