@@ -976,7 +976,7 @@ def test_sources_are_mixed_each_by_its_share_and_its_own_columns(workplace: Path
     embed()
     Path("more").mkdir()
     other = [{"prompt": f"q{i}", "good": f"yes {i}", "bad": "no", "points": float(i)} for i in range(10)]
-    other[4]["good"] = None  # type: ignore[call-overload]
+    other[4]["good"] = None
     for split in SPLITS:
         pq.write_table(pa.Table.from_pylist(other), f"more/{split}.parquet")
     columns = {"question": "prompt", "chosen": "good", "rejected": "bad", "score": "points", "system": None}
