@@ -47,6 +47,7 @@ CODE = (
     "model/gguf",
     "model/base",
     "model/bf16_on_cpu",
+    "training/exactness",
     "training/shared_prefix",
     "data/chat_text",
     "data/prefixes",

@@ -367,7 +367,7 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
     for module in others:
         assert not edited(f"{module}.py"), module
     assert not edited("packages.yaml", 'matplotlib: "', 'matplotlib: "1')
-    assert not edited("hermes/evaluation/tasks/plain.yaml")
+    assert not edited("hermes/evaluation/tasks/instructions.yaml")
     asked = settings.model_copy(update={"suites": ["nous"], "types": ["f16"], "split": "validation"})
     assert run_benchmarks.folder_name(model, asked) == run_benchmarks.folder_name(model, settings)
 

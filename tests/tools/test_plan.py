@@ -227,7 +227,7 @@ def test_the_pairs_here_count_as_many_as_the_profile_takes_of_them(
     write_parquet(plan.TOKENS / "train.parquet", pa.table({f"{n}_ids": ids for n in ("prompt", "chosen", "rejected")}))
     write_json(plan.RAW / "manifest.json", {"source": "embedded"})
     write_json(plan.SUBSET, {"train": {"read": 3776, "removed": {"empty": 76}}})
-    for profile, pairs in (("quick", 320), ("cpu", 2100)):
+    for profile, pairs in (("quick", 240), ("cpu", 2100)):
         lengths, source = plan.pair_lengths(load(profile))
         assert len(lengths.prompt) == pairs
         assert set(lengths.chosen) == {3, 5, 7}
