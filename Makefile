@@ -61,7 +61,7 @@ option = $(if $(filter $1,$(GIVEN)),$2$(call quote,$($1)))
 switch = $(if $(filter $1,$(GIVEN)),$2)
 
 .PHONY: help setup checked repro train sweep experiments review chat report collect plan rehearse compare-published base publish bench \
-	test test-all lint format doctor gpu-check
+	test test-all test-slow lint format doctor gpu-check
 
 help:
 	@echo 'Every target sets .venv up first, and does so once. Variables go behind it; one that it does not take is refused.'
@@ -155,6 +155,11 @@ test: setup
 test-all: setup
 	@./setup.sh math
 	$(PY) -m pytest -q $(SPLIT) -m 'not gpu' tests
+
+## make test-slow           run the slow ones alone
+test-slow: setup
+	@./setup.sh math
+	$(PY) -m pytest -q $(SPLIT) -m 'slow and not gpu' tests
 
 ## make lint                check style, formatting and types
 lint: setup
