@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hermes.artifacts import sha256_file
+from hermes.artifacts import sha256_file, write_json
 from hermes.console import UserError
 from hermes.model import adapter_merge
 from hermes.model.base import load, load_base
@@ -22,6 +22,7 @@ from hermes.settings.base import BaseSettings
 from hermes.settings.merge import parse_size
 from stages import merge
 from stages.train import save_adapter
+from tests.hermes.test_architectures import small_config
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -243,4 +244,60 @@ def test_a_file_is_written_to_the_last_byte_or_not_at_all(tiny_model_folder: Pat
     assert all(
         torch.equal(left, right)
         for left, right in zip(weights(tmp_path / "out").values(), weights(tiny_model_folder).values(), strict=True)
+    )
+
+
+def adapted_model(name: str, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A tiny random model of this architecture, and the names of all its linear layers but the output."""
+    config = small_config(name)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).bfloat16()
+    head = model.get_output_embeddings()
+    linear = {
+        key.rpartition(".")[2] for key, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
+    }
+    return model, sorted(linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {}),
+        ("phi3", {}),
+        ("gemma2", {}),
+        ("gpt_neox", {}),
+        ("mixtral", {}),
+        ("qwen3_moe", {}),
+        ("gpt_oss", {}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_merge_of_every_layout_is_pefts(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Tied and untied, with biases, fused projections and mixtures of experts: what is read back computes what PEFT's merge does."""
+    base, folder, target = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    model, linear = adapted_model(name, **changes)
+    model.save_pretrained(base)
+    write_json(base / "manifest.json", {})
+    peft = get_peft_model(load(base, torch.bfloat16), LoraConfig(r=4, lora_alpha=6, target_modules=linear))
+    generator = torch.Generator().manual_seed(1)
+    for key, parameter in peft.named_parameters():
+        if "lora_" in key:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    folder.mkdir()
+    target.mkdir()
+    save_adapter(peft, folder, sha256_file(base / "manifest.json"))
+    adapter_merge.Merger(base, folder, "bf16", TRAINED).write(target, 10**9)
+    shutil.copy(base / "config.json", target)
+    expected, found = peft.merge_and_unload().state_dict(), load(target, torch.bfloat16).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    before = load(base, torch.bfloat16).state_dict()
+    assert sum(not torch.equal(found[key], before[key]) for key in found) == len(
+        {key for key in before if key.rpartition(".")[0].rpartition(".")[2] in linear and key.endswith("weight")}
     )
