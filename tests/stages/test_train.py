@@ -255,7 +255,8 @@ def test_in_nf4_the_trajectory_is_within_what_two_batch_sizes_of_stock_trl_diffe
     ours = losses(runs[4].model_copy(update={"base": NF4}))
     noise = (stock[4] - stock[1]).abs().mean()
     assert 0 < noise < 0.05
-    assert (ours - stock[4]).abs().mean() < 2 * noise
+    # Without bfloat16 on the CPU all of it is smaller: products go through float32, and batch sizes differ by 4e-5.
+    assert (ours - stock[4]).abs().mean() < 2 * max(float(noise), 1e-4)
 
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
