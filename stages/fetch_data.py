@@ -8,6 +8,9 @@ goes into the manifest. `splits` says which split of the source plays which part
 
 `mixed_with` names further sources, each with its columns and the share of its rows that is taken.
 
+`decontaminate` names benchmark suites. Of their questions suites.parquet holds hashes, with which stages/subset.py finds pairs that repeat
+one (hermes/data/decontamination.py).
+
 Every row of the source has its row here, or several where it has several candidates. One that is not of the layout has null parts, and
 misfits.json, which is there only for such rows, says why; stages/subset.py stops at it or leaves it out. Only where no row of a split fits,
 the parameters are wrong: that stops here.
@@ -28,10 +31,12 @@ from huggingface_hub import metadata_load
 
 from hermes import hub, params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json, write_parquet
-from hermes.console import UserError
+from hermes.console import UserError, progress
+from hermes.data.decontamination import FILE, write_questions
 from hermes.data.misfits import Misfit, write_misfits
 from hermes.data.pairs import holds_messages, standard_batches, standard_schema
 from hermes.data.tables import ENDINGS, json_rows, read_table, readable
+from hermes.evaluation.benchmarks import SuiteName
 from hermes.run import run_stage
 from hermes.settings.data import DataSettings, Source, Split
 from hermes.settings.sources import is_folder
@@ -259,6 +264,15 @@ def mix(target: Path, sources: list[tuple[Source, Path, Misfits]]) -> Misfits:
     return misfits
 
 
+def fetch_questions(suites: list[SuiteName], target: Path) -> list[dict[str, Any]]:
+    """Writes the hashes of the questions of suites; returns which task was read at which revision, with its number of questions."""
+    from hermes.evaluation.suite_tasks import questions  # lm-eval takes seconds to import
+
+    texts, read = questions(suites)
+    write_questions(progress(texts, "questions", unit="text"), target)
+    return read
+
+
 def main() -> None:
     settings = params.load(Params).data
     with complete_folder(RAW) as target, TemporaryDirectory(dir=target.parent) as scratch:
@@ -274,12 +288,14 @@ def main() -> None:
         if mixed:
             misfits = mix(target, sources)
         write_misfits(misfits, target)
+        suites = fetch_questions(settings.decontaminate, target / FILE) if settings.decontaminate else []
         manifest = {
             "source": settings.source,
             "revision": settings.revision,
             "rows": count_rows(target, settings.splits),
             **on_the_hub,
             **({"mixed_with": mixed} if mixed else {}),
+            **({"suites": suites} if suites else {}),
             "files": {path.name: sha256_file(path) for path in sorted(target.iterdir())},
         }
         write_json(target / "manifest.json", manifest)

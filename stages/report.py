@@ -172,8 +172,12 @@ def page(inputs: Inputs) -> Row:
         "files": files,
         "compared": [file for file in files if file["against_merged"] or file["mean_kl"] is not None],
         "suites": [
-            {**suite, "models": {name: suite["models"][name] for name in inputs.results}}
-            for suite in inputs.suites.values()
+            {
+                **suite,
+                "models": {model: suite["models"][model] for model in inputs.results},
+                "decontaminated": name in inputs.params.get("data.decontaminate", ()),
+            }
+            for name, suite in inputs.suites.items()
         ],
         "merges": {onto: inputs.merge[onto] for onto in ("bf16", "nf4") if onto in inputs.merge},
         "flow": data_flow(inputs),

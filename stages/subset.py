@@ -5,6 +5,7 @@ Pairs are removed by these rules, in this order, and each removal is counted und
     an empty question or answer
     answers that are identical
     a training question that is also asked in an evaluation split
+    a training pair that repeats a question of a benchmark suite of `data.decontaminate` (hermes/data/decontamination.py)
     an exact duplicate of a better pair of its split
     a near duplicate of a better training pair: Jaccard similarity of the word 5-grams of question and chosen answer, by MinHash
 
@@ -37,6 +38,7 @@ import pyarrow.parquet as pq
 from hermes import params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, write_json
 from hermes.console import UserError, progress
+from hermes.data.decontamination import FILE, Questions
 from hermes.data.misfits import UNDECIDED, Misfit, read_misfits
 from hermes.run import run_stage
 from hermes.settings.subset import SubsetSettings
@@ -194,15 +196,23 @@ def read_rows(path: Path, ranked: bool) -> Iterator[tuple[int, dict[str, Any], M
 
 
 def decide(
-    path: Path, settings: SubsetSettings, held_out: set[bytes], is_train: bool
+    path: Path, settings: SubsetSettings, held_out: set[bytes], is_train: bool, suites: Questions | None = None
 ) -> tuple[list[int], dict[str, Any]]:
-    """The numbers of the rows to keep, ascending, and the counts for the report; `held_out` are the questions of the splits before.
+    """The numbers of the rows to keep, ascending, and the counts for the report.
+
+    Args:
+        path: of the split.
+        settings: the rules.
+        held_out: the questions of the splits before.
+        is_train: whether it is the training split, which is ranked and kept free of held-out questions.
+        suites: whose questions the training split may not repeat.
 
     Raises:
         UserError: a row is malformed while `drop_malformed` is off, or fewer rows are usable than `k`, or none.
     """
     removed: dict[str, int] = {}
     malformed: dict[str, list[int]] = {}
+    repeating: list[tuple[int, str]] = []
     candidates: list[Candidate] = []
     read = 0
     ranked = is_train and settings.k is not None
@@ -219,10 +229,13 @@ def decide(
         reason = (
             ("malformed_" * decided + misfit.kind) if misfit else reason_to_remove(row, settings, held_out, is_train)
         )
+        before, question = said_before(row), row["question"]
+        if not reason and suites and (found := suites.repeated_by(question, [*before, row["chosen"], row["rejected"]])):
+            reason = f"repeats_{found[0]}"
+            repeating.append((number, found[1]))
         if reason:
             removed[reason] = removed.get(reason, 0) + 1
             continue
-        before, question = said_before(row), row["question"]
         near = is_train and settings.near_duplicate_similarity is not None
         candidates.append(
             Candidate(
@@ -265,6 +278,8 @@ def decide(
     }
     if "mixed_from" in row:
         summary["sources"] = dict(sorted(Counter(str(candidate.source) for candidate in kept).items()))
+    if repeating:
+        summary["repeating_rows"] = [{"row": number, "task": task} for number, task in repeating[:SHOWN]]
     if malformed:
         summary["malformed_rows"] = {kind: numbers[:SHOWN] for kind, numbers in sorted(malformed.items())}
     return sorted(candidate.number for candidate in kept), summary
@@ -288,11 +303,13 @@ def main() -> None:
     settings = params.load(Params).subset
     held_out: set[bytes] = set()
     report: dict[str, Any] = {}
+    suites = Questions(RAW / FILE) if (RAW / FILE).is_file() else None
     with complete_folder(OUTPUT) as target:
         for split in SPLITS:
             source = RAW / f"{split}.parquet"
             if source.is_file():
-                kept, report[split] = decide(source, settings, held_out, is_train=split == "train")
+                is_train = split == "train"
+                kept, report[split] = decide(source, settings, held_out, is_train, suites if is_train else None)
                 copy_rows(source, target / source.name, kept)
         if "train" not in report:
             raise UserError(f"{RAW}: has no train.parquet; run `dvc repro fetch_data`")

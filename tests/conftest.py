@@ -135,6 +135,6 @@ def gguf_file(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def manager() -> "TaskManager":
     """The index of lm-eval's tasks and the project's own."""
-    from hermes.evaluation import run_benchmarks  # which takes seconds to import
+    from hermes.evaluation import suite_tasks  # which takes seconds to import
 
-    return run_benchmarks.task_manager()
+    return suite_tasks.task_manager()

@@ -5,6 +5,7 @@ All of it is derived from the source.
 
 import ast
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,49 @@ def expected_packages(stage: str) -> set[str]:
     return {DISTRIBUTIONS.get(name, name) for name in outside | brought} | NAMED.get(stage, set())
 
 
+def named_in(path: Path) -> set[str]:
+    """The texts that a module or a template names as constants."""
+    if path.suffix == ".j2":
+        return set(re.findall(r'(?:from|include|extends) "([^"]+)"', path.read_text()))
+    return {
+        node.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def users_of(file: Path) -> set[Path]:
+    """The modules and templates that name a data file, or the folder of a task that lm-eval finds there."""
+    found = set()
+    for path in (*MODULES.values(), *(ROOT / "hermes").rglob("*.j2")):
+        names = named_in(path)
+        beside = file.suffix in names and path.stem == file.stem
+        where = file.parent.relative_to(ROOT).as_posix()
+        folder = "tasks" in file.parts and any("/" in name and f"/{where}".endswith(f"/{name}") for name in names)
+        if file.name in names or beside or folder:
+            found.add(path)
+    return found
+
+
+DATA_FILES = {
+    file.relative_to(ROOT).as_posix(): users_of(file)
+    for file in (ROOT / "hermes").rglob("*")
+    if file.is_file() and file.suffix not in (".py", ".pyc")
+}
+
+
+def templates_of(stage: str) -> set[Path]:
+    """The page templates that a stage's modules name, and those that these name."""
+    waiting, found = list(closure(stage)), set[Path]()
+    while waiting:
+        new = {
+            ROOT / "hermes/pages/templates" / name for name in named_in(waiting.pop()) if name.endswith(".j2")
+        } - found
+        found |= new
+        waiting += new
+    return found
+
+
 def expected_params(stage: str) -> set[str]:
     module = importlib.import_module(f"stages.{stage}")
     top = set(read_yaml(ROOT / "params.yaml"))
@@ -127,6 +171,14 @@ def test_stages_hold_the_ten_of_the_graph_and_nothing_else() -> None:
 def test_stage_depends_on_the_modules_it_runs_and_no_more(stage: str) -> None:
     tracked = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
     assert tracked == expected_modules(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_depends_on_the_data_files_that_its_modules_name(stage: str) -> None:
+    deps = STAGES[stage]["deps"]
+    for path, users in DATA_FILES.items():
+        tracked = any(path == dep or path.startswith(f"{dep}/") for dep in deps)
+        assert tracked == bool(users & (closure(stage) | templates_of(stage))), path
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -74,14 +74,19 @@ def check_plan(profile: str | None) -> None:
         raise UserError("nothing was started; `make plan` shows what the run needs")
 
 
-def prepare_suites() -> None:
-    """Gets what the selected profile's benchmark suites need beside .venv, before hours are spent; a UserError where it cannot."""
+def prepare_suites(last: str) -> None:
+    """Gets what benchmark suites need beside .venv up to the stage `last`, before hours are spent; a UserError where it cannot."""
     tree = params.read_yaml(params.PARAMS)
-    wanted = tree["profiles"][params.selected_profile(tree)].get("evaluate", {}).get("suites", ())
+    profile = tree["profiles"][params.selected_profile(tree)]
+    wanted = list(profile.get("data", {}).get("decontaminate", ()))
+    if last == "evaluate":
+        wanted += profile.get("evaluate", {}).get("suites", ())
     runs = benchmarks.runs([name for name in wanted if name in benchmarks.SUITES])
     if any(benchmarks.needs_math(run.task) for run in runs) and subprocess.run(["./setup.sh", "math"]).returncode:
-        raise UserError("./setup.sh math failed; see above, or take open_llm_v2 out of `evaluate.suites`")
-    if "open_llm_v2" in wanted and not is_up_to_date("evaluate"):
+        raise UserError(
+            "./setup.sh math failed; see above, or take open_llm_v2 out of `data.decontaminate` and `evaluate.suites`"
+        )
+    if "open_llm_v2" in wanted and not is_up_to_date(last):
         check_gpqa()
         prepare_punkt()
 
@@ -96,9 +101,7 @@ def check_gpqa() -> None:
     """Refuses, by a UserError, where the Hub says no to GPQA, whose licence is accepted by hand; without a network it may be here."""
     why = hub.why_closed(GPQA, "dataset")
     if isinstance(why, HfHubHTTPError) and why.response.status_code in CLOSED:
-        raise UserError(
-            f"open_llm_v2 of `evaluate.suites` asks for {hub.failure(why, GPQA, 'main')}; nothing was started"
-        )
+        raise UserError(f"the suite open_llm_v2 asks for {hub.failure(why, GPQA, 'main')}; nothing was started")
 
 
 def prepare_punkt() -> None:
@@ -110,7 +113,7 @@ def prepare_punkt() -> None:
     except LookupError:
         if not nltk.download("punkt_tab", quiet=True):
             raise UserError(
-                "open_llm_v2 of `evaluate.suites` asks for NLTK's punkt_tab, which cannot be downloaded; check the network, "
+                "the suite open_llm_v2 asks for NLTK's punkt_tab, which cannot be downloaded; check the network, "
                 "or unpack it to ~/nltk_data/tokenizers; nothing was started"
             ) from None
 
@@ -124,8 +127,7 @@ def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ())
             if uses_gpu():
                 check_cuda()
                 check_plan(profile)
-            if "train" not in rest:  # which ends before the evaluation
-                prepare_suites()
+            prepare_suites("train" if "train" in rest else "evaluate")
             verb = ["exp", "run", *(f"--set-param={change}" for change in changes)] if changes else ["repro"]
             return relay.run([*DVC, *verb, *rest], lock)
 

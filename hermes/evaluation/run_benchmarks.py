@@ -3,38 +3,25 @@
 The numbers of a suite (benchmarks.py) are held against published ones. So text is treated as lm-eval does, and not as in a chat
 (chat_models.py): a choice is tokenized with its prompt and has no end token, and an answer ends at the task's own texts. A prompt that is
 too long loses its beginning, and is counted. Prompts, batches and seeds depend on the arguments alone.
-
-The mathematics tasks are graded with antlr4 4.11, which DVC cannot live with. These packages lie in a folder of their own, .venv/math
-(requirements-math.lock, `./setup.sh math`). It goes before .venv only in the process of the stage, and only for such a task.
 """
 
 import gzip
 import hashlib
 import json
-import random
-import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
-import numpy as np
-import torch
-from datasets import disable_caching, enable_caching
-from datasets.exceptions import DatasetsError
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.tasks import TaskManager
 
-from hermes import hub
 from hermes.artifacts import complete_file, sha256_file, sha256_folder, write_json
 from hermes.console import UserError
-from hermes.evaluation.benchmarks import Run, needs_math
+from hermes.evaluation import suite_tasks
+from hermes.evaluation.benchmarks import Run
 from hermes.evaluation.chat_models import ChatModel, Ids, TokenizedModel
 from hermes.params import read_yaml
 from hermes.settings.evaluate import Batching
@@ -43,6 +30,7 @@ ROOT, NOUS = Path(__file__).parents[2], "hermes/evaluation/tasks/nous"
 # The modules and the lock that results depend on; what else these import shapes no number. A suite reaches a result through its run alone.
 CODE = (
     "evaluation/run_benchmarks",
+    "evaluation/suite_tasks",
     "evaluation/chat_models",
     "model/gguf",
     "model/base",
@@ -53,9 +41,6 @@ CODE = (
     "data/prefixes",
 )
 MATH_LOCK = "requirements-math.lock"
-# Where the suites' tasks are; lm-eval reads every file of a folder, and all of its own take half a minute.
-FOLDERS = "agieval arc gsm8k hellaswag leaderboard mmlu/default openbookqa piqa super_glue/boolq truthfulqa winogrande"
-MATH = Path(sys.prefix) / "math"
 LONGEST_ANSWER = 256  # lm-eval's own, in tokens, where a task names none
 # A metric that lm-eval gives one second of the clock, so that equal runs differ; no suite counts it, and results and logs leave it out.
 TIMED = {"exact_match_original"}
@@ -123,86 +108,6 @@ class SuiteModel(TokenizedModel):
         return answers
 
 
-def task_manager() -> TaskManager:
-    """lm-eval's list of the tasks that suites name."""
-    theirs = Path(lm_eval.tasks.__file__).parent
-    return TaskManager(include_path=[ROOT / NOUS, *(theirs / name for name in FOLDERS.split())], include_defaults=False)
-
-
-def use_math() -> None:
-    """Puts the packages of the mathematics tasks before those of .venv, in this process.
-
-    Raises:
-        UserError: they are not installed.
-    """
-    if not MATH.is_dir():
-        raise UserError(
-            f"{MATH}: no such folder, with which the tasks leaderboard_math are graded; run: ./setup.sh math"
-        )
-    sys.path.insert(0, str(MATH))
-
-
-def prepare_ifeval() -> None:
-    """Makes IFEval's language detection repeatable, and makes sure that what it splits sentences with has arrived.
-
-    Raises:
-        UserError: lm-eval could not download that.
-    """
-    import langdetect
-    import nltk
-
-    langdetect.DetectorFactory.seed = 0
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        raise UserError(
-            "leaderboard_ifeval: NLTK's punkt_tab is not here and cannot be downloaded; check the network, "
-            "or unpack it to ~/nltk_data/tokenizers"
-        ) from None
-
-
-def seed() -> None:
-    """Seeds what tasks draw with: GPQA shuffles its choices when it is loaded, IFEval draws what a question leaves open when it grades."""
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-
-
-def load_task(run: Run, manager: TaskManager) -> Task:
-    """A task with its data, which the Hub gives where they are not here yet, and its number of examples.
-
-    lm-eval makes the documents anew each time it asks for them. They are made once here. They do not come from the cache of data
-    sets either: GPQA's would have the order that some earlier run of lm-eval left there.
-
-    Raises:
-        UserError: the data cannot be had, or what the task is graded with is missing.
-    """
-    seed()
-    disable_caching()
-    try:
-        task: Any = manager.load([run.task])["tasks"][run.task]
-    except (*hub.ERRORS, DatasetsError) as error:
-        source = str((manager.task_index[run.task].cfg or {}).get("dataset_path"))
-        raise UserError(
-            f"task {run.task}: {hub.failure(hub.why_closed(source, 'dataset') or error, source, 'main')}"
-        ) from None
-    finally:
-        enable_caching()
-    task.test_docs = task.validation_docs = lambda: task.task_docs
-    if run.task == "leaderboard_ifeval":
-        prepare_ifeval()
-    task.set_config("num_fewshot", run.shots)
-    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-    return task
-
-
-def revision(task: Any) -> str | None:
-    """The commit of the data set that a task was read from; None where it did not come from the Hub."""
-    files = [file["filename"] for split in task.dataset.values() for file in split.cache_files]
-    found = {part for file in files for part in Path(file).parts if re.fullmatch(r"[0-9a-f]{40}", part)}
-    return found.pop() if len(found) == 1 else None
-
-
 def measured(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """The values of each metric over the questions, by `metric,filter`; each value of a list counts."""
     values: dict[str, list[float]] = defaultdict(list)
@@ -225,7 +130,7 @@ def run_task(run: Run, task: Task, model: SuiteModel) -> tuple[dict[str, Any], l
     Neither depends on what ran before, so that a run which goes on ends as one that was never killed; nor on the clock, but for the limit
     of math-verify.
     """
-    seed()
+    suite_tasks.seed()
     model.truncated = 0
     found = evaluate(
         lm=model,
@@ -243,7 +148,7 @@ def run_task(run: Run, task: Task, model: SuiteModel) -> tuple[dict[str, Any], l
         "n": len({sample["doc_id"] for sample in samples}),
         "metrics": measured(samples),
         "truncated": model.truncated,
-        "revision": revision(task),
+        "revision": suite_tasks.revision(task),
         "questions": digest(samples),
     }
     return result, [{name: sample[name] for name in (*LOGGED, *sample["metrics"])} for sample in samples]
@@ -286,15 +191,12 @@ def run_all(
     The data of all tasks are fetched before the model is loaded, so that a missing one costs nothing.
 
     Raises:
-        UserError: something is missing (`load_task`, `use_math`).
+        UserError: something is missing (`load_tasks`).
     """
     missing = [run for run in runs if not (folder / f"{run.label}.json").is_file()]
     if not missing:
         return
-    if any(needs_math(run.task) for run in missing):
-        use_math()
-    manager = task_manager()
-    waiting = [(run, load_task(run, manager)) for run in missing]
+    waiting = suite_tasks.load_tasks(missing)
     with open_model() as chat:
         model = SuiteModel(chat, context)
         while waiting:

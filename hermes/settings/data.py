@@ -4,7 +4,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from hermes.params import Settings
+from hermes.evaluation.benchmarks import SuiteName
+from hermes.params import Settings, each_once
 from hermes.settings.sources import check_source, is_folder
 
 Format = Literal["plain", "chatml", "messages", "transcripts"]
@@ -148,3 +149,6 @@ class DataSettings(Source):
     """Where the preference pairs come from: one source, or several that are mixed."""
 
     mixed_with: list[Share]
+    decontaminate: list[SuiteName]
+
+    _each_once = field_validator("decontaminate")(each_once)

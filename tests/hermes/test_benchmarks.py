@@ -15,7 +15,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from hermes import params
 from hermes.console import UserError
-from hermes.evaluation import benchmarks, run_benchmarks
+from hermes.evaluation import benchmarks, run_benchmarks, suite_tasks
 from hermes.evaluation.benchmarks import SUITES, Benchmark, Run, Suite
 from hermes.params import read_yaml
 from hermes.settings.evaluate import EvaluateSettings
@@ -122,16 +122,16 @@ def test_a_suites_longest_answer_is_that_of_its_tasks(manager: TaskManager) -> N
 
 
 @pytest.mark.skipif(
-    not run_benchmarks.MATH.is_dir(), reason="what the mathematics tasks need is not installed: ./setup.sh math"
+    not suite_tasks.MATH.is_dir(), reason="what the mathematics tasks need is not installed: ./setup.sh math"
 )
 @pytest.mark.slow
 def test_every_mathematics_task_imports_and_grades_in_its_environment() -> None:
     script = r"""
-from hermes.evaluation import benchmarks, run_benchmarks
-run_benchmarks.use_math()
+from hermes.evaluation import benchmarks, suite_tasks
+suite_tasks.use_math()
 from importlib.metadata import version
 from lm_eval.tasks._yaml_loader import load_yaml
-manager, count = run_benchmarks.task_manager(), 0
+manager, count = suite_tasks.task_manager(), 0
 doc = {"problem": "?", "solution": r"So it is $\boxed{\frac{1}{2}}$.", "answer": r"\frac{1}{2}"}
 answers = {r"$\frac{2}{4}$": 1, "$3$": 0}
 for run in benchmarks.runs(["open_llm_v2"]):

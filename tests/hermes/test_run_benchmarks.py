@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import nltk
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -25,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from hermes.console import UserError
-from hermes.evaluation import benchmarks, run_benchmarks
+from hermes.evaluation import benchmarks, run_benchmarks, suite_tasks
 from hermes.evaluation.benchmarks import Benchmark, Run, Suite, Task
 from hermes.evaluation.chat_models import ChatModel, GgufChat, HuggingFaceChat
 from hermes.evaluation.run_benchmarks import SuiteModel
@@ -33,7 +34,7 @@ from hermes.model.base import load
 from hermes.model.gguf import GgufModel
 from hermes.params import read_yaml
 from hermes.settings.evaluate import Batching, EvaluateSettings
-from stages import evaluate
+from stages import evaluate, fetch_data, subset
 from tests.hermes.test_benchmarks import config
 from tests.test_graph import MODULES, file_of, imports
 
@@ -71,7 +72,7 @@ def write_arc() -> None:
 @pytest.fixture
 def data(tmp_path: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with small data sets of every kind of task; the index of tasks, which takes seconds, is read once."""
-    monkeypatch.setattr(run_benchmarks, "task_manager", lambda: manager)
+    monkeypatch.setattr(suite_tasks, "task_manager", lambda: manager)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     write_arc()
@@ -167,8 +168,8 @@ def log(folder: Path, run: Run) -> list[dict[str, Any]]:
 def test_real_tasks_of_each_kind_give_both_backends_the_same_results(
     data: Path, models: dict[str, Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_task = run_benchmarks.load_task
-    monkeypatch.setattr(run_benchmarks, "load_task", lambda run, manager: with_short_answers(load_task(run, manager)))
+    load_task = suite_tasks.load_task
+    monkeypatch.setattr(suite_tasks, "load_task", lambda run, manager: with_short_answers(load_task(run, manager)))
     for name, opened in models.items():
         run_benchmarks.run_all(LOCAL, data / name, opened, CONTEXT)
     ours, theirs = (results(data / name) for name in models)
@@ -202,6 +203,57 @@ def test_real_tasks_of_each_kind_give_both_backends_the_same_results(
     assert plain["inst_level_strict_acc,none"] == [1.0, 0.0, 1.0]
 
 
+def test_questions_of_a_suite_keep_training_pairs_out_that_repeat_them(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through fetch_data and subset, on the data of real tasks."""
+    tasks = ("arc_challenge", "winogrande", "gsm8k", "leaderboard_bbh_navigate", "leaderboard_ifeval")
+    parts = tuple(Benchmark(name, 0, benchmarks.tasks(name)) for name in tasks)
+    monkeypatch.setitem(benchmarks.SUITES, "nous", Suite("Local", parts, ()))
+    long = "Which of these numbers follows the number three when one counts on?"
+    path = Path("allenai/ai2_arc/ARC-Challenge-test.jsonl")
+    path.write_text(path.read_text().replace("Which number follows 3?", long))
+    rows = [
+        {"question": question, "chosen": chosen, "rejected": "No idea.", "delta_score": score}
+        for question, chosen, score in (
+            (f"Tell me: {long}", "Four.", 5.0),
+            ("Write a sentence.", "The five did not fit the box, as the five was large.", 4.0),
+            ("What is 6 and 6?", "Twelve.", 3.0),
+            ("What is 60 and 60?", "A hundred and twenty.", 2.0),
+        )
+    ]
+    Path("pairs").mkdir()
+    for split in ("train", "validation", "test"):
+        Path(f"pairs/{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows[: 4 if split == "train" else 1])
+        )
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, name)
+    text = Path("params.yaml").read_text()
+    text = text.replace("source: embedded", "source: ./pairs", 1).replace(
+        "decontaminate: []", "decontaminate: [nous]", 1
+    )
+    Path("params.yaml").write_text(
+        text.replace("k: 2100", "k: 1", 1).replace("drop_evaluation_leaks: true", "drop_evaluation_leaks: false")
+    )
+    fetch_data.main()
+    manifest = json.loads(Path("data/raw/manifest.json").read_text())
+    assert {part["task"]: part["questions"] for part in manifest["suites"]} == {
+        "arc_challenge": 5,
+        "winogrande": 4,
+        "gsm8k": 4,
+        "leaderboard_bbh_navigate": 4,
+        "leaderboard_ifeval": 2,
+    }
+    subset.main()
+    report = json.loads(Path("reports/subset.json").read_text())["train"]
+    assert report["removed"] == {"repeats_nous": 3}
+    assert report["repeating_rows"] == [
+        {"row": i, "task": task} for i, task in enumerate(("arc_challenge", "winogrande", "gsm8k"))
+    ]
+    assert [row["question"] for row in pq.read_table("data/subset/train.parquet").to_pylist()] == ["What is 60 and 60?"]
+
+
 def test_text_is_treated_as_by_lm_evals_own_transformers_model(
     data: Path, models: dict[str, Opened], manager: TaskManager
 ) -> None:
@@ -212,7 +264,7 @@ def test_text_is_treated_as_by_lm_evals_own_transformers_model(
         for run in LOCAL:
             found = []
             for model in (SuiteModel(chat, CONTEXT), stock):
-                task = with_short_answers(run_benchmarks.load_task(run, manager))
+                task = with_short_answers(suite_tasks.load_task(run, manager))
                 found.append(run_benchmarks.run_task(run, task, model))
             (ours, left), (theirs, right) = found
             for one, other in zip(left, right, strict=True):
@@ -239,7 +291,7 @@ def test_a_suite_of_local_tasks_has_the_scores_that_lm_eval_gives(
     summary = benchmarks.summary(Suite("local", parts, ()), {"base": found})
     for run, metric in zip(LOCAL, metrics, strict=False):
         with models["transformers"]() as chat:
-            task = run_benchmarks.load_task(run, manager)
+            task = suite_tasks.load_task(run, manager)
             theirs = run_benchmarks.evaluate(
                 lm=SuiteModel(chat, CONTEXT),
                 task_dict={"tasks": {run.task: task}, "groups": {}, "group_map": {}},
@@ -443,14 +495,14 @@ def test_without_a_network_a_missing_data_set_is_one_line(
     with pytest.raises(
         UserError, match=r"^task openbookqa: allenai/openbookqa@main: .*check the name, the network"
     ) as error:
-        run_benchmarks.load_task(Run("openbookqa", 0, False), manager)
+        suite_tasks.load_task(Run("openbookqa", 0, False), manager)
     assert "\n" not in str(error.value)
 
 
 def test_ifeval_without_its_sentence_splitter_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nltk.data, "path", [])
     with pytest.raises(UserError, match=r"punkt_tab is not here.*~/nltk_data"):
-        run_benchmarks.prepare_ifeval()
+        suite_tasks.prepare_ifeval()
 
 
 def test_ifeval_grades_an_answer_by_its_instructions(manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,15 +562,15 @@ def test_gpqas_choices_have_an_order_of_their_own_whatever_is_cached(data: Path,
 
     random.seed(5)
     cached = orders(manager.load([run.task])["tasks"][run.task])  # by another run of lm-eval
-    asked, graded = orders(run_benchmarks.load_task(run, manager))
+    asked, graded = orders(suite_tasks.load_task(run, manager))
     assert asked == graded
     assert asked != cached[0]
     shutil.rmtree(data / "cache")
-    assert orders(run_benchmarks.load_task(run, manager)) == (asked, graded)
+    assert orders(suite_tasks.load_task(run, manager)) == (asked, graded)
 
 
 @pytest.mark.skipif(
-    not run_benchmarks.MATH.is_dir(), reason="what the mathematics tasks need is not installed: ./setup.sh math"
+    not suite_tasks.MATH.is_dir(), reason="what the mathematics tasks need is not installed: ./setup.sh math"
 )
 @pytest.mark.slow
 def test_a_mathematics_task_runs_end_to_end_in_its_environment_on_both_backends(
@@ -531,7 +583,7 @@ from pathlib import Path
 import datasets
 from transformers import AutoTokenizer
 datasets.config.HF_DATASETS_CACHE = Path("cache")
-from hermes.evaluation import run_benchmarks
+from hermes.evaluation import run_benchmarks, suite_tasks
 from hermes.evaluation.benchmarks import Run
 from hermes.evaluation.chat_models import opened
 from hermes.settings.evaluate import Batching
@@ -541,8 +593,8 @@ rows = [
     {"problem": f"What is half of {i}?", "solution": rf"It is $\boxed{{\frac{{{i}}}{{2}}}}$.", "level": "Level 5"} for i in (1, 3)
 ]
 data_set("DigitalLearningGmbH/MATH-lighteval", "algebra", {"train": rows, "test": [*rows, rows[0] | {"level": "Level 4"}]})
-run, load_task = Run("leaderboard_math_algebra_hard", 4, True), run_benchmarks.load_task
-run_benchmarks.load_task = lambda *asked: with_short_answers(load_task(*asked))
+run, load_task = Run("leaderboard_math_algebra_hard", 4, True), suite_tasks.load_task
+suite_tasks.load_task = lambda *asked: with_short_answers(load_task(*asked))
 batching = Batching(max_new_tokens=8, batch_size=2, slots=4, context=2000, threads=1)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 half = r"Final Answer: The final answer is $\frac{2}{4}$. I hope it is correct. Problem: What is $3$?"
@@ -576,6 +628,6 @@ print(json.dumps(found))
 
 
 def test_mathematics_without_its_packages_says_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_benchmarks, "MATH", Path("nowhere"))
+    monkeypatch.setattr(suite_tasks, "MATH", Path("nowhere"))
     with pytest.raises(UserError, match=r"nowhere: no such folder.*; run: \./setup\.sh math"):
-        run_benchmarks.use_math()
+        suite_tasks.use_math()

@@ -722,6 +722,7 @@ def test_suites_are_shown_with_their_differences_and_only_where_there_are_any(
     assert clipped in page.text
     row = f"| gsm8k | exact_match,strict-match | 5 | 100 | 3 | {' | '.join(f'{40 + 5 * i}.0% ± 2.0' for i in range(5))} | {'ab' * 20} |"
     assert row in text
+    assert text.count("Training pairs were not searched for its questions") == 3
     for suite in SUITES.values():
         assert all(line in text for line in suite.differs)
         assert all(line in " ".join(page.text.split()) for line in suite.differs)

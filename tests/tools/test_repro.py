@@ -351,7 +351,7 @@ def test_a_licence_that_was_not_accepted_is_one_line_before_anything_runs(gate: 
     done = launch()
     assert done.returncode == 1
     assert done.stderr == (
-        "repro: open_llm_v2 of `evaluate.suites` asks for Idavidrein/gpqa@main: it is gated: accept its licence on its page, and set "
+        "repro: the suite open_llm_v2 asks for Idavidrein/gpqa@main: it is gated: accept its licence on its page, and set "
         "HF_TOKEN to a token of that account; nothing was started\n"
     )
     assert not Path("seen").exists()
