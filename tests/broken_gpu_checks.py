@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hermes.training import shared_prefix
+from hermes.training import packing
 
 
 def leak(common: int, start: int, prompt: int, chosen: int, rejected: int, device: torch.device) -> list:
     """Blocks of attention in which the rejected answer sees the chosen one."""
-    return shared_prefix.causal_blocks((slice(0, common),), slice(start, start + prompt + chosen + rejected), device)
+    return packing.causal_blocks((slice(0, common),), slice(start, start + prompt + chosen + rejected), device)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def broken(request: pytest.FixtureRequest, device: torch.device, monkeypatch: py
             dequantize = module.dequantize_4bit
             changed("dequantize_4bit", lambda *given: dequantize(*given) * 1.01)
         case "test_bfloat16_forward":
-            changed("pair_blocks", leak, shared_prefix)
+            changed("pair_blocks", leak, packing)
         case "test_attention_kernel":
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 yield

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks import bench, sides
 from hermes.artifacts import write_parquet
 from hermes.data.chat_text import answer_ids, prompt_ids
-from hermes.training.shared_prefix import IGNORED, pack_pairs
+from hermes.training.packing import IGNORED, pack_pairs
 from stages.tokenize import schema
 
 ROOT = Path(__file__).parent.parent

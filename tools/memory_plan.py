@@ -10,7 +10,7 @@ from typing import NamedTuple
 from hermes.model.llama3 import Shape
 from hermes.settings.base import BaseSettings
 from hermes.settings.train import TrainSettings
-from hermes.training.shared_prefix import CHUNK
+from hermes.training.answer_scores import CHUNK
 
 GIB = 2**30
 SIZES = {"bfloat16": 2, "float32": 4}

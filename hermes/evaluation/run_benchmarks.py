@@ -37,6 +37,9 @@ CODE = (
     "model/bf16_on_cpu",
     "training/exactness",
     "training/shared_prefix",
+    "training/packing",
+    "training/row_attention",
+    "training/answer_scores",
     "data/chat_text",
     "data/prefixes",
 )

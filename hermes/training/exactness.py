@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from hermes.console import UserError
 from hermes.model.base import load
-from hermes.training.shared_prefix import Forward, body, logits_alone, padded_batch, share_prefix
+from hermes.training.packing import padded_batch
+from hermes.training.shared_prefix import Forward, body, logits_alone, share_prefix
 
 Ids = list[int]
 Pair = tuple[Ids, Ids, Ids]  # prompt, chosen, rejected

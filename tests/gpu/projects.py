@@ -19,7 +19,7 @@ from hermes import params
 from hermes.artifacts import write_json, write_parquet
 from hermes.model import llama3
 from hermes.model.llama3 import Shape
-from hermes.training.shared_prefix import IGNORED
+from hermes.training.packing import IGNORED
 from stages.reference import SCHEMA
 from stages.tokenize import schema
 from tools.profiles import write_params

@@ -8,7 +8,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from hermes.training.shared_prefix import IGNORED, Blocks, pack_pairs, share_prefix, shared_prefix_attention
+from hermes.training.packing import IGNORED, Blocks, pack_pairs
+from hermes.training.row_attention import shared_prefix_attention
+from hermes.training.shared_prefix import share_prefix
 from tests.gpu.projects import (
     ROUNDING,
     SMOLLM2_135M,

@@ -66,7 +66,7 @@ def test_a_fast_forward_that_is_wrong_is_never_chosen(monkeypatch: pytest.Monkey
     """Here it forgets the window: what the check is there for."""
     model, pairs = small_model("mistral"), some_pairs()
     assert exactness.find_forward(model, pairs)[0].shared
-    monkeypatch.setattr("hermes.training.shared_prefix.Block.under", lambda self, rule, positions: self)
+    monkeypatch.setattr("hermes.training.packing.Block.under", lambda self, rule, positions: self)
     how, why = exactness.find_forward(small_model("mistral"), pairs)
     assert not how.shared
     assert "nats a token off" in why

@@ -11,17 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from hermes.training import shared_prefix
-from hermes.training.shared_prefix import (
-    IGNORED,
-    RowAttention,
-    Scores,
-    attend_in_parts,
-    causal_blocks,
-    pack_pairs,
-    pair_blocks,
-    share_prefix,
-)
+from hermes.training import packing
+from hermes.training.packing import IGNORED, causal_blocks, pack_pairs, pair_blocks
+from hermes.training.row_attention import RowAttention, Scores, attend_in_parts
+from hermes.training.shared_prefix import share_prefix
 
 VOCABULARY = 97
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -85,7 +78,7 @@ def test_log_probs_and_gradients_equal_those_of_stock_trl(
     stock, ours = both_models()
     batch = batch_of(sizes, seed, common)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared_prefix, "QUERIES", queries)
+        patch.setattr(packing, "QUERIES", queries)
         check_against_stock(stock, ours, batch, seed)
 
 
@@ -121,7 +114,7 @@ def test_the_backward_of_attention_equals_that_of_torch(
     common: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the CPU attention has a backward of its own, in strips of queries; torch's differentiates what runs on CUDA."""
-    monkeypatch.setattr(shared_prefix, "QUERIES", queries)
+    monkeypatch.setattr(packing, "QUERIES", queries)
     blocks = {}
     for name in ("cpu", "cuda"):
         device, start = torch.device(name), common

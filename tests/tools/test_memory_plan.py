@@ -16,9 +16,11 @@ from hermes.model.base import load_base
 from hermes.model.llama3 import Shape
 from hermes.settings.base import BaseSettings
 from hermes.settings.train import TrainSettings
-from hermes.training import shared_prefix
+from hermes.training import answer_scores
+from hermes.training.answer_scores import AnswerLogProbs, Head
 from hermes.training.lora import fuse_updates
-from hermes.training.shared_prefix import AnswerLogProbs, Head, pack_pairs, share_prefix
+from hermes.training.packing import pack_pairs
+from hermes.training.shared_prefix import share_prefix
 from tests.stages.test_train import SETTINGS
 from tools.memory_plan import layer_activations, training_memory
 
@@ -198,7 +200,7 @@ def test_checkpointing_keeps_the_inputs_of_layers(sizes: dict[str, Any], tmp_pat
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_logits_are_predicted(sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prefix, "CACHED", shared_prefix.CHUNK)  # whole chunks, as on a GPU
+    monkeypatch.setattr(answer_scores, "CACHED", answer_scores.CHUNK)  # whole chunks, as on a GPU
     answers, size = 500, sizes["hidden_size"]
     hidden = torch.randn(answers, size).bfloat16().requires_grad_()
     weight, labels = torch.randn(VOCABULARY, size).bfloat16(), torch.arange(answers)
