@@ -33,13 +33,13 @@ from hermes.artifacts import complete_file, complete_folder, open_parquet, read_
 from hermes.console import UserError
 from hermes.data.chat_text import Forged, answer_ids, check_plain, prompt_ids
 from hermes.evaluation import benchmarks, run_benchmarks
-from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, release, score
+from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
 from hermes.evaluation.intervals import paired_gain
 from hermes.evaluation.tasks.functions import load_instructions
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
-from hermes.model.base import load, load_base, set_determinism
+from hermes.model.base import load, load_base, release, set_determinism
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.evaluate import EvaluateSettings

@@ -265,6 +265,8 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
         llama.cpp     the largest file, a cache for its slots and one more, and one to score in (hermes/model/gguf.py)
         divergence    the merged model in float32 with a row of logits
 
+    The forward is tried on a first layer in float32 (hermes/training/exactness.py), before the base is loaded, and in evaluate beside it.
+
     On a CPU three things more lie in the same memory: Python itself, the logits that evaluate keeps, and the largest matrix twice in
     float32, where weights are merged or quantized.
     """
@@ -275,11 +277,14 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     forward = step.workspace + step.logits + row * shape.hidden * SIZES[loaded.base.dtype] * 8
     cache = 4 * shape.layers * shape.kv_heads * shape.head_size  # bytes a token, keys and values in 16 bits
     cells = (e.slots + 1) * e.context + max(UBATCH, 2 * e.context)
-    evaluating = [2 * weights + e.batch_size * e.context * cache]
+    tried = 4 * (shape.other_weights + shape.linear_weights // shape.layers)
+    tried += 8 * int(max(lengths.chosen.max(), lengths.rejected.max())) * shape.vocabulary
+    evaluating = [2 * weights + max(e.batch_size * e.context * cache, tried)]
     evaluating += [round(weights * BITS.get(kind, 16.0) / 8) + cells * cache for kind in e.types]
     evaluating += [4 * weights + e.context * shape.vocabulary * 4] if e.divergence_pairs else []
     kept = base.weights + base.constants
-    found = {"reference": kept + forward, "train": with_overhead(step) - CONTEXT, "evaluate": max(evaluating)}
+    found = {"reference": max(tried, kept + forward), "train": max(tried, with_overhead(step) - CONTEXT)}
+    found["evaluate"] = max(evaluating)
     if is_gpu:
         found["train"] = max(found["train"], kept)
         return {stage: memory + CONTEXT for stage, memory in found.items()}

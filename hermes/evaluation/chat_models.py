@@ -5,7 +5,6 @@ end-of-sequence token is scored with it; lm-eval's own pairing would move the te
 """
 
 import contextlib
-import gc
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from hermes.console import progress
 from hermes.data.chat_text import end_of_answer, ends_of_answer
 from hermes.data.prefixes import common_length
-from hermes.model.base import load
+from hermes.model.base import load, release
 from hermes.model.gguf import UBATCH, GgufModel, common_beginning
 from hermes.settings.evaluate import Batching
 from hermes.training.exactness import choose_forward
@@ -296,12 +295,6 @@ class GgufChat(ChatModel):
     def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
         """Logits of all answers from one decode."""
         return self.model.answer_logits(prompts, answers)
-
-
-def release() -> None:
-    """Frees models that nobody names any more; torch would keep their memory of a GPU, and llama.cpp allocates its own beside it."""
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
 
 @contextlib.contextmanager

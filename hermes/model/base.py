@@ -5,6 +5,7 @@ its first evaluation, for good. From then on gradients below it are wrong, witho
 layer.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def set_determinism(threads: int) -> None:
 def device() -> str:
     """The device that models run on: the GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def release() -> None:
+    """Frees models that nobody names any more; torch would keep their memory of a GPU, and llama.cpp allocates its own beside it."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
 
 
 def load_base(folder: Path, settings: BaseSettings, sharded: bool = False) -> PreTrainedModel:

@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from hermes.console import UserError
-from hermes.model.base import load
+from hermes.model.base import load, release
 from hermes.training.packing import padded_batch
 from hermes.training.shared_prefix import Forward, body, logits_alone, share_prefix
 
 Ids = list[int]
 Pair = tuple[Ids, Ids, Ids]  # prompt, chosen, rejected
 TOLERANCE = 1e-4  # nats a token; rounding of float32 is some 1e-6 in a tiny model and 2e-5 in a real one
+SEEN = 64  # tokens whose logits are looked at, so that a long pair's need no memory
 # What configurations call the factor of the logits, or what they are divided by, and their soft cap.
 SCALES, SOFTCAP = ("logit_scale", "logits_scaling", "lm_head_multiplier"), "final_logit_softcapping"
 
@@ -72,8 +73,9 @@ def shallow_config(folder: Path) -> PreTrainedConfig:
 def head_of(model: PreTrainedModel, ids: torch.Tensor) -> Forward:
     """How this model makes logits, of what its configuration names: the one that comes nearest to its own logits of some ids (tokens,)."""
     config = model.config.get_text_config()
-    hidden = body(model)(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0]
-    own = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
+    count = min(SEEN, len(ids) - 1)
+    hidden = body(model)(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0, -count - 1 : -1]
+    own = logits_alone(model.forward, ids, count)
     named = [getattr(config, name, None) for name in SCALES]
     numbers = [float(value) for value in named if isinstance(value, int | float) and value]
     scales = [1.0, *numbers, *(1 / number for number in numbers)]
@@ -87,7 +89,7 @@ def head_of(model: PreTrainedModel, ids: torch.Tensor) -> Forward:
 def is_causal(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     """Whether the last of some ids (tokens,) has no influence on the logits before it."""
     other = torch.cat([ids[:-1], ids[:1]])
-    logits, changed = (model(input_ids=row.unsqueeze(0), use_cache=False).logits[0, :-1] for row in (ids, other))
+    logits, changed = (logits_alone(model.forward, row, min(SEEN, len(ids) - 1)) for row in (ids, other))
     return float((logits - changed).abs().max()) <= TOLERANCE
 
 
@@ -157,6 +159,9 @@ def choose_forward(folder: Path, pairs: Sequence[Pair]) -> Forward:
         how, why = find_forward(model, few(pairs))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: this model cannot be trained here; {error}") from None
+    finally:
+        del model
+        release()
     if why:
         print(f"{folder}: {why}; every answer is computed alone, which is slower", file=sys.stderr)
     return how
