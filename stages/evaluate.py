@@ -14,8 +14,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,13 +28,12 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
-from hermes.artifacts import complete_file, complete_folder, open_parquet, read_json, scratch_folder, write_json
+from hermes.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json
 from hermes.console import UserError
-from hermes.data.chat_text import Forged, answer_ids, check_plain, prompt_ids
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
+from hermes.evaluation.held_out import HeldOut, read_held_out
 from hermes.evaluation.intervals import paired_gain
-from hermes.evaluation.tasks.functions import load_instructions
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
@@ -44,10 +42,9 @@ from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.evaluate import EvaluateSettings
 
-BASE, MERGED, GGUF, SUBSET = Path("models/base"), Path("models/merged"), Path("models/gguf"), Path("data/subset")
+BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
 ADAPTER = Path("models/adapter")
 OUTPUT, TASKS = Path("data/evaluation"), Path(__file__).parent.parent / "hermes/evaluation/tasks"
-NEEDED = {"instructions": Path("data/raw/questions.parquet"), "plain": Path("data/raw/plain.jsonl")}
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
 
@@ -62,92 +59,6 @@ class Params(params.Params):
 def path_of(name: str) -> Path:
     """The folder or the file of the model of this name."""
     return {"base": BASE, "merged": MERGED}.get(name, GGUF / f"{name}.gguf")
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out rows with their ids, made as those of training are (hermes/data/chat_text.py).
-
-    Attributes:
-        rows: as the data have them.
-        prompts: ids of each row's prompt.
-        answers: ids of its answers.
-    """
-
-    rows: Answers
-    prompts: list[Ids]
-    answers: list[list[Ids]]
-
-    @classmethod
-    def of(cls, rows: Answers, tokenizer: PreTrainedTokenizerBase, parts: Sequence[str], where: str) -> "HeldOut":
-        """The rows with the answers that stand in the columns `parts`.
-
-        Raises:
-            UserError: the chat template does not take a row; names it.
-        """
-        prompts, answers = [], []
-        for number, row in enumerate(rows):
-            context = row.get("context") or ()
-            try:
-                prompts.append(prompt_ids(tokenizer, row["question"], context))
-                answers.append([answer_ids(tokenizer, row["question"], row[part], context) for part in parts])
-            except UserError as error:
-                raise UserError(f"{where}, row {number}: {error}") from None
-        return cls(rows, prompts, answers)
-
-    def first(self, count: int, answers: int) -> tuple[list[Ids], list[list[Ids]]]:
-        """The prompts of the first rows, and so many answers to each."""
-        return self.prompts[:count], [found[:answers] for found in self.answers[:count]]
-
-    def check_length(self, context: int, where: str) -> None:
-        """Refuses what does not fit, before any model is loaded.
-
-        Raises:
-            UserError: a prompt is too long together with its answer; says which.
-        """
-        for number, (prompt, found) in enumerate(zip(self.prompts, self.answers, strict=True)):
-            if (tokens := len(prompt) + max(map(len, found))) > context:
-                raise UserError(
-                    f"{where}, row {number}: has {tokens} tokens; `evaluate.context` is {context}: raise it, or lower `tokenize.max_length`"
-                )
-
-
-def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, HeldOut]:
-    """The pairs and the plain answers of the split that is asked, as far as they are wanted.
-
-    A pair that holds a special token could forge a turn of the conversation, and is left out.
-
-    Raises:
-        UserError: a row is not what the chat template or `evaluate.context` takes.
-    """
-    found, split = {}, settings.split
-    if "preference" in settings.tasks or settings.divergence_pairs:
-        path, pairs = SUBSET / f"{split}.parquet", []
-        with open_parquet(path) as file:
-            for row in file.read().to_pylist():
-                with suppress(Forged):
-                    check_plain(tokenizer, row)
-                    pairs.append(row)
-            forged = file.metadata.num_rows - len(pairs)
-        if forged:
-            print(f"evaluate: {forged} pairs of {split} hold special tokens and are left out", flush=True)
-        found["preference"] = HeldOut.of(pairs, tokenizer, ("chosen", "rejected"), str(path))
-        found["preference"].check_length(settings.context, str(path))
-    if "instructions" in settings.tasks:
-        for row in load_instructions(split, settings.questions_per_kind)["test"]:
-            tokens = len(prompt_ids(tokenizer, row["question"])) + settings.max_new_tokens
-            if tokens > settings.context:
-                raise UserError(
-                    f"{NEEDED['instructions']}: the question {row['id']} and `evaluate.max_new_tokens` need {tokens} tokens; "
-                    f"`evaluate.context` is {settings.context}: raise it"
-                )
-    if "plain" in settings.tasks:
-        path = NEEDED["plain"]
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        asked = [row for row in rows if row["split"] == split]
-        found["plain"] = HeldOut.of(asked, tokenizer, ("answer",), str(path))
-        found["plain"].check_length(settings.context, str(path))
-    return found
 
 
 def write_answers(model: ChatModel, settings: EvaluateSettings) -> Answers:
@@ -417,9 +328,6 @@ def main() -> None:
     set_determinism(settings.threads)
     tokenizer = AutoTokenizer.from_pretrained(MERGED)
     names: list[str] = ["base", "merged", *settings.types]
-    for task, file in NEEDED.items():
-        if task in settings.tasks and not file.is_file():
-            raise UserError(f"{file}: no such file, which the task {task} asks; take it out of `evaluate.tasks`")
     for name in names[2:]:
         if not (GGUF / f"{name}.gguf").is_file():
             raise UserError(

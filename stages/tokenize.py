@@ -38,6 +38,7 @@ from hermes.data.chat_text import (
     check_plain,
     prompt_ids,
 )
+from hermes.evaluation.held_out_check import check_held_out
 from hermes.model.base_check import check_base
 from hermes.run import run_stage
 from hermes.settings.tokenize import TextTemplate, TokenizeSettings
@@ -224,6 +225,7 @@ def main() -> None:
     settings = params.load(Params).tokenize
     check_base(BASE)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
+    check_held_out(tokenizer)
     report: dict[str, dict[str, Any]] = {}
     with complete_folder(OUTPUT) as target:
         for source in sorted(SUBSET.glob("*.parquet"), key=lambda path: (path.stem != "train", path.stem)):

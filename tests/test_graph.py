@@ -23,8 +23,10 @@ MODULES = {path.relative_to(ROOT).as_posix(): path for floor in FLOORS for path 
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 PROFILES = sorted(read_yaml(ROOT / "params.yaml")["profiles"])
 TASKS = ROOT / "hermes/evaluation/tasks"
-# They refuse, params.yaml before every stage and a base before it is used, and shape no output.
-REFUSES = {ROOT / "hermes/settings/experiment.py", ROOT / "hermes/model/base_check.py"}
+# They refuse, params.yaml before every stage, a base and held-out rows before they are used, and shape no output.
+REFUSES = {
+    ROOT / f"hermes/{name}.py" for name in ("settings/experiment", "model/base_check", "evaluation/held_out_check")
+}
 DISTRIBUTIONS = {
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",

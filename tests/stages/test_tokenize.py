@@ -15,11 +15,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from hermes.artifacts import write_parquet
 from hermes.console import UserError
 from hermes.data.chat_text import answer_ids, prompt_ids
+from hermes.evaluation.held_out_check import check_held_out
+from hermes.params import read_yaml
 from hermes.settings.tokenize import TextTemplate, TokenizeSettings
 from stages import tokenize
 from stages.tokenize import templated_ids, tokenize_split
 from tests.conftest import make_byte_tokenizer
 
+ROOT = Path(__file__).parents[2]
 PIPELINE = "stages: {s: {params: ['profiles.${profile}.tokenize']}}\n"
 PAIRS = [
     ("What is tea?", "A drink.", "It is a\nhot drink."),
@@ -274,6 +277,7 @@ def workplace(
     """A folder with a tokenizer and two splits; returns the tokenizer. There is no model, so none is checked."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tokenize, "check_base", lambda folder: None)
+    monkeypatch.setattr(tokenize, "check_held_out", lambda tokenizer: None)
     Path("dvc.yaml").write_text(PIPELINE)
     configure(10_000)
     byte_tokenizer.save_pretrained(tokenize.BASE)
@@ -322,6 +326,26 @@ def test_a_share_is_the_length_that_so_many_training_pairs_do_not_exceed(workpla
 def test_a_share_is_at_most_one_and_drops(share: float, overlong: str) -> None:
     with pytest.raises(ValueError, match="max_length"):
         limited(share, overlong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 20, "max_new_tokens": 8}, r"test\.parquet, row 0: has \d+ tokens; `evaluate.context` is 20"),
+        ({"tasks": ["plain"], "divergence_pairs": 0}, r"plain\.jsonl: no such file, which the task plain asks"),
+    ],
+)
+def test_what_evaluate_could_not_ask_is_refused_before_anything_is_trained(
+    changes: dict[str, Any], message: str, workplace: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize, "check_held_out", check_held_out)
+    tree = read_yaml(ROOT / "params.yaml")
+    tree["profiles"]["cpu"]["evaluate"] |= {"tasks": ["preference"]} | changes
+    Path("params.yaml").write_text(json.dumps(tree))
+    Path("dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    with pytest.raises(UserError, match=message):
+        tokenize.main()
+    assert not tokenize.OUTPUT.exists()
 
 
 def test_an_error_leaves_the_earlier_ids(workplace: PreTrainedTokenizerFast) -> None:
