@@ -13,11 +13,20 @@ import pyarrow.parquet as pq
 
 from hermes.console import UserError
 
+REMAKE = "delete it and run `dvc repro`"
+
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The sha256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
 
 
 def sha256_folder(folder: Path) -> str:
@@ -67,8 +76,8 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file that a stage wrote.
+def read_json(path: Path, mend: str = REMAKE) -> Any:
+    """Reads a JSON file that a stage wrote; another one's has another `mend`.
 
     Raises:
         UserError: the file is missing or not JSON.
@@ -78,7 +87,19 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); delete it and run `dvc repro`") from None
+        raise UserError(f"{path}: not valid JSON ({error}); {mend}") from None
+
+
+def read_object(path: Path, mend: str = REMAKE) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Raises:
+        UserError: as `read_json`, or it holds something else.
+    """
+    found = read_json(path, mend)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds {str(found)[:40]!r}; expected an object; {mend}")
+    return found
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -5,9 +5,11 @@ section of the selected profile: `train` means `profiles.<profile>.train`. So th
 the stage; a test compares the two. The file is read as YAML 1.2, in which `1e-6` is a number.
 """
 
+import re
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
@@ -17,6 +19,7 @@ from hermes.console import UserError
 
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 SHOWN = 120  # characters of a value that a message quotes
+DIGITS = re.compile(r"\d{4301}")  # more than Python makes a number of
 UNTRACKED = {"profile", "profiles", "collect", "wandb"}  # top-level keys that shape no stage's output by themselves
 
 
@@ -95,7 +98,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; run this from the root of the repository")
     try:
         tree = YAML(typ="safe", pure=True).load(path)
-    except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:  # int() refuses thousands of digits
+    except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        if long := next((n for n, line in enumerate(path.read_bytes().splitlines(), 1) if DIGITS.search(str(line))), 0):
+            raise UserError(f"{path}, line {long}: a number of more than 4,300 digits") from None
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(tree).__name__}")
@@ -176,7 +181,8 @@ def _keys(loc: Sequence[Any], settings: type[Settings]) -> tuple[list[str], type
         if isinstance(inside, type) and issubclass(inside, Settings):
             holder, keys = inside, [*keys, str(part)]
             inside = inside.model_fields[part].annotation if part in inside.model_fields else None
-            inside = next((a for a in get_args(inside) if isinstance(a, type) and issubclass(a, Settings)), inside)
+            if get_origin(inside) in (Union, types.UnionType):
+                inside = next((a for a in get_args(inside) if isinstance(a, type) and issubclass(a, Settings)), inside)
         elif isinstance(part, int) or get_origin(inside) is dict:
             keys.append(str(part))
             inside = get_args(inside)[-1] if get_args(inside) else None

@@ -25,7 +25,7 @@ from datasets.utils.logging import disable_progress_bar
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json
@@ -38,6 +38,7 @@ from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
 from hermes.model.base import load, load_base, release, set_determinism
+from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.evaluate import EvaluateSettings
@@ -169,7 +170,7 @@ def preferences(model: ChatModel, pairs: HeldOut) -> Answers:
     scores = model.scores_of(pairs.prompts, pairs.answers)
     return [
         {
-            "topic": row.get("topic", str(number)),
+            "topic": str(number if row.get("topic") is None else row["topic"]),
             "right": float(chosen > rejected),
             "log_likelihoods": [chosen, rejected],
         }
@@ -326,7 +327,7 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
     set_determinism(settings.threads)
-    tokenizer = AutoTokenizer.from_pretrained(MERGED)
+    tokenizer = load_tokenizer(MERGED)
     names: list[str] = ["base", "merged", *settings.types]
     for name in names[2:]:
         if not (GGUF / f"{name}.gguf").is_file():

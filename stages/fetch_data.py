@@ -34,7 +34,7 @@ from hermes.artifacts import complete_file, complete_folder, open_parquet, sha25
 from hermes.console import UserError, progress
 from hermes.data.decontamination import FILE, write_questions
 from hermes.data.misfits import Misfit, write_misfits
-from hermes.data.pairs import holds_messages, standard_batches, standard_schema
+from hermes.data.pairs import PARTS, standard_batches, standard_schema
 from hermes.data.tables import ENDINGS, json_rows, read_table, readable
 from hermes.evaluation.benchmarks import SuiteName
 from hermes.run import run_stage
@@ -45,6 +45,7 @@ RAW, EMBEDDED = Path("data/raw"), Path("data/embedded")
 Misfits = dict[str, dict[int, Misfit]]  # by split and number of the row
 CARD, MIXED_FROM = "README.md", "mixed_from"
 PLAIN = ("split", "question", "answer")  # what a row of plain.jsonl needs
+QUESTIONS = ("id", "topic", "kind", "constraint", "question", "split")  # columns of questions.parquet
 CARD_KEYS = ("license", "license_name", "pretty_name", "authors")
 
 
@@ -56,12 +57,8 @@ class Params(params.Params):
 
 def is_standard(source: Path, found: pa.Schema, settings: Source) -> bool:
     """Whether a table file is one that the stages read as it is."""
-    texts = (found.field(name).type for name in ("question", "chosen", "rejected"))
     is_layout = source.suffix == ".parquet" and settings.is_standard()
-    has_other_context = "context" in found.names and not holds_messages(found.field("context").type)
-    if has_other_context:
-        print(f"fetch_data: {source}: its column `context` holds no messages, and is left out", flush=True)
-    return is_layout and not has_other_context and all(map(pa.types.is_string, texts))
+    return is_layout and all(found.field(name).type == kind for name, kind in PARTS.items() if name in found.names)
 
 
 def common_schema(schemas: list[pa.Schema], where: str) -> pa.Schema:
@@ -83,6 +80,8 @@ def standardize(sources: list[Path], target: Path, settings: Source, where: str)
     misfits: dict[int, Misfit] = {}
     number, tables = 0, [read_table(source, settings) for source in sources]
     schema = common_schema([standard_schema(found, settings, where) for found, _ in tables], where)
+    if "context" not in schema.names and any("context" in found.names for found, _ in tables):
+        print(f"fetch_data: {where}: its column `context` holds no messages, and is left out", flush=True)
     with complete_file(target) as temporary:
         if len(sources) == 1 and is_standard(sources[0], tables[0][0], settings):
             number = sum(map(len, tables[0][1]))  # every row is read, so that a damaged one is found here
@@ -122,14 +121,28 @@ def fetch_folder(folder: Path, settings: Source, target: Path) -> Misfits:
             )
             raise UserError(f"{folder / name}.parquet: no such file; {mend}")
         misfits[split] = standardize(found, target / f"{split}.parquet", settings, str(found[0]))
-    if (folder / "questions.parquet").is_file():
-        shutil.copyfile(folder / "questions.parquet", target / "questions.parquet")
+    if (questions := folder / "questions.parquet").is_file():
+        check_questions(questions)
+        shutil.copyfile(questions, target / questions.name)
     if (plain := folder / "plain.jsonl").is_file():
         with readable(plain):
             rows = [plain_row(plain, number, row) for number, row in enumerate(json_rows(plain))]
         with complete_file(target / plain.name) as temporary:
             temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return misfits
+
+
+def check_questions(path: Path) -> None:
+    """Refuses held-out questions that evaluate could not ask.
+
+    Raises:
+        UserError: the file is damaged, or a column is missing or no text.
+    """
+    with readable(path):
+        schema = open_parquet(path).read().schema
+    for name in QUESTIONS:
+        if name not in schema.names or not pa.types.is_string(schema.field(name).type):
+            raise UserError(f"{path}: has no column `{name}` of texts; it needs {', '.join(QUESTIONS)}")
 
 
 def plain_row(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +154,14 @@ def plain_row(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
     for name in PLAIN:
         if not isinstance(row.get(name), str):
             raise UserError(f"{path}, row {number}: `{name}` is {row.get(name)!r:.60}; expected text")
+        try:
+            row[name].encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}, row {number}: `{name}` holds half a character ({error.reason})") from None
+    if row["split"] not in get_args(Split):
+        raise UserError(
+            f"{path}, row {number}: `split` is {row['split']!r:.60}; expected one of {', '.join(get_args(Split))}"
+        )
     return row
 
 
@@ -232,6 +253,13 @@ def count_rows(folder: Path, splits: Iterable[str]) -> dict[str, int]:
     return found
 
 
+def with_context(table: pa.Table) -> pa.Table:
+    """A table with a column `context`, which is empty where it had none."""
+    if "context" in table.column_names:
+        return table
+    return table.append_column("context", pa.array([[]] * len(table), PARTS["context"]))
+
+
 def mix(target: Path, sources: list[tuple[Source, Path, Misfits]]) -> Misfits:
     """Makes one table a split of the tables of several sources, one behind the other; returns the rows of it that do not fit.
 
@@ -243,10 +271,14 @@ def mix(target: Path, sources: list[tuple[Source, Path, Misfits]]) -> Misfits:
     misfits: Misfits = {}
     for split in get_args(Split):
         tables: list[pa.Table] = []
+        has_context = False
         found: dict[int, Misfit] = {}
         for settings, folder, odd in sources:
             with open_parquet(folder / f"{split}.parquet") as file:
                 table = file.read()
+            if MIXED_FROM in table.column_names:
+                raise UserError(f"{settings.source}: has a column `{MIXED_FROM}`, which mixing makes itself; rename it")
+            has_context |= "context" in table.column_names
             count = max(1, round(table.num_rows * getattr(settings, "share", 1.0)))
             taken = [i * table.num_rows // count for i in range(count)]
             first = sum(other.num_rows for other in tables)
@@ -257,6 +289,8 @@ def mix(target: Path, sources: list[tuple[Source, Path, Misfits]]) -> Misfits:
             raise UserError(
                 "params.yaml: `data.mixed_with`: some sources have scores and others have none; name or drop all"
             )
+        if has_context:  # a source without earlier turns has none
+            tables = [with_context(table) for table in tables]
         schema = common_schema([table.schema for table in tables], f"mixed {split}")
         parts = [table.select(schema.names).cast(schema) for table in tables]
         write_parquet(target / f"{split}.parquet", pa.concat_tables(parts))

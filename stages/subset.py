@@ -39,7 +39,7 @@ from hermes import params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, write_json
 from hermes.console import UserError, progress
 from hermes.data.decontamination import FILE, Questions
-from hermes.data.misfits import UNDECIDED, Misfit, read_misfits
+from hermes.data.misfits import UNDECIDED, Misfit, check_turns, read_misfits
 from hermes.run import run_stage
 from hermes.settings.subset import SubsetSettings
 
@@ -155,6 +155,10 @@ def misfit_of(row: dict[str, Any]) -> Misfit | None:
     """Why a row cannot be a pair."""
     if empty := [name for name, value in row.items() if value is None and name != "context"]:
         return Misfit("missing_value", f"`{empty[0]}` is empty")
+    try:
+        check_turns([*(row.get("context") or ()), {"role": "user", "content": ""}])
+    except Misfit as misfit:
+        return misfit
     if not math.isfinite(row.get("delta_score", 0.0)):
         return Misfit("no_score", f"delta_score is {row['delta_score']}; expected a finite number")
     return None

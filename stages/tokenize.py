@@ -11,6 +11,8 @@ prompt's. The end-of-sequence token is appended where they do not end in it. `ov
 longer than `max_length` the prompt keeps its last `max_prompt_length` tokens. If that is not enough, both answers keep their first
 `max_length - max_prompt_length`.
 
+Training alone follows a template of one's own. Evaluation, chat and the GGUF files use the model's chat template.
+
 A `max_length` up to 1.0 is a share: the length that so many of the training pairs do not exceed.
 
 Two things are not TRL's. It put a beginning-of-sequence token before a prompt without one; here the template says all. And the text of one
@@ -26,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import complete_folder, open_parquet, write_json, write_parquet
@@ -39,7 +41,8 @@ from hermes.data.chat_text import (
     prompt_ids,
 )
 from hermes.evaluation.held_out_check import check_held_out
-from hermes.model.base_check import check_base
+from hermes.model.base_check import check_base, check_lengths
+from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.tokenize import TextTemplate, TokenizeSettings
 
@@ -224,7 +227,11 @@ def tokenize_split(
 def main() -> None:
     settings = params.load(Params).tokenize
     check_base(BASE)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = load_tokenizer(BASE)
+    if settings.template is not None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{BASE}: its tokenizer names no end of a sequence, which `tokenize.template` ends an answer with; use the chat template"
+        )
     check_held_out(tokenizer)
     report: dict[str, dict[str, Any]] = {}
     with complete_folder(OUTPUT) as target:
@@ -234,6 +241,10 @@ def main() -> None:
                 rows = file.read(columns=columns).to_pylist()
             limit = report.get("train", {}).get("max_length")
             pairs, report[source.stem] = tokenize_split(rows, tokenizer, settings, source.stem, limit)
+            check_lengths(
+                BASE,
+                max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs),
+            )
             write_parquet(target / source.name, pa.Table.from_pylist(pairs, schema=schema()))
     write_json(REPORT, report)
 

@@ -33,7 +33,6 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -55,6 +54,7 @@ from hermes.artifacts import (
 )
 from hermes.console import UserError, progress
 from hermes.model.base import load_base, set_determinism
+from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.train import Science, TrainSettings
@@ -387,7 +387,8 @@ def summarize(trainer: TrackedDPOTrainer, pairs: int, trained: int, difference: 
 
 def run(loaded: Params, scratch: Path) -> None:
     """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports."""
-    tokenizer, main = AutoTokenizer.from_pretrained(BASE), distributed.is_main(loaded.train.processes)
+    tokenizer = load_tokenizer(BASE)
+    main = distributed.is_main(loaded.train.processes)
     with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
         trainer = build_trainer(loaded, scratch, tokenizer, [ProgressAndTracking(tracking)] if main else [])
         trained = sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad)
@@ -400,8 +401,12 @@ def run(loaded: Params, scratch: Path) -> None:
     if trainer.is_fsdp_enabled:  # all processes take part
         gathered = distributed.adapter_of(trainer.accelerator.get_state_dict(trainer.model))
     trainer.accelerator.wait_for_everyone()  # no process writes to `scratch` any more
-    if not all(math.isfinite(float(row["loss"])) for row in trainer.state.log_history if "loss" in row):
-        raise UserError("the loss is not a number any more; lower train.learning_rate or beta")
+    for row in trainer.state.log_history:
+        for name in ("preference_loss", "grad_norm"):  # Trainer leaves what is no number out of the loss that it logs
+            if "loss" in row and not math.isfinite(float(row[name])):
+                raise UserError(
+                    f"{name} is {row[name]} at step {row['step']}; lower train.learning_rate, train.sft_weight or beta"
+                )
     if not main:
         return
     REPORTS.mkdir(parents=True, exist_ok=True)

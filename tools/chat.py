@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hermes.artifacts import complete_file, sha256_folder
 from hermes.console import UserError
 from hermes.data.chat_text import ends_of_answer
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
+from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_tool
 
 BASE, MERGED, GGUF, SCRATCH = Path("models/base"), Path("models/merged"), Path("models/gguf"), Path(".scratch/chat")
@@ -161,7 +162,7 @@ def main() -> None:
     is_terminal = sys.stdin.isatty()
     console = Console(highlight=False)
     files = {f"tuned ({tuned.stem})": tuned, "base (bf16)": base_gguf()}
-    tokenizer = AutoTokenizer.from_pretrained(MERGED)
+    tokenizer = load_tokenizer(MERGED)
     with ExitStack() as stack:
         conversations = {
             heading: Conversation(stack.enter_context(open_gguf(path, tokenizer)), tokenizer)

@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hermes.artifacts import read_json, scratch_folder, sha256_file, write_json, write_parquet
 from hermes.console import UserError, progress
@@ -41,6 +41,7 @@ from hermes.instructions.topics import split_topics
 from hermes.instructions.verifiers import sentences, words
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
+from hermes.model.tokenizer import load_tokenizer
 from hermes.params import read_yaml
 from hermes.run import run_tool
 from hermes.settings import experiment
@@ -381,7 +382,7 @@ def sample_all(questions: list[Row], settings: CollectSettings, seed: int) -> li
     folder = scratch_folder("collect")
     folder.mkdir(parents=True, exist_ok=True)
     convert(BASE, folder / "base.gguf", "bf16")
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = load_tokenizer(BASE)
     torch.set_num_threads(settings.threads)
     samples: list[Row] = []
     with GgufModel(folder / "base.gguf", settings.threads, settings.slots, context=512) as model:

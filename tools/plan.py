@@ -140,9 +140,13 @@ def model_shape(loaded: Profile) -> Shape:
         return Shape.of(AutoConfig.from_pretrained(BASE, trust_remote_code=False))
     if source in KNOWN:
         return KNOWN[source]
+    if is_folder(source) and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{source}/config.json: no such file; `model.source` of params.yaml names this folder")
     try:
         return Shape.of(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
-    except hub.ERRORS as error:
+    except (*hub.ERRORS, ValueError, TypeError, AttributeError) as error:
+        if is_folder(source):
+            raise UserError(f"{source}/config.json: says no shape of a Llama-like model ({error})") from None
         raise hub.failure(error, source, str(revision)) from None
 
 

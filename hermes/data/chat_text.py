@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hermes.console import UserError
@@ -41,9 +40,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, context: Mess
     messages = [*context, {"role": "user", "content": question}]
     text = rendered(tokenizer, messages, add_generation_prompt=True)
     for message in messages:
-        if message["role"] != "assistant" and message["content"].strip() not in text:
+        said = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
+        if said.strip() not in text:  # what an earlier answer thought may be left out
             raise UserError(
-                f"chat template: leaves out what the {message['role']} says ({message['content'].strip()[:60]!r}); "
+                f"chat template: leaves out what the {message['role']} says ({said.strip()[:60]!r}); "
                 "use a template that writes it"
             )
     return text
@@ -59,7 +59,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generat
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
+    except Exception as error:  # whatever the expressions of a template raise
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"chat template: refuses the turns {roles} ({error}); use another template or leave them out"
@@ -82,10 +82,10 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that the chat template writes behind an answer: the end-of-sequence token, or Llama-3's <|eot_id|>.
 
     Raises:
-        UserError: it writes none.
+        UserError: it writes none, or takes no conversation.
     """
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    rest = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("answer")[2]
+    rest = rendered(tokenizer, messages).rpartition("answer")[2]
     ids, special = tokenizer(rest, add_special_tokens=False)["input_ids"], special_tokens(tokenizer)
     place = next((i for i, id in enumerate(ids) if id in special), 0)
     if (
@@ -109,8 +109,8 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, c
     there, they are those of the answer's text alone: a model goes on from the prompt's ids.
 
     Raises:
-        UserError: the prompt's text is not a prefix of that of prompt and answer, or the answer does not hold exactly one
-            token that ends it.
+        UserError: the prompt's text is not a prefix of that of prompt and answer, a part of the answer is left out, or it does not hold
+            exactly one token that ends it.
     """
     prompt = prompt_text(tokenizer, question, context)
     messages = [*context, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -118,6 +118,10 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, c
     if not whole.startswith(prompt):
         raise UserError(
             f"chat template: the prompt is not a prefix of prompt and answer for {question[:60]!r}; use another template"
+        )
+    if answer.strip() not in whole[len(prompt) :]:
+        raise UserError(
+            f"chat template: leaves out a part of the answer {answer[:60]!r}; use a template that writes it"
         )
     before, together = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
     rest, end = together[len(before) :], end_of_answer(tokenizer)

@@ -1,10 +1,13 @@
 """Rows that cannot be pairs: why, by split and number, in data/raw/misfits.json, which is there only where a row is such a one."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hermes.artifacts import read_json, write_json
 
 MISFITS = "misfits.json"
+ROLES = ("system", "user", "assistant")
 UNDECIDED = {"tie", "unlabelled"}  # kinds that a source of verdicts is expected to have
 
 
@@ -14,6 +17,26 @@ class Misfit(ValueError):
     def __init__(self, kind: str, found: str) -> None:
         super().__init__(found)
         self.kind = kind
+
+
+def check_turns(turns: Sequence[Any]) -> None:
+    """Refuses what no chat template could write in front of an answer.
+
+    Raises:
+        Misfit: a turn is no message, of another role, a late system prompt, or the last is not the user's.
+    """
+    for turn in turns:
+        parts = turn if isinstance(turn, dict) else {}
+        if not isinstance(parts.get("role"), str) or not isinstance(parts.get("content"), str):
+            raise Misfit("no_messages", f"{str(turn)[:60]!r} is not a message with role and content")
+        if parts["role"] not in ROLES:
+            raise Misfit(
+                "other_role", f"a message is of the role {parts['role'][:40]!r}; expected one of {', '.join(ROLES)}"
+            )
+    if not turns or turns[-1]["role"] != "user":
+        raise Misfit("no_question", "what comes before the answers does not end with a user's message")
+    if any(turn["role"] == "system" for turn in turns[1:]):
+        raise Misfit("late_system_prompt", "a system prompt stands behind other messages")
 
 
 def write_misfits(misfits: dict[str, dict[int, Misfit]], folder: Path) -> None:

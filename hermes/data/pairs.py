@@ -22,20 +22,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from itertools import combinations
 from typing import Any
 
 import pyarrow as pa
 
 from hermes.console import UserError
-from hermes.data.misfits import Misfit
+from hermes.data.misfits import Misfit, check_turns
+from hermes.data.tables import MESSAGES
 from hermes.settings.data import Choice, Columns, Format, Layout
 
 Message = dict[str, str]
 Pair = dict[str, Any]
 UNSTORABLE = (pa.ArrowException, ValueError, OverflowError)
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 PARTS = {
     "context": MESSAGES,
     "question": pa.string(),
@@ -46,6 +47,7 @@ PARTS = {
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n?|\Z)", re.DOTALL)
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant|System):[ ]?")
+CONTEXT = "context"
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "assistant": "assistant"}
 
 
@@ -119,9 +121,9 @@ def value_at(row: Any, name: str) -> Any:
 
 
 def read_plain(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
-    """The turns before the answers, and the two answers."""
+    """The turns before the answers, those of a column `context` first, and the two answers."""
     question, chosen, rejected = (text_of(row, name) for name in (columns.question, columns.chosen, columns.rejected))
-    return [{"role": "user", "content": question}], chosen, rejected
+    return [*from_messages(row.get(CONTEXT) or [], "user"), {"role": "user", "content": question}], chosen, rejected
 
 
 def read_chatml(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
@@ -187,8 +189,13 @@ READERS: dict[Format, Callable[[Pair, Columns], tuple[list[Message], str, str]]]
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Whether a value is a number that a column of scores can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def candidates_of(row: Pair, choice: Choice) -> tuple[list[Any], list[Any]]:
@@ -207,7 +214,10 @@ def candidates_of(row: Pair, choice: Choice) -> tuple[list[Any], list[Any]]:
                 "no_candidates", f"`{choice.candidates}` is {str(listed)[:60]!r}; expected a list of candidates"
             )
         found, numbers = listed, [value_at(entry, str(choice.value)) for entry in listed]
-    return [value_at(entry, choice.text) if choice.text else entry for entry in found], numbers
+    answers = [value_at(entry, choice.text) if choice.text else entry for entry in found]
+    if choice.text and found and all(answer is None for answer in answers):
+        raise Misfit("no_candidates", f"no candidate has `{choice.text}` (`data.choice.text`): {str(found[0])[:60]!r}")
+    return answers, numbers
 
 
 def decided(row: Pair, choice: Choice) -> list[tuple[Any, Any, float | None]]:
@@ -226,7 +236,9 @@ def decided(row: Pair, choice: Choice) -> list[tuple[Any, Any, float | None]]:
             raise Misfit("tie", f"`{choice.value}` is {verdict!r:.60}, which is neither the first nor the second")
         return [(answers[second], answers[not second], None if choice.by == "label" else float(abs(verdict)))]
     if sum(map(is_number, numbers)) < 2:
-        raise Misfit("unlabelled", f"fewer than two candidates have a {choice.by}")
+        raise Misfit(
+            "unlabelled", f"fewer than two candidates have a {choice.by} (`data.choice.value`: {choice.value})"
+        )
     sign = -1.0 if choice.by == "rank" else 1.0
     rated = [
         (sign * float(number), answer) for number, answer in zip(numbers, answers, strict=True) if is_number(number)
@@ -248,8 +260,8 @@ def delta_score(row: Pair, score: str | list[str]) -> float:
         Misfit: a score is not a number.
     """
     values = [row[name] for name in ([score] if isinstance(score, str) else score)]
-    if not all(isinstance(value, int | float) for value in values):
-        raise Misfit("no_score", f"{score} is {values}; expected numbers")
+    if not all(isinstance(value, int | float | Decimal) and not isinstance(value, bool) for value in values):
+        raise Misfit("no_score", f"{score} is {str(values)[:60]}; expected numbers")
     try:
         return float(values[0] - values[1] if len(values) == 2 else values[0])
     except OverflowError:
@@ -263,7 +275,8 @@ def standard_pairs(row: Pair, layout: Layout) -> list[Pair]:
         Misfit: the row is not of this layout; says why.
     """
     columns, choice = layout.columns, layout.choice
-    row = {name: value_at(row, name) for name in layout.used()}
+    before = {CONTEXT: row[CONTEXT]} if layout.format == "plain" and isinstance(row.get(CONTEXT), list) else {}
+    row = {name: value_at(row, name) for name in layout.used()} | before
     if choice is None:
         return [standard_pair(row, layout.format, columns)]
     named = columns.model_copy(update={"chosen": "chosen", "rejected": "rejected", "score": None})
@@ -285,10 +298,7 @@ def standard_pair(row: Pair, layout: Format, columns: Columns) -> Pair:
     turns, chosen, rejected = READERS[layout](row, columns)
     if columns.system and row[columns.system]:
         turns = [{"role": "system", "content": text_of(row, columns.system)}, *turns]
-    if not turns or turns[-1]["role"] != "user":
-        raise Misfit("no_question", "what comes before the answers does not end with a user's message")
-    if any(turn["role"] == "system" for turn in turns[1:]):
-        raise Misfit("late_system_prompt", "a system prompt stands behind other messages")
+    check_turns(turns)
     try:
         "".join([chosen, rejected, *(turn["content"] for turn in turns)]).encode()
     except UnicodeEncodeError as error:
@@ -313,11 +323,14 @@ def standard_schema(source: pa.Schema, layout: Layout, where: str) -> pa.Schema:
         raise UserError(f"{where}: two columns are named `{twice[0]}`; rename one")
     used = {name: name if name in source.names else name.partition(".")[0] for name in layout.used()}
     if missing := [name for name, column in used.items() if column not in source.names]:
+        key = "data.columns" if missing[0] in layout.columns.used() else "data.choice"
         raise UserError(
-            f"{where}: column `{missing[0]}` is missing; found {', '.join(source.names)}; see `data.columns` in params.yaml"
+            f"{where}: column `{missing[0]}` is missing; found {', '.join(source.names)}; see `{key}` in params.yaml"
         )
     scored = layout.columns.score is not None or (layout.choice is not None and layout.choice.by != "label")
-    left_out = {"context": layout.format == "plain" and layout.columns.system is None, "delta_score": not scored}
+    has_context = CONTEXT in source.names and holds_messages(source.field(CONTEXT).type)
+    plain = layout.format == "plain" and layout.columns.system is None and not has_context
+    left_out = {CONTEXT: plain, "delta_score": not scored}
     parts = [(name, kind) for name, kind in PARTS.items() if not left_out.get(name)]
     carried = [source.field(name) for name in source.names if name not in {*used.values(), *PARTS}]
     return pa.schema([*parts, *carried])

@@ -22,8 +22,24 @@ CSV_BLOCK = 1 << 28  # bytes; a row has to fit in, and pyarrow's own 1 MB is les
 ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz")
 # What reading a file raises that is cut, or is not what its name says.
 DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError, RecursionError, zlib.error)
+
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+class Large(int):
+    """An integer that a float column would round."""
+
+
+class Turns(list[Any]):
+    """The messages before a question."""
+
+
 # The type of a JSON column by the types of its values; of another mixture each value is carried along as JSON text.
 JSON_TYPES = {
+    frozenset({Turns}): MESSAGES,
+    frozenset({Large}): pa.int64(),
+    frozenset({int, Large}): pa.int64(),
     frozenset({bool}): pa.bool_(),
     frozenset({int}): pa.int64(),
     frozenset({float}): pa.float64(),
@@ -113,13 +129,36 @@ def json_rows(path: Path) -> Iterator[Row]:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         number, first = next(lines, (0, "[]"))
         is_list = first.lstrip().startswith("[")
-        rows = json.loads(first + file.read()) if is_list else starmap(json_line, chain([(number, first)], lines))
+        rows = parsed(first + file.read()) if is_list else starmap(json_line, chain([(number, first)], lines))
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
                 raise UserError(
                     f"{path}: row {number} is {str(row)[:60]!r}; expected an object with the columns as keys"
                 )
             yield row
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, or an object has a key twice.
+    """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> Row:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(
+                f"the key {next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))!r} is in an object twice"
+            )
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=distinct)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # int() refuses thousands of digits with advice for programmers
+        raise ValueError("a number has too many digits" if "digits" in str(error) else str(error)) from None
 
 
 def json_line(number: int, line: str) -> Any:
@@ -129,9 +168,23 @@ def json_line(number: int, line: str) -> Any:
         ValueError: it holds none; names the line.
     """
     try:
-        return json.loads(line)
+        return parsed(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from None
+
+
+def kind_of(name: str, value: Any) -> type:
+    """The type of a JSON value, as `JSON_TYPES` tells them apart."""
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        return object
+    if type(value) is int and abs(value) > 1 << 53:
+        return Large
+    is_turns = (
+        name == "context"
+        and isinstance(value, list)
+        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+    )
+    return Turns if is_turns else type(value)
 
 
 def json_schema(rows: Iterable[Row]) -> pa.Schema:
@@ -139,8 +192,7 @@ def json_schema(rows: Iterable[Row]) -> pa.Schema:
     kinds: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():
-            fits = not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
-            kinds.setdefault(name, set()).add(type(value) if fits else object)
+            kinds.setdefault(name, set()).add(kind_of(name, value))
     return pa.schema(
         [(name, JSON_TYPES.get(frozenset(found - {type(None)}), pa.string())) for name, found in kinds.items()]
     )

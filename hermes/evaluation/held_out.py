@@ -13,6 +13,7 @@ from hermes.artifacts import open_parquet
 from hermes.console import UserError
 from hermes.data.chat_text import Forged, Ids, answer_ids, check_plain, prompt_ids
 from hermes.evaluation.tasks.functions import load_instructions
+from hermes.instructions.kinds import KINDS
 from hermes.settings.evaluate import EvaluateSettings
 
 SUBSET = Path("data/subset")
@@ -90,10 +91,25 @@ def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
             forged = file.metadata.num_rows - len(pairs)
         if forged:
             print(f"evaluate: {forged} pairs of {split} hold special tokens and are left out", flush=True)
+        if not pairs:
+            raise UserError(f"{path}: all of its pairs hold special tokens, so that none can be asked")
         found["preference"] = HeldOut.of(pairs, tokenizer, ("chosen", "rejected"), str(path))
         found["preference"].check_length(settings.context, str(path))
     if "instructions" in settings.tasks:
-        for row in load_instructions(split, settings.questions_per_kind)["test"]:
+        questions = load_instructions(split, settings.questions_per_kind)["test"]
+        if not len(questions):
+            raise UserError(f"{NEEDED['instructions']}: has no question of the split {split}")
+        for row in questions:
+            if row["kind"] not in KINDS:
+                raise UserError(
+                    f"{NEEDED['instructions']}: the question {row['id']} is of the unknown kind {row['kind']!r:.40}"
+                )
+            try:
+                json.loads(row["constraint"])
+            except ValueError as error:
+                raise UserError(
+                    f"{NEEDED['instructions']}: the constraint of {row['id']} is not JSON ({error})"
+                ) from None
             tokens = len(prompt_ids(tokenizer, row["question"])) + settings.max_new_tokens
             if tokens > settings.context:
                 raise UserError(
@@ -102,8 +118,10 @@ def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
                 )
     if "plain" in settings.tasks:
         path = NEEDED["plain"]
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().split("\n") if line]
         asked = [row for row in rows if row["split"] == split]
+        if not asked:
+            raise UserError(f"{path}: has no row of the split {split}; take plain out of `evaluate.tasks`")
         found["plain"] = HeldOut.of(asked, tokenizer, ("answer",), str(path))
         found["plain"].check_length(settings.context, str(path))
     return found

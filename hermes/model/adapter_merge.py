@@ -4,14 +4,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hermes.artifacts import read_json
+from hermes.artifacts import REMAKE, read_object
 from hermes.console import UserError, progress
 from hermes.model.base import device
 from hermes.model.safetensors_stream import Stored, stored_tensors, tensor_bytes, write_folder
@@ -25,6 +25,7 @@ PLAIN = {
     "lora_bias": False,
     "rank_pattern": {},
     "alpha_pattern": {},
+    "modules_to_save": None,
 }
 
 
@@ -86,7 +87,7 @@ class Adapter:
         Raises:
             UserError: a file is damaged, or it is another kind of adapter.
         """
-        config = read_json(folder / "adapter_config.json")
+        config = read_config(folder)
         if odd := [name for name, value in PLAIN.items() if config.get(name, value) != value]:
             raise UserError(f"{folder}: `{odd[0]}` is {config[odd[0]]!r}; only plain LoRA is merged here")
         adapter = cls(config["lora_alpha"] / config["r"])
@@ -97,6 +98,10 @@ class Adapter:
                     if rest:
                         second = name.replace(".lora_A.", ".lora_B.")
                         adapter.factors[f"{module}.weight"] = file.get_tensor(name), file.get_tensor(second)
+                        if (rank := len(file.get_tensor(name))) != config["r"]:
+                            raise UserError(
+                                f"{folder}: {name} is of rank {rank}, and adapter_config.json says {config['r']}; {REMAKE}"
+                            )
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder}: cannot be merged ({error}); delete it and run `dvc repro train`") from None
         return adapter
@@ -107,10 +112,28 @@ class Adapter:
         return (b @ a).mul_(self.scaling)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a LoRA adapter.
+
+    Raises:
+        UserError: it is missing, or does not hold what a LoRA adapter has.
+    """
+    path = folder / "adapter_config.json"
+    config = read_object(path)
+    for name, kind in (("r", int), ("lora_alpha", int), ("base_model_name_or_path", str)):
+        value = config.get(name)
+        if type(value) is not kind or not value or (isinstance(value, int) and value < 1):
+            raise UserError(
+                f"{path}: `{name}` is {value!r:.40}; expected {'a positive number' if kind is int else 'text'}; {REMAKE}"
+            )
+    return config
+
+
 def quantized_weights(folder: Path) -> set[str]:
     """The weights that hermes/model/base.py holds in nf4: of every linear layer but the output."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = model.get_output_embeddings()
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     return {f"{name}.weight" for name, _ in linear}

@@ -8,6 +8,7 @@ layer.
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -88,7 +89,7 @@ def load(
         UserError: the folder is missing, damaged or no model.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             **({} if config is None else {"config": config}),
             dtype=dtype,
@@ -96,8 +97,14 @@ def load(
             device_map={"": device()},
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # safetensors, JSON and OS errors alike mean a damaged folder
         raise UserError(
             f"{folder}: not a readable model ({type(error).__name__}: {error}); delete it and run `dvc repro`"
         ) from None
+    model: PreTrainedModel = loaded[0]
+    found = loaded[1]
+    if found["missing_keys"]:  # they would be random numbers
+        raise UserError(f"{folder}: has no {min(found['missing_keys'])}; delete it and run `dvc repro`")
+    return model

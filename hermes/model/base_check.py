@@ -7,14 +7,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from gguf import GGUFReader
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from hermes.artifacts import read_json
+from hermes.artifacts import read_object
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model import gguf_files
 from hermes.model.safetensors_stream import DTYPES, stored_tensors
+from hermes.model.tokenizer import load_tokenizer
 
 MEND = "choose another revision or model"
 
@@ -23,13 +26,39 @@ def check_weights(folder: Path) -> None:
     """Refuses weights that merge and quantization cannot read.
 
     Raises:
-        UserError: they are quantized, or of a type that is no 16 or 32 bit float; names the tensor.
+        UserError: they are quantized, of a type that is no 16 or 32 bit float, or not those of the architecture; names the tensor.
     """
-    if "quantization_config" in read_json(folder / "config.json"):
+    if "quantization_config" in read_object(folder / "config.json"):
         raise UserError(f"{folder}: is quantized already (`quantization_config` in config.json); {MEND}")
-    for tensor in stored_tensors(folder):
+    stored = {tensor.name: tensor for tensor in stored_tensors(folder)}
+    for tensor in stored.values():
         if tensor.dtype not in DTYPES:
             raise UserError(f"{folder}: {tensor.name} is {tensor.dtype}; {', '.join(DTYPES)} are read, {MEND}")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    model, found = loaded
+    for what, names in (
+        ("lacks", found["missing_keys"]),
+        ("has another shape than the architecture for", [name for name, *_ in found["mismatched_keys"]]),
+        ("holds what the architecture has no place for,", found["unexpected_keys"]),
+    ):
+        if names:
+            raise UserError(f"{folder}: {what} {min(names)}; {MEND}")
+    head = model.get_output_embeddings()
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear) and part is not head and f"{name}.weight" not in stored:
+            raise UserError(f"{folder}: {name}.weight is stored under another name, and could not be merged; {MEND}")
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, source: Path) -> None:
@@ -89,6 +118,24 @@ def check_gguf(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             raise UserError(f"{folder}: no GGUF file can be made of it ({error}); {MEND}") from None
 
 
+def check_lengths(folder: Path, longest: int) -> None:
+    """Refuses pairs that reach beyond the positions that a model was made for.
+
+    Args:
+        folder: of the model.
+        longest: tokens of the longest prompt with its longer answer.
+
+    Raises:
+        UserError: gives both lengths.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise UserError(
+            f"{folder}: has {positions} positions (`max_position_embeddings`), and a pair has {longest} tokens; lower `tokenize.max_length`"
+        )
+
+
 def check_base(folder: Path) -> None:
     """Refuses a base that a later stage could not take.
 
@@ -97,10 +144,13 @@ def check_base(folder: Path) -> None:
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config.get_text_config()
+        if (folder / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever the libraries raise about the files of others
         raise UserError(f"{folder}: is not a readable model ({type(error).__name__}: {error})") from None
-    check_weights(folder)
+    tokenizer = load_tokenizer(folder)
     check_template(tokenizer, folder)
     check_tokens(tokenizer, config, folder)
+    check_weights(folder)
     check_gguf(folder, tokenizer)

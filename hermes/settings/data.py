@@ -8,6 +8,7 @@ from hermes.evaluation.benchmarks import SuiteName
 from hermes.params import Settings, each_once
 from hermes.settings.sources import check_source, is_folder
 
+Name = Annotated[str, Field(min_length=1)]
 Format = Literal["plain", "chatml", "messages", "transcripts"]
 Split = Literal["train", "validation", "test"]
 
@@ -23,11 +24,18 @@ class Columns(Settings):
         system: a system prompt; None without one.
     """
 
-    question: str | None
-    chosen: str | None
-    rejected: str | None
-    score: str | Annotated[list[str], Field(min_length=2, max_length=2)] | None
-    system: str | None
+    question: Name | None
+    chosen: Name | None
+    rejected: Name | None
+    score: Name | Annotated[list[Name], Field(min_length=2, max_length=2)] | None
+    system: Name | None
+
+    @model_validator(mode="after")
+    def _are_different(self) -> "Columns":
+        texts = [name for name in (self.question, self.chosen, self.rejected, self.system) if name]
+        for names in (texts, self.score if isinstance(self.score, list) else []):
+            each_once(names)
+        return self
 
     def used(self) -> list[str]:
         """Those that are read, in order."""
@@ -52,10 +60,10 @@ class Choice(Settings):
         pairs: of more than two candidates the best against the worst, or every better one against every worse one.
     """
 
-    candidates: str | Annotated[list[str], Field(min_length=2)]
-    text: str | None = None
+    candidates: Name | Annotated[list[Name], Field(min_length=2)]
+    text: Name | None = None
     by: Literal["label", "strength", "score", "rank"]
-    value: str | list[str]
+    value: Name | list[Name]
     first: Verdict = Field(default_factory=list)
     second: Verdict = Field(default_factory=list)
     pairs: Literal["best_and_worst", "all"] = "best_and_worst"
@@ -69,6 +77,8 @@ class Choice(Settings):
             )
         if (self.by == "label") != bool(self.first and self.second):
             raise ValueError("`by: label` needs the labels of both, in `first` and `second`, and nothing else does")
+        for names in (self.candidates, self.value, [*self.first, *self.second]):
+            each_once(names if isinstance(names, list) else [names])
         if isinstance(self.value, list) and len(self.value) != (
             len(self.candidates) if isinstance(self.candidates, list) else 0
         ):
@@ -120,7 +130,7 @@ class Source(Layout):
     source: str
     revision: str | None
     config: str | None
-    splits: dict[Split, str]
+    splits: dict[Split, Name]
 
     @field_validator("splits")
     @classmethod

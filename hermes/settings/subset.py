@@ -2,16 +2,18 @@
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from hermes.params import Settings
+
+Count = Annotated[int, Field(gt=0, le=10**9)]
 
 
 class SubsetSettings(Settings):
     """Which pairs training may see."""
 
-    k: PositiveInt | None
-    held_out_k: PositiveInt | None
+    k: Count | None
+    held_out_k: Count | None
     drop_malformed: bool
     drop_empty: bool
     drop_identical: bool

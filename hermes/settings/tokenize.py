@@ -48,7 +48,7 @@ class TokenizeSettings(Settings):
 
     template: TextTemplate | None
     forged: Literal["error", "drop"]
-    max_length: PositiveInt | Annotated[float, Field(gt=0, le=1)]
+    max_length: Annotated[int, Field(gt=0, le=10**7)] | Annotated[float, Field(gt=0, le=1)]
     max_prompt_length: PositiveInt | None
     overlong: Literal["error", "drop", "truncate"]
 

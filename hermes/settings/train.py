@@ -6,26 +6,35 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_v
 
 from hermes.params import Settings, each_once
 
-PositiveFiniteFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFiniteFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero",
     "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
 
+# PEFT's names of other adapters, and what there is here.
+VARIANTS = {
+    "use_dora": "DoRA is not trained here, and only plain LoRA is merged",
+    "use_rslora": "rank-stabilized LoRA is plain LoRA whose `lora_alpha` is multiplied by the root of `lora_rank`",
+    "init_lora_weights": "LoRA begins with B at zero here, so that the first loss is ln 2",
+    "modules_to_save": "only LoRA is trained here",
+}
+
 
 class TrainSettings(Settings):
     """The optimization: adapter, schedule, batches."""
 
-    lora_rank: PositiveInt
-    lora_alpha: PositiveInt
+    lora_rank: Annotated[int, Field(gt=0, le=65536)]
+    lora_alpha: Annotated[int, Field(gt=0, le=1_000_000)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    lora_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"]
+    lora_modules: Annotated[list[Name], Field(min_length=1)] | Literal["all-linear"]
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    sft_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    sft_weight: Annotated[float, Field(ge=0, le=1000)]
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
     warmup_steps: NonNegativeInt
     warmup_ratio: Annotated[float, Field(ge=0, le=1)]
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    weight_decay: Annotated[float, Field(ge=0, le=1000)]
     max_grad_norm: PositiveFiniteFloat
     optimizer: Literal["adamw_torch", "paged_adamw_32bit"]
     epochs: PositiveFiniteFloat
@@ -37,6 +46,14 @@ class TrainSettings(Settings):
     checkpoint_steps: PositiveInt
     processes: PositiveInt
     distribution: Literal["ddp", "fsdp"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_plain_lora(cls, values: Any) -> Any:
+        for name, instead in VARIANTS.items():
+            if isinstance(values, dict) and name in values:
+                raise ValueError(f"`{name}`: {instead}; take it out")
+        return values
 
     @field_validator("lora_modules")
     @classmethod
@@ -70,7 +87,7 @@ class Science(Settings):
     """The keys above the profiles."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    beta: PositiveFiniteFloat
+    beta: Annotated[float, Field(gt=0, le=1000)]
     loss_type: LossType
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
 

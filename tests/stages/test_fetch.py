@@ -232,7 +232,9 @@ def embed(splits: tuple[str, ...] = SPLITS) -> None:
         pq.write_table(
             pa.Table.from_pylist([row | {"split": split} for row in ROWS]), fetch_data.EMBEDDED / f"{split}.parquet"
         )
-    pq.write_table(pa.Table.from_pylist([{"id": "q", "question": "?"}]), fetch_data.EMBEDDED / "questions.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([dict.fromkeys(fetch_data.QUESTIONS, "q")]), fetch_data.EMBEDDED / "questions.parquet"
+    )
     (fetch_data.EMBEDDED / "plain.jsonl").write_text(PLAIN)
 
 
