@@ -31,6 +31,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from hermes import params
+from hermes.ahead import check_ahead
 from hermes.artifacts import complete_folder, open_parquet, write_json, write_parquet
 from hermes.console import UserError, progress
 from hermes.data.chat_text import (
@@ -40,7 +41,6 @@ from hermes.data.chat_text import (
     check_plain,
     prompt_ids,
 )
-from hermes.evaluation.held_out_check import check_held_out
 from hermes.model.base_check import check_base, check_lengths
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
@@ -232,7 +232,7 @@ def main() -> None:
         raise UserError(
             f"{BASE}: its tokenizer names no end of a sequence, which `tokenize.template` ends an answer with; use the chat template"
         )
-    check_held_out(tokenizer)
+    check_ahead(BASE, tokenizer)
     report: dict[str, dict[str, Any]] = {}
     with complete_folder(OUTPUT) as target:
         for source in sorted(SUBSET.glob("*.parquet"), key=lambda path: (path.stem != "train", path.stem)):

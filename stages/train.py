@@ -18,7 +18,6 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
@@ -54,19 +50,19 @@ from hermes.artifacts import (
 )
 from hermes.console import UserError, progress
 from hermes.model.base import load_base, set_determinism
+from hermes.model.base_check import check_adapter
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.train import Science, TrainSettings
 from hermes.training import distributed
 from hermes.training.exactness import choose_forward
-from hermes.training.lora import fuse_updates
+from hermes.training.lora import fuse_updates, lora_config
 from hermes.training.shared_prefix import Forward, share_prefix
 from hermes.training.tracking import Tracking
 
 BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/reference")
 ADAPTER, REPORTS = Path("models/adapter"), Path("reports/train")
-LINEAR = (torch.nn.Linear, Conv1D)
 PACKAGES = Path(__file__).parent.parent / "packages.yaml"
 HISTORY = (
     "loss",
@@ -260,24 +256,6 @@ class ProgressAndTracking(TrainerCallback):
         self.bar.close()
 
 
-def check_modules(base: Path, names: Sequence[str]) -> None:
-    """Refuses names that PEFT would pass over, and layers that it cannot adapt as plain LoRA.
-
-    Raises:
-        UserError: a name is that of no linear layer; gives those there are.
-    """
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    head = model.get_output_embeddings()
-    linear = (name for name, part in model.named_modules() if isinstance(part, LINEAR) and part is not head)
-    known = {name.rpartition(".")[2] for name in linear}
-    if missing := sorted(set(names) - known):
-        raise UserError(
-            f"params.yaml: `train.lora_modules` names {missing[0]}, which is no linear layer of {base}; it has {', '.join(sorted(known))}"
-        )
-
-
 def build_trainer(
     loaded: Params, scratch: Path, tokenizer: PreTrainedTokenizerBase, callbacks: list[TrainerCallback]
 ) -> TrackedDPOTrainer:
@@ -288,17 +266,8 @@ def build_trainer(
     """
     train, validation = load_pairs("train"), load_pairs("validation")
     s = loaded.train
-    lora = LoraConfig(
-        r=s.lora_rank,
-        lora_alpha=s.lora_alpha,
-        lora_dropout=s.lora_dropout,
-        target_modules=s.lora_modules if isinstance(s.lora_modules, str) else sorted(s.lora_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
     config = trainer_config(loaded, scratch, len(train))
-    if s.lora_modules != "all-linear":
-        check_modules(BASE, s.lora_modules)
+    check_adapter(BASE, s)
     pairs = zip(*(train[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
     how = choose_forward(BASE, list(pairs))
     model = load_base(BASE, loaded.base, sharded=s.distribution == "fsdp")
@@ -310,7 +279,7 @@ def build_trainer(
             train_dataset=train,
             eval_dataset=validation if s.evaluations else None,
             processing_class=tokenizer,
-            peft_config=lora,
+            peft_config=lora_config(s),
             callbacks=[EvaluationSteps(s.evaluations), *callbacks],
         )
     except ValueError as error:

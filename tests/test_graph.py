@@ -24,9 +24,7 @@ STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 PROFILES = sorted(read_yaml(ROOT / "params.yaml")["profiles"])
 TASKS = ROOT / "hermes/evaluation/tasks"
 # They refuse, params.yaml before every stage, a base and held-out rows before they are used, and shape no output.
-REFUSES = {
-    ROOT / f"hermes/{name}.py" for name in ("settings/experiment", "model/base_check", "evaluation/held_out_check")
-}
+REFUSES = {ROOT / f"hermes/{name}.py" for name in ("settings/experiment", "model/base_check", "ahead")}
 DISTRIBUTIONS = {
     "llama_cpp": "llama-cpp-python",
     "jinja2": "Jinja2",

@@ -4,20 +4,27 @@ It refuses and shapes no output, so no stage depends on it.
 """
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf import GGUFReader
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hermes.artifacts import read_object
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model import gguf_files
+from hermes.model.adapter_merge import PLAIN
 from hermes.model.safetensors_stream import DTYPES, stored_tensors
 from hermes.model.tokenizer import load_tokenizer
+from hermes.settings.train import TrainSettings
+from hermes.training.lora import lora_config
 
 MEND = "choose another revision or model"
 
@@ -47,7 +54,7 @@ def check_weights(folder: Path) -> None:
         )
     finally:
         logging.set_verbosity(verbosity)
-    model, found = loaded
+    _, found = loaded
     for what, names in (
         ("lacks", found["missing_keys"]),
         ("has another shape than the architecture for", [name for name, *_ in found["mismatched_keys"]]),
@@ -55,10 +62,6 @@ def check_weights(folder: Path) -> None:
     ):
         if names:
             raise UserError(f"{folder}: {what} {min(names)}; {MEND}")
-    head = model.get_output_embeddings()
-    for name, part in model.named_modules():
-        if isinstance(part, torch.nn.Linear) and part is not head and f"{name}.weight" not in stored:
-            raise UserError(f"{folder}: {name}.weight is stored under another name, and could not be merged; {MEND}")
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, source: Path) -> None:
@@ -136,6 +139,43 @@ def check_lengths(folder: Path, longest: int) -> None:
         )
 
 
+def check_adapter(folder: Path, settings: TrainSettings, onto: str = "bf16") -> None:
+    """Refuses an adapter that could not be trained as plain LoRA, or not be merged onto the base ("bf16" or "nf4").
+
+    Raises:
+        UserError: names the layer, or what PEFT makes of it.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    head, stored = model.get_output_embeddings(), {tensor.name for tensor in stored_tensors(folder)}
+    linear = {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, (torch.nn.Linear, Conv1D)) and part is not head
+    }
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    where = f"params.yaml: `train.lora_modules` {settings.lora_modules}"
+    if settings.lora_modules != "all-linear":
+        for module in settings.lora_modules:
+            if not any(name.rpartition(".")[2] == module for name in linear):
+                raise UserError(
+                    f"params.yaml: `train.lora_modules` names {module}, which is no linear layer of {folder}; it has {known}"
+                )
+    with warnings.catch_warnings(action="ignore"):
+        adapted: Any = get_peft_model(model, lora_config(settings))
+    if odd := [name for name, value in PLAIN.items() if getattr(adapted.peft_config["default"], name, value) != value]:
+        raise UserError(
+            f"{where}: PEFT adapts some of these layers of {folder} otherwise (`{odd[0]}`), and only plain LoRA is merged; it has {known}"
+        )
+    names = [name for name, part in adapted.get_base_model().named_modules() if isinstance(part, LoraLayer)]
+    for name in [*names, *(linear if onto == "nf4" else ())]:
+        if f"{name}.weight" not in stored:
+            raise UserError(
+                f"{where}: {folder} stores {name} under another name, so that it could not be merged; it has {known}"
+            )
+
+
 def check_base(folder: Path) -> None:
     """Refuses a base that a later stage could not take.
 
@@ -144,11 +184,15 @@ def check_base(folder: Path) -> None:
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config.get_text_config()
+        text = config.get_text_config()
         if (folder / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever the libraries raise about the files of others
         raise UserError(f"{folder}: is not a readable model ({type(error).__name__}: {error})") from None
+    if text is not config:
+        raise UserError(
+            f"{folder}: is a model of more than text ({config.model_type}); choose one of text alone ({text.model_type})"
+        )
     tokenizer = load_tokenizer(folder)
     check_template(tokenizer, folder)
     check_tokens(tokenizer, config, folder)

@@ -9,8 +9,23 @@ import types
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+
+from hermes.settings.train import TrainSettings
+
+
+def lora_config(settings: TrainSettings) -> LoraConfig:
+    """The adapter that is trained, as PEFT describes it."""
+    modules = settings.lora_modules
+    return LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=modules if isinstance(modules, str) else sorted(modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
 
 
 class AddUpdate(torch.autograd.Function):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hermes.ahead import check_ahead
 from hermes.artifacts import write_parquet
 from hermes.console import UserError
 from hermes.data.chat_text import answer_ids, prompt_ids
-from hermes.evaluation.held_out_check import check_held_out
 from hermes.params import read_yaml
 from hermes.settings.tokenize import TextTemplate, TokenizeSettings
 from stages import tokenize
@@ -277,7 +277,7 @@ def workplace(
     """A folder with a tokenizer and two splits; returns the tokenizer. There is no model, so none is checked."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tokenize, "check_base", lambda folder: None)
-    monkeypatch.setattr(tokenize, "check_held_out", lambda tokenizer: None)
+    monkeypatch.setattr(tokenize, "check_ahead", lambda folder, tokenizer: None)
     monkeypatch.setattr(tokenize, "check_lengths", lambda folder, longest: None)
     Path("dvc.yaml").write_text(PIPELINE)
     configure(10_000)
@@ -339,7 +339,8 @@ def test_a_share_is_at_most_one_and_drops(share: float, overlong: str) -> None:
 def test_what_evaluate_could_not_ask_is_refused_before_anything_is_trained(
     changes: dict[str, Any], message: str, workplace: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "check_held_out", check_held_out)
+    monkeypatch.setattr(tokenize, "check_ahead", check_ahead)
+    monkeypatch.setattr("hermes.ahead.check_adapter", lambda *given: None)
     tree = read_yaml(ROOT / "params.yaml")
     tree["profiles"]["cpu"]["evaluate"] |= {"tasks": ["preference"]} | changes
     Path("params.yaml").write_text(json.dumps(tree))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from filelock import FileLock
+from peft import LoraConfig
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
@@ -208,7 +209,7 @@ def stock_trainer(loaded: train.Params) -> Any:
         args=train.trainer_config(loaded, Path("stock"), len(ids)),
         train_dataset=ids,
         processing_class=AutoTokenizer.from_pretrained(train.BASE),
-        peft_config=train.LoraConfig(
+        peft_config=LoraConfig(
             r=4, lora_alpha=8, target_modules=sorted(loaded.train.lora_modules), task_type="CAUSAL_LM"
         ),
     )
