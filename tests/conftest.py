@@ -57,6 +57,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+def table_of(heading: str) -> list[list[str]]:
+    """The rows of the table below this heading of docs/bring-a-model.md, without its first: what tests expect, readers see."""
+    section = (ROOT / "docs/bring-a-model.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line.strip("| ") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split(" | ")] for line in lines[2:]]
+
+
 def cpu_params(**sections: dict[str, Any]) -> dict[str, Any]:
     """The committed params.yaml with `cpu` as its only profile, in which these sections have other values."""
     tree = read_yaml(ROOT / "params.yaml")
