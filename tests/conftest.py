@@ -4,6 +4,7 @@ The tests hold for the CPU, to the bit in places, so a GPU is hidden from them a
 """
 
 import os
+import re
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def table_of(heading: str) -> list[list[str]]:
     """The rows of the table below this heading of docs/bring-a-model.md, without its first: what tests expect, readers see."""
     section = (ROOT / "docs/bring-a-model.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    lines = [line.strip("| ") for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.split(" | ")] for line in lines[2:]]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
 def cpu_params(**sections: dict[str, Any]) -> dict[str, Any]:
