@@ -50,7 +50,14 @@ You are a helpful assistant<|im_end|>
 '}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
 ' }}{% endif %}"""
 
-LONGEST = ("test_pipeline.py", "test_fetch.py", "test_families.py", "test_train.py", "test_run_benchmarks.py")
+LONGEST = (
+    "test_pipeline.py",
+    "test_fetch.py",
+    "test_families.py",
+    "test_train.py",
+    "test_run_benchmarks.py",
+    "test_gguf_families.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,7 +25,7 @@ from tests.hermes.test_architectures import small_model
 from tests.test_families import gemma_tokenizer
 
 TOLERANCE = 0.0025  # of the logits' standard deviation; some 0.001 is rounding, and what is wrong is above 0.004
-FAST = ("llama", "gemma2 query_pre_attn_scalar=16")
+FAST = ("qwen2", "gemma2 query_pre_attn_scalar=16")
 SENTENCEPIECE = ("gemma", "gemma2", "gemma3_text", "qwen2")
 
 

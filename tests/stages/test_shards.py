@@ -48,13 +48,12 @@ def split(folder: Path) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory, embedded_tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
+def run_both(scratch: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
     """The folders of a run from one file and of one from a hundred, which the merge writes as more than a hundred again."""
-    places = {name: tmp_path_factory.mktemp(name) for name in ("one", "many")}
-    source = tmp_path_factory.mktemp("model") / "model"
-    write_model(source, embedded_tokenizer)
+    places, source = {name: scratch / name for name in ("one", "many")}, scratch / "model"
+    write_model(source, tokenizer)
     for name, place in places.items():
+        place.mkdir()
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(place)
             shutil.copytree(source, "my-model")
@@ -83,7 +82,10 @@ def contents(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return {tensor.name: (tensor.dtype, tensor.shape, b"".join(tensor.pieces())) for tensor in stored_tensors(folder)}
 
 
-def test_a_hundred_files_are_fetched_and_merged_as_one_is(merged: dict[str, Path]) -> None:
+def test_a_hundred_files_are_fetched_and_merged_as_one_is(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    merged = run_both(tmp_path, byte_tokenizer)
     for folder in (fetch_model.BASE, merge.MERGED):
         one, many = (merged[name] / folder for name in ("one", "many"))
         assert len(list(one.glob("*.safetensors"))) == 1
@@ -98,7 +100,10 @@ def test_a_hundred_files_are_fetched_and_merged_as_one_is(merged: dict[str, Path
 
 
 @pytest.mark.slow
-def test_a_hundred_files_are_checked_and_converted_as_one_is(merged: dict[str, Path], tmp_path: Path) -> None:
+def test_a_hundred_files_are_checked_and_converted_as_one_is(
+    tmp_path: Path, embedded_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    merged = run_both(tmp_path, embedded_tokenizer)
     check_base(merged["many"] / fetch_model.BASE)
     readers = []
     for name, place in merged.items():
