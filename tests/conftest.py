@@ -4,6 +4,7 @@ The tests hold for the CPU, to the bit in places, so a GPU is hidden from them a
 """
 
 import os
+import re
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,12 +50,26 @@ You are a helpful assistant<|im_end|>
 '}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
 ' }}{% endif %}"""
 
-LONGEST = ("test_pipeline.py", "test_fetch.py", "test_families.py", "test_train.py", "test_run_benchmarks.py")
+LONGEST = (
+    "test_pipeline.py",
+    "test_fetch.py",
+    "test_families.py",
+    "test_train.py",
+    "test_run_benchmarks.py",
+    "test_gguf_families.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the cores end together; `make test` gives each core whole files."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def table_of(heading: str) -> list[list[str]]:
+    """The rows of the table below this heading of docs/bring-a-model.md, without its first: what tests expect, readers see."""
+    section = (ROOT / "docs/bring-a-model.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
 def cpu_params(**sections: dict[str, Any]) -> dict[str, Any]:

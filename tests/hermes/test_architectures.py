@@ -76,10 +76,13 @@ def small_config(name: str) -> PreTrainedConfig:
     return kind(**values | PARTICULAR.get(name, {}))
 
 
-def small_model(name: str) -> PreTrainedModel:
-    """A random one in which no weight is without effect."""
+def small_model(name: str, **changes: Any) -> PreTrainedModel:
+    """A random one in which no weight is without effect; some values of its configuration may be others."""
     transformers.logging.set_verbosity_error()
-    model = AutoModelForCausalLM.from_config(small_config(name)).float().eval()
+    config = small_config(name)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, weight in model.named_parameters():

@@ -1,6 +1,7 @@
 """The merge of one tensor at a time has the bits of PEFT's, and needs memory for its largest tensor only."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from hermes.model.safetensors_stream import stored_tensors, write_folder
 from hermes.settings.base import BaseSettings
 from hermes.settings.merge import parse_size
 from stages import merge
-from stages.train import save_adapter
-from tests.hermes.test_architectures import small_config
+from stages.train import LINEAR, save_adapter
+from tests.conftest import table_of
+from tests.hermes.test_architectures import EXPECTED, small_config
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -247,6 +249,19 @@ def test_a_file_is_written_to_the_last_byte_or_not_at_all(tiny_model_folder: Pat
     )
 
 
+def read_layouts() -> dict[str, tuple[str, dict[str, Any], str]]:
+    """The table of docs/bring-a-model.md: model type, settings and result of every layout."""
+    found = {}
+    for _, examples, result in table_of("Which layouts are merged?"):
+        for name, settings in re.findall(r"`([\w-]+)`(?: \(([^)]*)\))?", examples):
+            changes = {key: value == "true" for key, value in re.findall(r"`(\w+): (true|false)`", settings)}
+            found[" ".join([name, *map(str, changes.items())])] = (name, changes, result)
+    return found
+
+
+LAYOUTS = read_layouts()
+
+
 def adapted_model(name: str, **changes: Any) -> tuple[PreTrainedModel, list[str]]:
     """A tiny random model of this architecture, and the names of all its linear layers but the output."""
     config = small_config(name)
@@ -256,35 +271,21 @@ def adapted_model(name: str, **changes: Any) -> tuple[PreTrainedModel, list[str]
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).bfloat16()
     head = model.get_output_embeddings()
-    linear = {
-        key.rpartition(".")[2] for key, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
-    }
-    return model, sorted(linear)
+    linear = {key.rpartition(".")[2] for key, m in model.named_modules() if isinstance(m, LINEAR) and m is not head}
+    if "mamba" in name or name == "nemotron_h":
+        linear.discard("out_proj")  # which PEFT refuses to adapt there
+    return model, sorted(key for key in linear if not key.isdigit())
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("llama", {"tie_word_embeddings": True}),
-        ("llama", {"tie_word_embeddings": False}),
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
-        ("qwen2", {}),
-        ("phi3", {}),
-        ("gemma2", {}),
-        ("gpt_neox", {}),
-        ("mixtral", {}),
-        ("qwen3_moe", {}),
-        ("gpt_oss", {}),
-    ],
-    ids=lambda value: str(value),
-)
-def test_the_merge_of_every_layout_is_pefts(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    """Tied and untied, with biases, fused projections and mixtures of experts: what is read back computes what PEFT's merge does."""
-    base, folder, target = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+def check_merge(name: str, changes: dict[str, Any], onto: Literal["bf16", "nf4"], scratch: Path) -> None:
+    """What is read back of a merge is what PEFT's merge has, and it differs from the base where it has to."""
+    base, folder, target = scratch / "base", scratch / "adapter", scratch / "merged"
     model, linear = adapted_model(name, **changes)
     model.save_pretrained(base)
     write_json(base / "manifest.json", {})
-    peft = get_peft_model(load(base, torch.bfloat16), LoraConfig(r=4, lora_alpha=6, target_modules=linear))
+    start = load(base, torch.bfloat16) if onto == "bf16" else load_base(base, TRAINED)
+    before = {key: weight.clone() for key, weight in start.state_dict().items()}
+    peft = get_peft_model(start, LoraConfig(r=4, lora_alpha=6, target_modules=linear))
     generator = torch.Generator().manual_seed(1)
     for key, parameter in peft.named_parameters():
         if "lora_" in key:
@@ -292,12 +293,44 @@ def test_the_merge_of_every_layout_is_pefts(name: str, changes: dict[str, Any], 
     folder.mkdir()
     target.mkdir()
     save_adapter(peft, folder, sha256_file(base / "manifest.json"))
-    adapter_merge.Merger(base, folder, "bf16", TRAINED).write(target, 10**9)
+    adapter_merge.Merger(base, folder, onto, TRAINED).write(target, 10**9)
     shutil.copy(base / "config.json", target)
     expected, found = peft.merge_and_unload().state_dict(), load(target, torch.bfloat16).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    before = load(base, torch.bfloat16).state_dict()
     assert sum(not torch.equal(found[key], before[key]) for key in found) == len(
         {key for key in before if key.rpartition(".")[0].rpartition(".")[2] in linear and key.endswith("weight")}
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "onto"),
+    [
+        (layout, onto)
+        for layout, (_, _, result) in LAYOUTS.items()
+        for onto in ("bf16", "nf4")
+        if onto == "bf16" or result == "PEFT's bits"
+    ],
+)
+def test_the_merge_of_every_layout_is_that_of_the_documents(
+    layout: str, onto: Literal["bf16", "nf4"], tmp_path: Path
+) -> None:
+    name, changes, result = LAYOUTS[layout]
+    if result == "PEFT's bits":
+        check_merge(name, changes, onto, tmp_path)
+        return
+    with pytest.raises(UserError, match=re.escape(result.removeprefix("refused: "))):
+        check_merge(name, changes, onto, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    sorted(name for name in EXPECTED.keys() - {name for name, _, _ in LAYOUTS.values()} if EXPECTED[name] != "refused"),
+)
+def test_the_merge_of_every_other_architecture_is_pefts(name: str, tmp_path: Path) -> None:
+    check_merge(name, {}, "bf16", tmp_path)
+
+
+def test_every_kind_of_layout_is_in_the_documents() -> None:
+    assert {"llama", "qwen2", "phi3", "mixtral", "gpt_oss"} <= {name for name, _, _ in LAYOUTS.values()}
