@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import torch
 from ruamel.yaml import YAML
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from hermes.artifacts import read_json, write_json
 from stages import evaluate, fetch_data, fetch_model, merge, quantize, reference, report, subset, tokenize, train
 from tests.conftest import ROOT, cpu_params
-from tests.hermes.test_architectures import small_config
+from tests.hermes.test_architectures import small_model
 from tests.test_pipeline import small_data
 
 STAGES = (fetch_data, fetch_model, subset, tokenize, reference, train, merge, quantize, evaluate, report)
@@ -30,13 +29,11 @@ FAMILIES: dict[str, list[str]] = {
 
 
 def write_model(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    config = small_config(name)
     tokens = {f"{key}_token_id": getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos", "pad")}
-    for key, value in {**tokens, "vocab_size": len(tokenizer), "max_position_embeddings": 512}.items():
-        setattr(config, key, value)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).bfloat16()
+    changes = {**tokens, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    if name == "gemma2":  # llama.cpp knows no other than the width of a head
+        changes["query_pre_attn_scalar"] = 16
+    model = small_model(name, **changes).bfloat16()  # whose weights are large enough for attention to matter
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -38,14 +38,16 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, context: Mess
         UserError: the template refuses these turns, or leaves out what the system or the user says.
     """
     messages = [*context, {"role": "user", "content": question}]
-    text = rendered(tokenizer, messages, add_generation_prompt=True)
+    text, place = rendered(tokenizer, messages, add_generation_prompt=True), 0
     for message in messages:
         said = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
-        if said.strip() not in text:  # what an earlier answer thought may be left out
+        found = text.find(said.strip(), place)  # what an earlier answer thought may be left out
+        if found < 0:
             raise UserError(
                 f"chat template: leaves out what the {message['role']} says ({said.strip()[:60]!r}); "
                 "use a template that writes it"
             )
+        place = found + len(said.strip())
     return text
 
 

@@ -10,6 +10,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hermes.artifacts import REMAKE, read_object
 from hermes.console import UserError, progress
@@ -130,13 +132,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def quantized_weights(folder: Path) -> set[str]:
-    """The weights that hermes/model/base.py holds in nf4: of every linear layer but the output."""
+    """The weights that hermes/model/base.py holds in nf4: those that Transformers gives to bitsandbytes."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    head = model.get_output_embeddings()
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return {f"{name}.weight" for name, _ in linear}
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    linear = (name for name, part in model.named_modules() if type(part) is torch.nn.Linear)
+    return {f"{name}.weight" for name in linear if should_convert_module(name, kept)}
 
 
 def as_trained(weight: torch.Tensor, settings: BaseSettings) -> torch.Tensor:
@@ -167,8 +169,11 @@ class Merger:
         self.tensors, self.adapter, self.rounding = stored_tensors(base), Adapter.read(adapter), Rounding()
         self.folder, self.settings = adapter, settings
         self.in_nf4 = quantized_weights(base) if onto == "nf4" else set()
-        if missing := self.adapter.factors.keys() - {tensor.name for tensor in self.tensors}:
+        stored = {tensor.name for tensor in self.tensors}
+        if missing := self.adapter.factors.keys() - stored:
             raise UserError(f"{adapter}: changes {min(missing)}, which {base} does not have; run `dvc repro train`")
+        if missing := self.in_nf4 - stored:
+            raise UserError(f"{base}: stores {min(missing)} under another name; set `merge.base: bf16`")
 
     def weight(self, stored: Stored) -> torch.Tensor | None:
         """The merged weight; None where it is that of the base.

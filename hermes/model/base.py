@@ -64,9 +64,11 @@ def load_base(folder: Path, settings: BaseSettings, sharded: bool = False) -> Pr
             bnb_4bit_quant_storage=dtype if sharded else None,
         )
     model = load(folder, dtype, quantization)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    in_nf4 = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if quantization and not in_nf4:
+        raise UserError(f"{folder}: has no layer that bitsandbytes quantizes; set `base.quantization: none`")
+    for module in in_nf4:
+        module.support_avx512bf16_for_cpu = False
     if quantization and settings.keep_dequantized:
         model = model.dequantize()  # to the compute type, so to the numbers that every product would make of them
     model.requires_grad_(False)

@@ -3,6 +3,8 @@
 It refuses and shapes no output, so no stage depends on it.
 """
 
+import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,19 +16,22 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
-from hermes.artifacts import read_object
+from hermes.artifacts import read_object, write_json
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model import gguf_files
 from hermes.model.adapter_merge import PLAIN
+from hermes.model.base import load
+from hermes.model.gguf import GgufModel
 from hermes.model.safetensors_stream import DTYPES, stored_tensors
 from hermes.model.tokenizer import load_tokenizer
 from hermes.settings.train import TrainSettings
+from hermes.training.exactness import quietly, shallow_config
 from hermes.training.lora import lora_config
 
 MEND = "choose another revision or model"
+NOTICED = 0.02  # of the logits' deviation; rounding to float16 is some 0.002
 
 
 def check_weights(folder: Path) -> None:
@@ -41,9 +46,7 @@ def check_weights(folder: Path) -> None:
     for tensor in stored.values():
         if tensor.dtype not in DTYPES:
             raise UserError(f"{folder}: {tensor.name} is {tensor.dtype}; {', '.join(DTYPES)} are read, {MEND}")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with quietly():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             device_map={"": "meta"},
@@ -52,8 +55,6 @@ def check_weights(folder: Path) -> None:
             local_files_only=True,
             trust_remote_code=False,
         )
-    finally:
-        logging.set_verbosity(verbosity)
     _, found = loaded
     for what, names in (
         ("lacks", found["missing_keys"]),
@@ -107,18 +108,40 @@ def check_template(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
 
 
 def check_gguf(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a model that llama.cpp's converter does not know, or whose tokenizer it writes otherwise.
+    """Refuses a model of whose first layers llama.cpp makes no file that it can read, or whose tokenizer it writes otherwise.
+
+    The layers are as many as hold each kind of layer. Where the file's logits of a short text are not the model's, that is said.
 
     Raises:
         UserError: gives the converter's last line, or the first difference.
     """
+    ids = [id for probe in gguf_files.PROBES for id in tokenizer(probe, add_special_tokens=False)["input_ids"]]
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "vocabulary.gguf"
+        first, path = Path(scratch) / "first", Path(scratch) / "first.gguf"
         try:
-            gguf_files.convert(folder, path, "f16", vocabulary_only=True)
+            with quietly():
+                model = load(folder, torch.bfloat16, config=shallow_config(folder))
+            model.save_pretrained(first)
+            named = {"architectures": read_object(folder / "config.json").get("architectures")}
+            write_json(first / "config.json", read_object(first / "config.json") | named)
+            for file in folder.glob("*"):
+                if not (first / file.name).exists() and ".safetensors" not in file.name:
+                    shutil.copyfile(file, first / file.name)
+            gguf_files.convert(first, path, "f16")
             gguf_files.check_vocabulary(path, gguf_files.metadata(GGUFReader(path)), tokenizer)
+            with torch.no_grad():
+                expected = model.float()(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].cpu()
+            with GgufModel(path, threads=1, slots=2, context=2 * len(ids)) as opened:
+                ((found,),) = opened.answer_logits([ids[:1]], [[ids[1:]]])
         except UserError as error:
             raise UserError(f"{folder}: no GGUF file can be made of it ({error}); {MEND}") from None
+    off = float((found - expected).square().mean().sqrt() / expected.std())
+    if not off < NOTICED:
+        print(
+            f"{folder}: llama.cpp computes its first layers otherwise: logits are {100 * off:.1f} % of their deviation off; "
+            "the report says how far off each GGUF file is",
+            file=sys.stderr,
+        )
 
 
 def check_lengths(folder: Path, longest: int) -> None:

@@ -29,8 +29,8 @@ PROBES = (
 )
 
 
-def convert(model: Path, target: Path, kind: Literal["f16", "bf16"], vocabulary_only: bool = False) -> None:
-    """Writes the GGUF of a Hugging Face model folder with llama.cpp's converter, or one of its vocabulary alone.
+def convert(model: Path, target: Path, kind: Literal["f16", "bf16"]) -> None:
+    """Writes the GGUF of a Hugging Face model folder with llama.cpp's converter.
 
     Raises:
         UserError: the converter refuses the folder; gives its last line.
@@ -47,7 +47,6 @@ def convert(model: Path, target: Path, kind: Literal["f16", "bf16"], vocabulary_
         kind,
         "--model-name",
         "model",
-        *(["--vocab-only"] if vocabulary_only else []),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode or not target.is_file():

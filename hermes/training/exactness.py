@@ -7,7 +7,8 @@ Where the ways differ, every answer is computed alone, by the model's own forwar
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def kinds_of_layers(model: PreTrainedModel, count: int) -> int:
 
     kinds = [kind(layer) for layer in layers]
     return 1 + max(kinds.index(one) for one in set(kinds))
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Transformers would name every weight of the layers that are left out."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def shallow_config(folder: Path) -> PreTrainedConfig:
@@ -149,12 +161,8 @@ def choose_forward(folder: Path, pairs: Sequence[Pair]) -> Forward:
     """
     if not pairs:
         return Forward()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would name every weight of the other layers
-    try:
+    with quietly():
         model = load(folder, torch.float32, config=shallow_config(folder))
-    finally:
-        logging.set_verbosity(verbosity)
     try:
         how, why = find_forward(model, few(pairs))
     except (ValueError, TypeError, RuntimeError) as error:

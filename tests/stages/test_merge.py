@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hermes.artifacts import sha256_file, write_json
 from hermes.console import UserError
@@ -22,7 +23,7 @@ from hermes.model.safetensors_stream import stored_tensors, write_folder
 from hermes.settings.base import BaseSettings
 from hermes.settings.merge import parse_size
 from stages import merge
-from stages.train import LINEAR, save_adapter
+from stages.train import save_adapter
 from tests.conftest import table_of
 from tests.hermes.test_architectures import EXPECTED, small_config
 
@@ -271,7 +272,11 @@ def adapted_model(name: str, **changes: Any) -> tuple[PreTrainedModel, list[str]
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).bfloat16()
     head = model.get_output_embeddings()
-    linear = {key.rpartition(".")[2] for key, m in model.named_modules() if isinstance(m, LINEAR) and m is not head}
+    linear = {
+        key.rpartition(".")[2]
+        for key, m in model.named_modules()
+        if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head
+    }
     if "mamba" in name or name == "nemotron_h":
         linear.discard("out_proj")  # which PEFT refuses to adapt there
     return model, sorted(key for key in linear if not key.isdigit())
