@@ -196,7 +196,7 @@ def test_a_gguf_of_another_tokenizer_is_refused(
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "sha256:0123"}')
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "sha256:0123", "r": 1, "lora_alpha": 1}')
     with pytest.raises(UserError, match="was trained on base sha256:0123"):
         merge.check_adapter_fits(tmp_path, tiny_model_folder)
 
