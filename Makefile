@@ -12,6 +12,7 @@ takes.repro := PROFILE
 takes.train := PROFILE BETA LOSS SEED
 takes.sweep := BETAS SEEDS
 takes.review := BASE HEAD
+takes.verify := STAGE QUICK
 takes.plan := PROFILE GPU
 takes.rehearse := PROFILE LAYERS PAIRS
 takes.base := RESOLVE
@@ -24,7 +25,7 @@ needs.publish := REPO
 example.sweep := BETAS=0.05,0.1,0.2
 example.review := BASE=main
 example.publish := REPO=owner/name
-SWITCHES := RESOLVE PUSH FULL
+SWITCHES := RESOLVE PUSH FULL QUICK
 SETUP := DEVICE PYTHON
 SPLIT := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder # of tests, a file to each free core
 
@@ -60,7 +61,7 @@ quote = '$(subst ','\'',$1)'
 option = $(if $(filter $1,$(GIVEN)),$2$(call quote,$($1)))
 switch = $(if $(filter $1,$(GIVEN)),$2)
 
-.PHONY: help setup checked repro train sweep experiments review chat report collect plan rehearse compare-published base publish bench \
+.PHONY: help setup checked repro train sweep verify experiments review chat report collect plan rehearse compare-published base publish bench \
 	test test-all test-slow lint format doctor gpu-check
 
 help:
@@ -90,6 +91,10 @@ train: setup
 ## make sweep               an experiment for each beta, or each seed   make sweep BETAS=0.05,0.1,0.2
 sweep: setup
 	$(PY) -m tools.sweep $(call option,BETAS,--betas=) $(call option,SEEDS,--seeds=)
+
+## make verify              rebuild the committed results, compare bits  make verify STAGE=train QUICK=1
+verify: setup
+	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call switch,QUICK,--quick)
 
 ## make chat                talk to the trained model
 chat: setup

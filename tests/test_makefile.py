@@ -20,13 +20,19 @@ OPTIONS = {
         "SEED": "--set-param=seed=",
     },
     "sweep": {"BETAS": "--betas=", "SEEDS": "--seeds="},
+    "verify": {"STAGE": "--stage="},
     "review": {"BASE": "--base=", "HEAD": "--head="},
     "plan": {"PROFILE": "--profile=", "GPU": "--gpu="},
     "rehearse": {"PROFILE": "--profile=", "LAYERS": "--layers=", "PAIRS": "--pairs="},
     "publish": {"REPO": "--repo=", "PROFILE": "--profile=", "LICENCE": "--licence="},
     "doctor": {"PROFILE": "--profile="},
 }
-SWITCHES = {"base": {"RESOLVE": "--resolve"}, "publish": {"PUSH": "--push"}, "bench": {"FULL": "--full"}}
+SWITCHES = {
+    "verify": {"QUICK": "--quick"},
+    "base": {"RESOLVE": "--resolve"},
+    "publish": {"PUSH": "--push"},
+    "bench": {"FULL": "--full"},
+}
 NEEDED = {"sweep": "BETAS=0.1", "review": "BASE=main", "publish": "REPO=a/b"}
 VARIABLES = {name for taken in (*OPTIONS.values(), *SWITCHES.values()) for name in taken} | {"DEVICE", "PYTHON"}
 TARGETS = re.findall(r"^## make ([a-z-]+)", (ROOT / "Makefile").read_text(), re.MULTILINE)

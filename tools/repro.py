@@ -25,7 +25,7 @@ from hermes.artifacts import read_json
 from hermes.console import UserError
 from hermes.evaluation import benchmarks
 from hermes.run import run_tool
-from tools import compare_published, doctor
+from tools import compare_published, doctor, verify
 from tools.dvc_runs import DVC, Relay, environment, only_one
 from tools.profiles import put_back, selected
 
@@ -33,7 +33,7 @@ NVIDIA = Path("/proc/driver/nvidia")  # where the driver of a GPU is loaded
 STAMP = Path(".venv/setup-stamp")  # begins with the device that setup.sh made .venv for
 GPQA, PUNKT = "Idavidrein/gpqa", "tokenizers/punkt_tab"
 CLOSED = (401, 403, 404)  # what the Hub answers where a repository is not for this user
-METRICS, REPORT = Path("reports/metrics.json"), Path("reports/report.html")
+LOCK, METRICS, REPORT = Path("dvc.lock"), Path("reports/metrics.json"), Path("reports/report.html")
 WHOLE_GRAPH = {"-f", "--force", "-q", "--quiet", "-v", "--verbose"}  # with these a finished run is a new report
 
 
@@ -141,12 +141,19 @@ def beside_the_published() -> list[str]:
 
 
 def against_the_commit() -> list[str]:
-    """How to get the committed results back, where this run's are others, such as those of another profile."""
-    if doctor.git(Path.cwd(), "status", "--porcelain", "dvc.lock", "reports"):
-        return [
-            "not the committed results; to go back to those: git restore dvc.lock reports && .venv/bin/dvc checkout"
-        ]
-    return []
+    """How many outs have the committed bits, and how to get the committed results back where this run's are others."""
+    committed = doctor.git(Path.cwd(), "show", f"HEAD:{LOCK}")
+    if committed is None or not LOCK.is_file():
+        return []
+    found = verify.outs(LOCK.read_text())
+    wanted = {(stage, path): md5 for stage, paths in verify.outs(committed).items() for path, md5 in paths.items()}
+    other = [(stage, path) for (stage, path), md5 in wanted.items() if found.get(stage, {}).get(path) != md5]
+    lines = [f"{len(wanted) - len(other)} of {len(wanted)} outs have the committed bits"]
+    if other:
+        stage, path = other[0]
+        lines[0] += f"; the first that has not: {path} of {stage}"
+        lines.append("to go back to the committed results: git restore dvc.lock reports && .venv/bin/dvc checkout")
+    return lines
 
 
 def main() -> int:

@@ -216,6 +216,20 @@ def test_a_failure_to_write_leaves_the_old_file(checkout: Path, monkeypatch: pyt
     assert Path("params.yaml").read_bytes() == PARAMS
 
 
+def test_how_many_outs_have_the_committed_bits_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert repro.against_the_commit() == []
+    lock = "stages:\n  one:\n    outs:\n    - {path: a, md5: 11}\n    - {path: b, md5: 22.dir}\n"
+    Path("dvc.lock").write_text(lock)
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], check=True)
+    assert repro.against_the_commit() == ["2 of 2 outs have the committed bits"]
+    Path("dvc.lock").write_text(lock.replace("22.dir", "33.dir"))
+    first, second = repro.against_the_commit()
+    assert first == "1 of 2 outs have the committed bits; the first that has not: b of one"
+    assert second.endswith("git restore dvc.lock reports && .venv/bin/dvc checkout")
+
+
 def test_a_finished_run_says_the_result_and_where_the_report_is(checkout: Path) -> None:
     Path("reports").mkdir()
     Path("reports/metrics.json").write_text(

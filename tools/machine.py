@@ -1,0 +1,65 @@
+"""What bits of a result may depend on beside what DVC tracks: the CPU, its instructions, the GPU, the system and Python."""
+
+import os
+import platform
+import re
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from tools import doctor
+
+FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")  # of /proc/cpuinfo: each chooses other kernels
+CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
+
+
+def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """The CPU's model and those of its instruction sets that choose kernels."""
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
+    has = set(flags[1].split()) if flags else set()
+    return {
+        "model": model[1].strip() if model else platform.processor(),
+        "flags": [name for name in FLAGS if name in has],
+    }
+
+
+def facts() -> dict[str, Any]:
+    """All of them, as they are in this process."""
+    gpu = doctor.present_gpu()
+    return {
+        "machine": platform.machine(),
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "gpu": None if gpu is None else {"name": gpu.name, "driver": gpu.driver},
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "variables": {name: os.environ[name] for name in CAPS if name in os.environ},
+    }
+
+
+def packages() -> dict[str, str]:
+    """The version of every package that is installed, by name."""
+    return dict(
+        sorted(
+            {found.metadata["Name"]: found.version for found in distributions()}.items(), key=lambda one: one[0].lower()
+        )
+    )
+
+
+def differences(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -> list[str]:
+    """What is not the same of two machines' facts, a line each."""
+    found = []
+    for name in sorted(here.keys() | there.keys()):
+        ours, theirs = here.get(name), there.get(name)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            found += differences(ours, theirs, f"{prefix}{name} ")
+        elif ours != theirs:
+            found.append(f"{prefix}{name}: {shown(ours)} here, {shown(theirs)} there")
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value of the facts as a line has it."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)

@@ -1,0 +1,256 @@
+"""Rebuilds the committed results in a temporary clone, and says whether they have the committed bits.
+
+    python -m tools.verify                         (or: make verify)            every stage
+    python -m tools.verify --stage train           (or: make verify STAGE=train)   up to this one
+    python -m tools.verify --quick                 (or: make verify QUICK=1)    the profile quick
+    python -m tools.verify --record                keeps the hashes of the results that are here, as those to compare with
+
+The clone has the last commit and an empty cache, so that every stage runs. Its outs are compared file by file with
+reports/hashes.json, where the hashes of each profile stand beside the machine that made them. A file that differs is described by its
+numbers, if the committed one is here: reports are in git, artifacts in DVC's cache. The clone stays where something differs.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from ruamel.yaml import YAML
+from safetensors import safe_open
+
+from hermes.artifacts import read_object, write_json
+from hermes.console import UserError
+from hermes.params import PARAMS, read_yaml, selected_profile
+from hermes.run import TIMINGS, run_tool
+from tools import doctor, machine
+from tools.dvc_runs import DVC, SCRATCH, Relay, environment, only_one
+from tools.profiles import with_profile
+
+LOCK, HASHES = Path("dvc.lock"), Path("reports/hashes.json")
+Files = dict[str, str]  # md5 by path
+SHOWN = 3  # files of a stage whose difference is told
+
+
+def outs(lock: str) -> dict[str, Files]:
+    """The outs of every stage of a dvc.lock, by stage and path."""
+    stages = YAML(typ="safe", pure=True).load(lock)["stages"]
+    return {stage: {out["path"]: out["md5"] for out in entry.get("outs", ())} for stage, entry in stages.items()}
+
+
+def object_of(root: Path, md5: str) -> Path:
+    """Where a checkout's own cache has the content of this hash."""
+    return root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+
+
+def md5_of(path: Path) -> str:
+    """The md5 of a file's bytes, as DVC names it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def files_of(root: Path, stages: Iterable[str] | None = None) -> dict[str, Files]:
+    """The files of the outs of every stage, or of these, as they lie in a checkout.
+
+    Raises:
+        UserError: one is missing.
+    """
+    found: dict[str, Files] = {}
+    for stage, paths in outs((root / LOCK).read_text()).items():
+        if stages is not None and stage not in stages:
+            continue
+        found[stage] = {}
+        for name in sorted(paths):
+            path = root / name
+            if not path.exists():
+                raise UserError(f"{path}: no such file; run `make repro` first")
+            files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+            found[stage] |= {file.relative_to(root).as_posix(): md5_of(file) for file in files}
+    return found
+
+
+def record(root: Path) -> None:
+    """Writes the hashes of a checkout's results into reports/hashes.json, beside those of other profiles.
+
+    Raises:
+        UserError: a stage is not up to date.
+    """
+    status = subprocess.run([*DVC, "status", "--quiet"], cwd=root, env=environment(), capture_output=True, check=False)
+    if status.returncode:
+        raise UserError("not all stages are up to date; run `make repro` first")
+    known = read_object(root / HASHES) if (root / HASHES).is_file() else {}
+    profile = selected_profile(read_yaml(root / PARAMS))
+    known[profile] = {"made_on": machine.facts(), "stages": files_of(root)}
+    write_json(root / HASHES, known)
+    print(f"{HASHES}: {sum(map(len, known[profile]['stages'].values()))} files of the profile {profile}")
+
+
+def numbers(path: Path) -> dict[str, float]:
+    """The numbers of a JSON, JSON lines or CSV file, by their places."""
+    text = path.read_text()
+    if path.suffix == ".csv":
+        rows: Any = list(csv.DictReader(text.splitlines()))
+    else:
+        rows = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+    def walk(value: Any, place: str) -> Iterator[tuple[str, float]]:
+        if isinstance(value, Mapping | list):
+            for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+                yield from walk(inner, f"{place}.{name}" if place else str(name))
+        elif not isinstance(value, bool):
+            try:
+                yield place, float(value)
+            except (TypeError, ValueError):
+                return
+
+    return dict(walk(rows, ""))
+
+
+def columns(path: Path) -> dict[str, np.ndarray]:
+    """The numbers of a Parquet file, (rows,) or flattened, by column."""
+    table = pq.read_table(path)
+    found = {}
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        column = column.flatten() if hasattr(column, "flatten") and "list" in str(column.type) else column
+        if str(column.type).startswith(("int", "uint", "float", "double")):
+            found[name] = column.to_numpy(zero_copy_only=False).astype(np.float64)
+    return found
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file in float32."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).float().numpy() for name in sorted(file.keys())}
+
+
+READERS: dict[str, Callable[[Path], Mapping[str, Any]]] = {
+    **dict.fromkeys((".json", ".jsonl", ".csv"), numbers),
+    ".parquet": columns,
+    ".safetensors": tensors,
+}
+
+
+def distance(committed: Path, found: Path, suffix: str) -> str:
+    """How far apart the numbers of two files are, in words."""
+    if suffix not in READERS:
+        return f"{committed.stat().st_size:,} and {found.stat().st_size:,} bytes"
+    left, right = READERS[suffix](committed), READERS[suffix](found)
+    if left.keys() != right.keys():
+        return f"{len(left.keys() ^ right.keys())} values are in one of them alone, such as {min(left.keys() ^ right.keys())}"
+    apart = []
+    for name in left:
+        a, b = np.atleast_1d(np.asarray(left[name])), np.atleast_1d(np.asarray(right[name]))
+        if a.shape != b.shape:
+            return f"{name} has {a.size} and {b.size} values"
+        different = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+        if different.any():
+            apart.append((float(np.abs(a - b)[different].max()), int(different.sum()), name))
+    if not apart:
+        return "the same numbers, in other words"
+    far, count, name = max(apart)
+    return f"{sum(one[1] for one in apart):,} numbers differ, by up to {far:.3g} ({name}: {count:,})"
+
+
+def committed_file(root: Path, path: str, md5: str) -> Path | None:
+    """The committed file of this hash, where git or the cache of this checkout has it."""
+    cached = object_of(root, md5)
+    if cached.is_file():
+        return cached
+    shown = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=root, capture_output=True, check=False)
+    if shown.returncode:
+        return None
+    kept = Path(tempfile.mkdtemp(dir=root / SCRATCH)) / Path(path).name
+    kept.write_bytes(shown.stdout)
+    return kept
+
+
+def compare_stage(root: Path, clone: Path, known: Files, found: Files) -> list[str]:
+    """What is not the same of a stage's files, a line each."""
+    lines = []
+    for path in sorted(known.keys() | found.keys()):
+        if path not in known or path not in found:
+            lines.append(f"{path}: is {'new' if path in found else 'missing'}")
+        elif known[path] != found[path]:
+            original = committed_file(root, path, known[path]) if len(lines) < SHOWN else None
+            suffix = Path(path).suffix
+            lines.append(f"{path}: " + (distance(original, clone / path, suffix) if original else "other bytes"))
+    return lines
+
+
+def compare(root: Path, clone: Path, known: dict[str, Any]) -> bool:
+    """Says of every stage that was rebuilt whether it has the committed bits; whether all have."""
+    ran = {path.stem for path in (clone / TIMINGS).glob("*.json")}
+    found, same = files_of(clone, ran), True
+    for stage, files in found.items():
+        lines = compare_stage(root, clone, known["stages"].get(stage, {}), files)
+        print(
+            f"{stage}: {'the same bits' if not lines else f'{len(lines)} of {len(files)} files differ'} ({len(files)} files)"
+        )
+        for line in lines[:SHOWN]:
+            print(f"  {line}")
+        same &= not lines
+    apart = machine.differences(machine.facts(), known["made_on"])
+    print("machine: " + ("; ".join(apart) if apart else "as the one that made the committed results"))
+    return same
+
+
+def clone_of(root: Path, profile: str) -> Path:
+    """A temporary clone of the last commit with this profile selected, and without outs."""
+    clone = Path(tempfile.mkdtemp(prefix="verify-", dir=root / SCRATCH))
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(root), str(clone)], check=True)
+    params = clone / PARAMS
+    params.write_text(with_profile(params.read_text(), profile)[0])
+    return clone
+
+
+def verify(root: Path, profile: str, stage: str | None) -> int:
+    """Rebuilds and compares; 0 where all is the same, 1 where something differs, DVC's exit code where it fails."""
+    known = read_object(root / HASHES).get(profile) if (root / HASHES).is_file() else None
+    if known is None:
+        raise UserError(
+            f"{HASHES}: has no hashes of the profile {profile}; `python -m tools.verify --record` keeps those of a run"
+        )
+    if doctor.git(root, "status", "--porcelain"):
+        print("verify: changes that are not committed are left out", file=sys.stderr)
+    with only_one("verify") as lock, Relay() as relay:
+        clone = clone_of(root, profile)
+        command = [*DVC, "repro", "--force", "--no-run-cache", *([stage] if stage else [])]
+        code = relay.run(["env", "-C", str(clone), *command], lock)
+        if code:
+            return code
+        rebuilt = compare(root, clone, known)
+    if rebuilt:
+        shutil.rmtree(clone)
+    else:
+        print(f"the rebuilt results stay in {clone.relative_to(root)}")
+    return int(not rebuilt)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.verify", description="Rebuild the committed results and compare bits."
+    )
+    parser.add_argument("--stage", metavar="NAME", help="the last stage that is rebuilt; all without it")
+    parser.add_argument("--quick", action="store_true", help="the profile quick")
+    parser.add_argument("--record", action="store_true", help="keep the hashes of the results here")
+    arguments = parser.parse_args()
+    root = Path.cwd()
+    (root / SCRATCH).mkdir(exist_ok=True)
+    if arguments.record:
+        record(root)
+        return 0
+    profile = "quick" if arguments.quick else selected_profile(read_yaml(PARAMS))
+    return verify(root, profile, arguments.stage)
+
+
+if __name__ == "__main__":
+    run_tool("verify", main)
