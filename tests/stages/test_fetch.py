@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -633,12 +634,144 @@ def test_messages_in_json_lines_and_columns_of_every_kind_are_carried_along(work
         (b"[]", r"has no rows"),
         (as_lines(ROWS) + b'{"a": ' + b"[" * 100_000, r"not a readable jsonl file \(line 6: maximum recursion depth"),
         (as_lines([{"question": "q"}]), r"column `chosen` is missing; found question; see `data\.columns`"),
+        (as_lines(ROWS) + b'{"id": 1, "id": 2}\n', r"not a readable jsonl file \(line 6: the key 'id' is in an object twice\)"),
+        (as_lines(ROWS) + b'{"id": {"a": [{"b": 1, "b": 1}]}}', r"not a readable jsonl file \(line 6: the key 'b' is in an"),
+        (b'[{"id": 1, "id": 2}]', r"not a readable jsonl file \(the key 'id' is in an object twice\)"),
+        (as_lines(ROWS) + b'{"id": ' + b"7" * 5000 + b"}", r"not a readable jsonl file \(line 6: a number has too many digits\)"),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_json_file_is_one_line(workplace: Path, content: bytes, message: str) -> None:
     mine(content)
     with pytest.raises(UserError, match=rf"^mine/train\.jsonl: {message}"):
         fetched()
+
+
+@pytest.mark.parametrize(
+    ("values", "carried"),
+    [
+        ([2**53 + 1, 0.5, None], [str(2**53 + 1), "0.5", None]),  # a column of floats would round it
+        ([2**53 + 1, -7, None], [2**53 + 1, -7, None]),
+        ([2**63, 1, 2], [str(2**63), "1", "2"]),
+        ([2**53, 0.5, 1], [2.0**53, 0.5, 1.0]),
+    ],
+)
+def test_a_large_number_is_carried_to_its_last_digit(workplace: Path, values: list[Any], carried: list[Any]) -> None:
+    mine(as_lines([row | {"id": value} for row, value in zip(ROWS, values, strict=False)]))
+    assert [row["id"] for row in fetched()] == carried
+
+
+BEFORE = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]  # fmt: skip
+ASKED = COLUMNS | {"question": "asked"}
+
+
+def asked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their question under another name."""
+    return [{("asked" if name == "question" else name): value for name, value in row.items()} for row in rows]
+
+
+def misfit_kinds(split: str = "train") -> dict[str, str]:
+    """Why rows are no pairs, by their numbers."""
+    found = json.loads(Path("data/raw/misfits.json").read_text())[split]
+    return {number: misfit["kind"] for number, misfit in found.items()}
+
+
+def test_turns_before_a_plain_question_are_kept_whatever_the_file(workplace: Path) -> None:
+    rows = [row | {"context": context} for row, context in zip(ROWS, (BEFORE, [], BEFORE[:1]), strict=False)]
+    found = {}
+    mine(as_lines(rows))
+    found["lines"] = fetched()
+    mine(as_lines(asked(rows)))
+    found["lines, renamed"] = fetched(columns=ASKED)
+    Path("mine/train.jsonl").unlink()
+    pq.write_table(pa.Table.from_pylist(rows), "mine/train.parquet")
+    found["as it is"] = fetched()
+    pq.write_table(pa.Table.from_pylist(asked(rows)), "mine/train.parquet")
+    found["renamed"] = fetched(columns=ASKED)
+    assert found == dict.fromkeys(found, rows)
+
+
+def test_the_turns_of_lines_may_be_null_or_odd_in_some_rows(workplace: Path) -> None:
+    contexts = (
+        BEFORE,
+        None,
+        [{"role": "robot", "content": "Beep."}],
+        [{"role": None, "content": "?"}],
+        [*BEFORE, BEFORE[0]],
+    )
+    rows = [row | {"context": context} for row, context in zip(ROWS, contexts, strict=True)]
+    mine(as_lines(rows))
+    assert [row["context"] for row in fetched()] == [BEFORE, [], None, None, None]
+    assert misfit_kinds() == {"2": "other_role", "3": "no_messages", "4": "late_system_prompt"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores"),
+    [
+        (pa.int64(), [3, 1, 2]),
+        (pa.int8(), [3, 1, 2]),
+        (pa.float32(), [0.5, 0.25, 2]),
+        (pa.decimal128(6, 3), [Decimal("1.5"), Decimal("-2.125"), Decimal(7)]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("named", [COLUMNS, ASKED], ids=["standard", "renamed"])
+def test_numbers_of_every_type_are_scores(
+    workplace: Path, kind: pa.DataType, scores: list[Any], named: dict[str, Any]
+) -> None:
+    rows = ROWS[:3] if named is COLUMNS else asked(ROWS[:3])
+    table = pa.Table.from_pylist(rows).drop_columns("delta_score")
+    Path("mine").mkdir()
+    pq.write_table(table.append_column("delta_score", pa.array(scores, kind)), "mine/train.parquet")
+    assert [row["delta_score"] for row in fetched(columns=named)] == [float(score) for score in scores]
+    assert pq.read_schema("data/raw/train.parquet").field("delta_score").type == pa.float64()
+
+
+@pytest.mark.parametrize(
+    ("scores", "kinds"),
+    [
+        ([True, 0.5, False, 1, None], {"0": "no_score", "2": "no_score", "4": "missing_value"}),
+        (["0.5", 0.5, 1, 1, [1]], {"0": "no_score", "4": "no_score"}),
+    ],
+)
+def test_a_score_that_is_no_number_is_a_misfit_of_its_row(
+    workplace: Path, scores: list[Any], kinds: dict[str, str]
+) -> None:
+    mine(as_lines([row | {"delta_score": score} for row, score in zip(ROWS, scores, strict=True)]))
+    wanted = [None if str(number) in kinds else float(score) for number, score in enumerate(scores)]
+    assert [row["delta_score"] for row in fetched()] == wanted
+    assert misfit_kinds() == kinds
+
+
+@pytest.mark.parametrize("score", ["0.5", True])
+def test_a_standard_table_whose_scores_are_no_numbers_is_refused(workplace: Path, score: Any) -> None:
+    Path("mine").mkdir()
+    pq.write_table(pa.Table.from_pylist([row | {"delta_score": score} for row in ROWS]), "mine/train.parquet")
+    with pytest.raises(
+        UserError,
+        match=rf"^mine/train\.parquet, row 0: delta_score is \[{score!r}\]; expected numbers; no other row fits",
+    ):
+        fetched()
+
+
+def test_texts_that_are_stored_as_categories_are_texts(workplace: Path) -> None:
+    Path("mine").mkdir()
+    table = pa.Table.from_pylist(ROWS)
+    for name in ("question", "rejected", "id"):
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, table[name].dictionary_encode())
+    pq.write_table(table, "mine/train.parquet")
+    assert fetched() == ROWS
+    assert pq.read_schema("data/raw/train.parquet").field("question").type == pa.string()
+
+
+def test_messages_as_json_text_are_named_for_what_they_are(workplace: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    mine(as_lines([row | {"chosen": json.dumps(turns), "rejected": json.dumps(turns)} for row in ROWS]))
+    for layout in ("plain", "messages"):
+        with pytest.raises(
+            UserError, match=r"^mine/train\.jsonl, row 0: .* messages as JSON text.*; store them as lists; no"
+        ):
+            fetched(format=layout)
 
 
 @pytest.mark.parametrize("where", ["question", "id"])
@@ -929,6 +1062,14 @@ def test_no_network_is_one_line_and_leaves_the_earlier_files(workplace: Path, no
         ),
         ('{"split": "test", "question": "q"}', r"plain\.jsonl, row 0: `answer` is None; expected text"),
         ("{", r"plain\.jsonl: not a readable jsonl file \(line 1"),
+        (
+            PLAIN + json.dumps(json.loads(PLAIN) | {"question": "half \ud83d"}),
+            r"^data/embedded/plain\.jsonl, row 1: `question` holds half a character \(surrogates not allowed\)$",
+        ),
+        (
+            PLAIN.replace("test", "tets"),
+            r"^data/embedded/plain\.jsonl, row 0: `split` is 'tets'; expected one of train, validation, test$",
+        ),
     ],
 )
 def test_plain_answers_that_evaluate_could_not_read_are_refused(workplace: Path, text: str, message: str) -> None:
@@ -939,6 +1080,34 @@ def test_plain_answers_that_evaluate_could_not_read_are_refused(workplace: Path,
         fetch_data.main()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, r"^data/embedded/questions\.parquet: not a readable Parquet file \("),
+        (
+            {"kind": None},
+            r"^data/embedded/questions\.parquet: has no column `kind` of texts; it needs id, topic, kind, ",
+        ),
+        ({"constraint": [3]}, r"^data/embedded/questions\.parquet: has no column `constraint` of texts; it needs id, "),
+    ],
+    ids=["rubbish", "without kind", "numbers"],
+)
+def test_held_out_questions_that_evaluate_could_not_read_are_refused(
+    workplace: Path, change: dict[str, Any] | None, message: str
+) -> None:
+    embed()
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
+    columns = {name: ["q"] for name in fetch_data.QUESTIONS} | (change or {})
+    path = fetch_data.EMBEDDED / "questions.parquet"
+    pq.write_table(pa.table({name: values for name, values in columns.items() if values}), path)
+    if change is None:
+        path.write_bytes(b"id,topic,kind\n")
+    with pytest.raises(UserError, match=message) as error:
+        fetch_data.main()
+    assert "\n" not in str(error.value)
+    assert not Path("data/raw").exists()
+
+
 def test_plain_answers_behind_a_byte_order_mark_are_read(workplace: Path) -> None:
     embed()
     choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
@@ -947,31 +1116,90 @@ def test_plain_answers_behind_a_byte_order_mark_are_read(workplace: Path) -> Non
     assert Path("data/raw/plain.jsonl").read_text() == PLAIN
 
 
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_a_column_named_context_that_holds_text_is_left_out_and_said(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
-    embed()
-    pq.write_table(
-        pa.Table.from_pylist([row | {"context": "a passage"} for row in ROWS]), fetch_data.EMBEDDED / "train.parquet"
-    )
-    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
-    fetch_data.main()
-    assert "context" not in pq.read_table("data/raw/train.parquet").column_names
-    assert "its column `context` holds no messages, and is left out" in capsys.readouterr().out
+    rows = [row | {"context": "a passage"} for row in ROWS]
+    mine(as_lines(rows), f"train.{ending}")
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), "mine/train.parquet")
+    assert fetched() == ROWS
+    said = f"fetch_data: mine/train.{ending}: its column `context` holds no messages, and is left out\n"
+    assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("notes", [("text", 1), (None, "text")])
 def test_shards_that_differ_in_a_column_that_nobody_reads_go_together(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capsys: pytest.CaptureFixture[str], notes: tuple[Any, Any]
 ) -> None:
-    tables = [pa.Table.from_pylist([row | {"note": note} for row in ROWS]) for note in ("text", 1)]
+    tables = [pa.Table.from_pylist([row | {"note": note} for row in ROWS]) for note in notes]
     paths = [Path(f"shard-{i}.parquet") for i in range(2)]
     for table, path in zip(tables, paths, strict=True):
         pq.write_table(table, path)
     choose("data", "embedded", None, {"train": "train"})
     settings = params.load(fetch_data.Params).data
     assert fetch_data.standardize(paths, Path("out.parquet"), settings, "here") == {}
-    assert pq.read_table("out.parquet").num_rows == 2 * len(ROWS)
+    assert pq.read_table("out.parquet").to_pylist() == 2 * ROWS
     assert "the files differ in note, which is left out" in capsys.readouterr().out
+
+
+def further(columns: dict[str, Any] = COLUMNS, **others: Any) -> dict[str, Any]:
+    """The folder ./more, all of it, as an entry of `data.mixed_with`."""
+    own = {"source": "./more", "revision": None, "config": None, "splits": dict(zip(SPLITS, SPLITS, strict=True))}
+    return {**own, "format": "plain", "columns": columns, "choice": None, "share": 1.0, **others}
+
+
+def mixed(first: list[dict[str, Any]], second: list[dict[str, Any]], **others: Any) -> list[dict[str, Any]]:
+    """The rows that fetch_data makes of two folders of standard tables."""
+    for name, rows in (("mine", first), ("more", second)):
+        Path(name).mkdir(exist_ok=True)
+        for split in SPLITS:
+            pq.write_table(pa.Table.from_pylist(rows), f"{name}/{split}.parquet")
+    return fetched(mixed_with=[further(**others)])
+
+
+WITH_CONTEXT = [row | {"context": BEFORE[:1]} for row in ROWS]
+WITH_SYSTEM = [row | {"system": "Be kind."} for row in ROWS]
+
+
+@pytest.mark.parametrize("before", ["context", "system"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_source_without_earlier_turns_is_mixed_with_one_that_has_some(
+    workplace: Path, before: str, is_first: bool
+) -> None:
+    if before == "context":
+        found = mixed(*((WITH_CONTEXT, ROWS) if is_first else (ROWS, WITH_CONTEXT)))
+    else:
+        found = mixed(ROWS, WITH_SYSTEM, columns=COLUMNS | {"system": "system"})
+    has_some = [False, True] if before == "system" or not is_first else [True, False]
+    assert [row["context"] for row in found] == [BEFORE[:1] if some else [] for some in has_some for _ in ROWS]
+    assert [{name: row[name] for name in ROWS[0]} for row in found] == 2 * ROWS
+
+
+def test_whole_and_broken_scores_are_mixed(workplace: Path) -> None:
+    whole = [row | {"delta_score": i} for i, row in enumerate(ROWS)]
+    assert [row["delta_score"] for row in mixed(whole, ROWS)] == [
+        *map(float, range(5)),
+        *(row["delta_score"] for row in ROWS),
+    ]
+
+
+def test_a_column_that_mixing_makes_itself_is_refused(workplace: Path) -> None:
+    with pytest.raises(UserError, match=r"^\./more: has a column `mixed_from`, which mixing makes itself; rename it$"):
+        mixed(ROWS, [row | {"mixed_from": "elsewhere"} for row in ROWS])
+    assert not Path("data/raw").exists()
+
+
+def test_training_on_the_split_that_is_asked_leaves_nothing(workplace: Path) -> None:
+    mine(as_lines(ROWS))
+    fetched()  # one file is every split
+    Path("params.yaml").write_text(json.dumps(cpu_params(subset={"k": 2})))
+    with pytest.raises(
+        UserError,
+        match=r"^data/raw/train\.parquet: none of its 5 pairs is left \(5 leaks_from_evaluation\); see `subset`",
+    ):
+        subset.main()
 
 
 def test_sources_are_mixed_each_by_its_share_and_its_own_columns(workplace: Path) -> None:
@@ -982,8 +1210,7 @@ def test_sources_are_mixed_each_by_its_share_and_its_own_columns(workplace: Path
     for split in SPLITS:
         pq.write_table(pa.Table.from_pylist(other), f"more/{split}.parquet")
     columns = {"question": "prompt", "chosen": "good", "rejected": "bad", "score": "points", "system": None}
-    own = {"source": "./more", "revision": None, "config": None, "splits": dict(zip(SPLITS, SPLITS, strict=True))}
-    share = {**own, "format": "plain", "columns": columns, "choice": None, "share": 0.5}
+    share = further(columns, share=0.5)
     choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)), mixed_with=[share])
     fetch_data.main()
     rows = pq.read_table("data/raw/train.parquet").to_pylist()
