@@ -21,14 +21,16 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
 from hermes.data import tables
+from hermes.model.base_check import check_base
+from hermes.model.gguf_files import PROBES
 from stages import fetch_data, fetch_model, subset
-from tests.conftest import cpu_params
+from tests.conftest import CHAT_TEMPLATE, cpu_params
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -373,8 +375,11 @@ def test_a_repository_without_safetensors_is_refused(workplace: Path, hub: str) 
     assert not Path("models/base").exists()
 
 
-def test_weights_in_a_folder_of_the_repository_are_left_out(workplace: Path, hub: str) -> None:
-    files = {"config.json": b"{}", "model.safetensors": b"weights", "original/model.safetensors": b"others"}
+def test_weights_in_a_folder_of_the_repository_and_those_of_other_programs_are_left_out(
+    workplace: Path, hub: str
+) -> None:
+    others = ("original/model.safetensors", "consolidated.safetensors", "adapter_model.safetensors")
+    files = {"config.json": b"{}", "model.safetensors": b"weights", **dict.fromkeys(others, b"others")}
     Hub.repositories["models/tests/folders"] = files
     choose("model", "tests/folders", COMMIT)
     assert run("fetch_model", hub).returncode == 0
@@ -1033,10 +1038,131 @@ def test_a_chat_template_takes_the_place_of_the_models(workplace: Path, tiny_mod
     messages = [{"role": "user", "content": "Hi"}]
     assert AutoTokenizer.from_pretrained("models/base").apply_chat_template(messages, tokenize=False) == "[user]Hi"
     assert "chat_template.jinja" in json.loads(Path("models/base/manifest.json").read_text())["files"]
-    choose("model", "./mine", None, chat_template="{% for %}")
-    with pytest.raises(UserError, match=r"`model\.chat_template` does not render a conversation") as error:
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for %}", "TemplateSyntaxError: Expected an expression, got 'end of statement block'"),
+        ("{{ 1 // (messages | length - 2) }}", "ZeroDivisionError: integer division or modulo by zero"),
+        ("{{ messages[0] + 1 }}", "TypeError: unsupported operand type\\(s\\) for \\+: 'dict' and 'int'"),
+        ("{{ messages[9]['content'] }}", "UndefinedError: list object has no element 9"),
+    ],
+)
+def test_a_chat_template_that_renders_no_conversation_is_refused(
+    workplace: Path, tiny_model_folder: Path, template: str, why: str
+) -> None:
+    Path("mine").symlink_to(tiny_model_folder)
+    choose("model", "./mine", None, chat_template=template)
+    with pytest.raises(
+        UserError, match=rf"^params\.yaml: `model\.chat_template` does not render a conversation \({why}\)$"
+    ):
         fetch_model.main()
-    assert "\n" not in str(error.value)
+    assert not Path("models/base").exists()
+
+
+OWN = CHAT_TEMPLATE.replace("You are a helpful assistant", "You are terse")
+OTHER = CHAT_TEMPLATE.replace("You are a helpful assistant", "You are verbose")
+
+
+def place_templates(folder: Path, places: tuple[str, ...]) -> None:
+    """Other templates in each of these files, and none in the rest."""
+    (folder / "chat_template.jinja").unlink()
+    for name in places:
+        path = folder / name
+        if name.endswith(".jinja"):
+            path.write_text(OTHER)
+        else:
+            found = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(found | {"chat_template": OTHER + "{# of this file #}"}))
+
+
+def check_only_template(template: str) -> None:
+    """The base has this template in one place, and its manifest the hash of every file as it is."""
+    base = Path("models/base")
+    assert (base / "chat_template.jinja").read_text() == template
+    assert not (base / "chat_template.json").exists()
+    assert "chat_template" not in json.loads((base / "tokenizer_config.json").read_text())
+    assert AutoTokenizer.from_pretrained(base).chat_template == template
+    files = {path.name: sha256_file(path) for path in base.iterdir() if path.name != "manifest.json"}
+    assert json.loads((base / "manifest.json").read_text())["files"] == files
+
+
+PLACES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "places"),
+    [(OWN, PLACES[1:2]), (OWN, PLACES[2:]), (OWN, PLACES[::2]), (OWN, PLACES), (None, PLACES[::2]), (None, PLACES)],
+    ids=lambda value: " and ".join(value) if isinstance(value, tuple) else "chosen" if value else "its own",
+)
+def test_a_base_has_one_chat_template(
+    workplace: Path, tiny_model_folder: Path, chosen: str | None, places: tuple[str, ...]
+) -> None:
+    """llama.cpp's converter looks in another place first than Transformers."""
+    place_templates(Path(shutil.copytree(tiny_model_folder, "mine")), places)
+    choose("model", "./mine", None, chat_template=chosen)
+    fetch_model.main()
+    check_only_template(chosen or OTHER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("places", [PLACES[1:2], PLACES[2:], PLACES], ids=" and ".join)
+def test_llama_cpp_reads_the_chat_template_that_was_chosen(
+    workplace: Path, tiny_model_folder: Path, places: tuple[str, ...]
+) -> None:
+    place_templates(Path(shutil.copytree(tiny_model_folder, "mine")), places)
+    choose("model", "./mine", None, chat_template=OWN)
+    fetch_model.main()
+    check_base(Path("models/base"))
+
+
+def test_the_hash_of_a_file_that_was_written_anew_is_not_the_hubs(
+    workplace: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch_hub(source: str, commit: str, target: Path) -> tuple[str, dict[str, str]]:
+        shutil.copytree(tiny_model_folder, target, dirs_exist_ok=True)
+        (target / "manifest.json").unlink()
+        place_templates(target, PLACES)
+        return commit, {path.name: sha256_file(path) for path in target.iterdir()}
+
+    monkeypatch.setattr(fetch_model, "fetch_hub", fetch_hub)
+    for chosen in (OWN, None):
+        choose("model", "tests/tiny", COMMIT, chat_template=chosen)
+        fetch_model.main()
+        check_only_template(chosen or OTHER)
+
+
+def test_weights_of_other_programs_beside_a_model_are_left_out(workplace: Path, tiny_model_folder: Path) -> None:
+    wanted = json.loads((tiny_model_folder / "manifest.json").read_text())["files"]
+    shutil.copytree(tiny_model_folder, "mine")
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        shutil.copy("mine/model.safetensors", f"mine/{name}")
+    choose("model", "./mine", None)
+    fetch_model.main()
+    assert json.loads(Path("models/base/manifest.json").read_text())["files"] == wanted
+    Path("mine/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"`model\.source` is 'mine', which holds no safetensors model$"):
+        fetch_model.main()
+
+
+def test_a_tokenizer_in_its_older_files_comes_along(
+    workplace: Path, tiny_model_folder: Path, embedded_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_folder, "mine"))
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|mine|>": len(model["vocab"])}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    choose("model", "./mine", None)
+    fetch_model.main()
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    for text in (*PROBES, CHAT_TEMPLATE, "a<|im_end|>b"):
+        assert tokenizer(text)["input_ids"] == embedded_tokenizer(text)["input_ids"]
+    assert tokenizer("<|mine|>")["input_ids"] == [len(embedded_tokenizer)]
 
 
 @pytest.mark.parametrize("stage", ["fetch_data", "fetch_model"])
