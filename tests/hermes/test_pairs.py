@@ -1,6 +1,7 @@
 """Every layout of a preference table becomes the same rows; a row that does not fit is named."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,14 @@ def test_without_a_score_there_is_none() -> None:
         "rejected",
         "id",
     ]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"), [(Decimal("2.5"), 1.0), (2.0, Decimal("0.5")), (Decimal(3), Decimal("1.5")), (2, 0.5)]
+)
+def test_two_scores_of_different_types_have_a_difference(good: Any, bad: Any) -> None:
+    row = {"question": "Q", "chosen": "A", "rejected": "B", "good": good, "bad": bad}
+    assert standard_pair(row, "plain", columns(score=["good", "bad"]))["delta_score"] == 1.5
 
 
 @pytest.mark.parametrize(
@@ -523,8 +532,10 @@ def test_a_column_of_a_choice_that_is_missing_is_told_by_its_key(changes: dict[s
         ({"choice": {"candidates": ["a", "b", "c"], "by": "strength", "value": "s"}}, "decides between two"),
         ({"choice": {"candidates": ["a", "b"], "by": "label", "value": "s"}}, "needs the labels of both"),
         ({"choice": {"candidates": ["a", "b"], "by": "score", "value": ["s"]}}, "one for each column"),
+        ({"choice": {"candidates": ["a", "b"], "by": "label", "value": "s", "first": [0], "second": [1, 0]}}, "0 is in it twice"),
+        ({"choice": {"candidates": ["a", "b"], "by": "label", "value": "s", "first": [""], "second": [""]}}, "is in it twice"),
     ],
-)
+)  # fmt: skip
 def test_a_layout_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
     settings, _, _ = PUBLISHED["stanfordnlp/SHP"]
     with pytest.raises(ValueError, match=message):

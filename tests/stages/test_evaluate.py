@@ -194,7 +194,8 @@ def test_plain_answers_are_those_of_the_split_whatever_ends_a_line_in_them(
         held_out.read_held_out(settings, byte_tokenizer)
 
 
-HELD_OUT = dict.fromkeys(fetch_data.QUESTIONS, "tea") | {"kind": "no_commas", "constraint": "{}", "split": "test"}
+HELD_OUT: dict[str, Any] = dict.fromkeys(fetch_data.QUESTIONS, "tea") | {"kind": "no_commas", "split": "test"}
+HELD_OUT["constraint"] = '{"topic": "tea"}'
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,9 @@ HELD_OUT = dict.fromkeys(fetch_data.QUESTIONS, "tea") | {"kind": "no_commas", "c
     [
         ({"kind": "no_comas"}, r": the question tea is of the unknown kind 'no_comas'$"),
         ({"constraint": "{topic: tea}"}, r": the constraint of tea is not JSON \(Expecting property name .*\)$"),
+        ({"constraint": "[]"}, r": the constraint of tea is '\[\]'; expected "),
+        ({"constraint": "{}"}, r": the constraint of tea .*\btopic\b"),
+        ({"constraint": None}, r": the constraint of tea "),
         ({"split": "validation"}, r": has no question of the split test$"),
         ({"question": "x" * 500}, r": the question tea and `evaluate\.max_new_tokens` need \d+ tokens; `evaluate\.context` is 512"),
     ],
@@ -212,7 +216,8 @@ def test_questions_that_could_not_be_asked_or_graded_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data/raw").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist([HELD_OUT | change]), "data/raw/questions.parquet")
+    texts = pa.schema([(name, pa.string()) for name in HELD_OUT])
+    pq.write_table(pa.Table.from_pylist([HELD_OUT | change], schema=texts), "data/raw/questions.parquet")
     with pytest.raises(UserError, match=rf"^data/raw/questions\.parquet{message}") as error:
         held_out.read_held_out(settings_of(tasks=["instructions"], divergence_pairs=0), byte_tokenizer)
     assert "\n" not in str(error.value)

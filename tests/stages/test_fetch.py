@@ -710,6 +710,16 @@ def test_the_turns_of_lines_may_be_null_or_odd_in_some_rows(workplace: Path) -> 
 
 
 @pytest.mark.parametrize(
+    "odd",
+    ["a passage", [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], [{"role": "user"}], [None], 3],
+)
+def test_one_odd_row_takes_the_turns_of_no_other(workplace: Path, odd: Any) -> None:
+    mine(as_lines([row | {"context": context} for row, context in zip(ROWS, (BEFORE, odd, []), strict=False)]))
+    context = [row["context"] for row in fetched()]
+    assert (context[0], context[2]) == (BEFORE, [])
+
+
+@pytest.mark.parametrize(
     ("kind", "scores"),
     [
         (pa.int64(), [3, 1, 2]),
@@ -1214,9 +1224,10 @@ def test_plain_answers_that_evaluate_could_not_read_are_refused(workplace: Path,
             {"kind": None},
             r"^data/embedded/questions\.parquet: has no column `kind` of texts; it needs id, topic, kind, ",
         ),
+        ({"question": [None]}, r"^data/embedded/questions\.parquet, row 0: `question` is None; expected text$"),
         ({"constraint": [3]}, r"^data/embedded/questions\.parquet: has no column `constraint` of texts; it needs id, "),
     ],
-    ids=["rubbish", "without kind", "numbers"],
+    ids=["rubbish", "without kind", "null", "numbers"],
 )
 def test_held_out_questions_that_evaluate_could_not_read_are_refused(
     workplace: Path, change: dict[str, Any] | None, message: str
@@ -1225,13 +1236,27 @@ def test_held_out_questions_that_evaluate_could_not_read_are_refused(
     choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
     columns = {name: ["q"] for name in fetch_data.QUESTIONS} | (change or {})
     path = fetch_data.EMBEDDED / "questions.parquet"
-    pq.write_table(pa.table({name: values for name, values in columns.items() if values}), path)
+    texts = {
+        name: pa.array(values, pa.int64() if values == [3] else pa.string())
+        for name, values in columns.items()
+        if values
+    }
+    pq.write_table(pa.table(texts), path)
     if change is None:
         path.write_bytes(b"id,topic,kind\n")
     with pytest.raises(UserError, match=message) as error:
         fetch_data.main()
     assert "\n" not in str(error.value)
     assert not Path("data/raw").exists()
+
+
+def test_held_out_questions_may_be_large_texts_as_polars_writes_them(workplace: Path) -> None:
+    embed()
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
+    questions = {name: pa.array(["q"], pa.large_string()) for name in fetch_data.QUESTIONS}
+    pq.write_table(pa.table(questions), fetch_data.EMBEDDED / "questions.parquet")
+    fetch_data.main()
+    assert pq.read_table("data/raw/questions.parquet").to_pylist() == [dict.fromkeys(fetch_data.QUESTIONS, "q")]
 
 
 def test_plain_answers_behind_a_byte_order_mark_are_read(workplace: Path) -> None:
@@ -1309,6 +1334,17 @@ def test_whole_and_broken_scores_are_mixed(workplace: Path) -> None:
         *map(float, range(5)),
         *(row["delta_score"] for row in ROWS),
     ]
+
+
+@pytest.mark.parametrize("strict", ["mine", "more"])
+def test_a_column_that_may_not_be_null_is_mixed_with_one_that_may(workplace: Path, strict: str) -> None:
+    mixed(ROWS, ROWS)
+    table = pa.Table.from_pylist(ROWS)
+    whole = table.cast(pa.schema([field.with_nullable(False) for field in table.schema]))
+    for split in SPLITS:
+        pq.write_table(whole, f"{strict}/{split}.parquet")
+    found = fetched(mixed_with=[further()])
+    assert [{name: value for name, value in row.items() if name != "mixed_from"} for row in found] == 2 * ROWS
 
 
 def test_a_column_that_mixing_makes_itself_is_refused(workplace: Path) -> None:

@@ -193,6 +193,15 @@ def test_a_missing_file_of_adapter_or_base_is_named(adapter: Path, tiny_model_fo
         merge.check_adapter_fits(adapter, tiny_model_folder)
 
 
+def test_factors_of_two_ranks_are_refused(adapter: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    factors = load_file(file)
+    second = min(name for name in factors if "lora_B" in name)
+    save_file(factors | {second: factors[second][:, 1:].contiguous()}, file)
+    with pytest.raises(UserError, match=r"adapter: .*lora_B\.weight is of rank 3, .* 4; "):
+        adapter_merge.Merger(tiny_model_folder, adapter, "bf16", TRAINED).write(tmp_path / "bad", 10**9)
+
+
 def test_a_rank_that_is_not_the_tensors_is_refused(adapter: Path) -> None:
     """Its scaling would be another."""
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -396,6 +396,8 @@ USER, LATE = {"role": "user", "content": "Hi"}, {"role": "system", "content": "B
     [
         ([USER | {"role": None}], MESSAGE, "no_messages", "is not a message with role and content"),
         ([USER | {"content": None}], MESSAGE, "no_messages", "is not a message with role and content"),
+        ([None], MESSAGE, "no_messages", "'None' is not a message with role and content"),
+        (["Hi"], pa.list_(pa.string()), "no_messages", "'Hi' is not a message with role and content"),
         ([{"role": 1, "content": 2}], NUMBERED, "no_messages", "is not a message with role and content"),
         ([USER | {"role": "robot"}], MESSAGE, "other_role", "a message is of the role 'robot'; expected one of system, user"),
         ([USER, LATE], MESSAGE, "late_system_prompt", "a system prompt stands behind other messages"),

@@ -71,6 +71,8 @@ def test_the_published_base_has_its_shape_without_the_hub() -> None:
             r": says no shape of a Llama-like model \(It looks like the config file at .* is not a valid JSON file\.\)$",
         ),
         ("[]", r": says no shape of a Llama-like model \(Unrecognized model in "),
+        ('{"model_type": "llama", "num_attention_heads": "4"}', r": says no shape of a Llama-like model \("),
+        ('{"model_type": "llama", "num_attention_heads": 0}', r": says no shape of a Llama-like model \("),
         ('{"model_type": "mamba"}', r": says no shape of a Llama-like model \('MambaConfig' object has no attribute "),
     ],
 )
@@ -86,6 +88,14 @@ def test_a_folder_that_says_no_shape_is_named(
     with pytest.raises(UserError, match=rf"^\./mine/config\.json{message}") as error:
         plan.model_shape(loaded.model_copy(update={"model": model}))
     assert "\n" not in str(error.value)
+
+
+def test_a_base_whose_config_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load("cpu")
+    monkeypatch.chdir(tmp_path)
+    write_json(plan.BASE / "manifest.json", {"source": loaded.model.source})
+    with pytest.raises(UserError, match=r"^models/base(/config\.json)?: .*`dvc repro`"):
+        plan.model_shape(loaded)
 
 
 def test_a_folder_has_the_shape_that_its_config_says(tmp_path: Path) -> None:
