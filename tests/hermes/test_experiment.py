@@ -15,6 +15,12 @@ from tests.conftest import ROOT
 
 PROFILES = sorted(read_yaml(ROOT / "params.yaml")["profiles"])
 SHA = "0123456789abcdef0123456789abcdef01234567"
+COLUMNS = {"question": "question", "chosen": "chosen", "rejected": "rejected", "score": "delta_score", "system": None}
+CHOICE = {"candidates": ["x", "y"], "by": "label", "value": "better", "first": ["a"], "second": ["b"]}
+SHARE: dict[str, Any] = {
+    **{"source": "./more", "revision": None, "config": None, "format": "plain", "columns": COLUMNS, "choice": None},
+    **{"splits": {"train": "train", "validation": "validation", "test": "test"}, "share": 0.5},
+}
 # A key of the profile cpu, or of the top level behind a slash; a value that it cannot have; what the message says of it.
 MISTAKES: list[tuple[str, Any, str]] = [
     ("evaluate.typs", ["f16"], r"unknown key `profiles\.cpu\.evaluate\.typs`; allowed there: batch_size, .* types"),
@@ -37,8 +43,16 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("train.distribution", "fsdp", r"train\.distribution` is 'fsdp': there is nothing to shard with one process"),
     ("train.lora_modules", [], r"train\.lora_modules` is \[\]: List should have at least 1 item"),
     ("train.lora_modules", ["q_proj", "q_proj"], r"train\.lora_modules` .* q_proj is in it twice"),
+    ("train.lora_modules", [""], r"train\.lora_modules\.0` is '': String should have at least 1 character"),
+    ("train.lora_rank", 10**30, r"train\.lora_rank` is 10{30}: Input should be less than or equal to 65536$"),
+    ("train.sft_weight", 1e300, r"train\.sft_weight` is 1e\+300: Input should be less than or equal to 1000$"),
+    ("train.use_dora", True, r"`profiles\.cpu\.train`: `use_dora`: DoRA is not trained here, and only plain LoRA is merged; take it out$"),
+    ("train.use_rslora", False, r"`profiles\.cpu\.train`: `use_rslora`: rank-stabilized LoRA is plain LoRA whose .*; take it out$"),
+    ("train.modules_to_save", ["lm_head"], r"`profiles\.cpu\.train`: `modules_to_save`: only LoRA is trained here; take it out$"),
+    ("train.init_lora_weights", "pissa", r"`profiles\.cpu\.train`: `init_lora_weights`: LoRA begins with B at zero here, .*; take it out$"),
     ("reference.batch_size", 0, r"reference\.batch_size` is 0: Input should be greater than 0"),
     ("subset.k", 0, r"subset\.k` is 0: Input should be greater than 0"),
+    ("subset.k", 7 * 10**3999, r"subset\.k` is 70{119}\.\.\.: Input should be less than or equal to 1000000000$"),
     ("subset.near_duplicate_similarity", 0.5, r"near_duplicate_similarity` is 0\.5: Input should be greater than or equal"),
     ("tokenize.max_length", 1.5, r"tokenize\.max_length` is 1\.5: Input should be a valid integer or .* less than or equal"),
     ("tokenize.overlong", "truncate", r"`overlong: truncate` needs `max_prompt_length`, and nothing else does"),
@@ -50,8 +64,21 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("data.config", "all", r"`config` is 'all', and embedded is a folder"),
     ("data.splits", {"train": "train", "test": "test"}, r"says nothing of validation; name a split for each"),
     ("data.columns", {"question": "q"}, r"key `profiles\.cpu\.data\.columns\.chosen` is missing"),
+    ("data.columns", COLUMNS | {"chosen": "question"}, r"`profiles\.cpu\.data\.columns`: question is in it twice; name it once$"),
+    ("data.columns.score", ["s", "s"], r"`profiles\.cpu\.data\.columns`: s is in it twice; name it once$"),
+    ("data.columns.question", "", r"data\.columns\.question` is '': String should have at least 1 character$"),
+    ("data.splits.train", "", r"data\.splits\.train` is '': String should have at least 1 character$"),
+    ("data.choice", CHOICE | {"second": ["a", "b"]}, r"`profiles\.cpu\.data\.choice`: a is in it twice; name it once$"),
+    ("data.choice", CHOICE | {"candidates": ["x", "x"]}, r"`profiles\.cpu\.data\.choice`: x is in it twice; name it once$"),
+    ("data.mixed_with", [SHARE | {"share": 0.0}], r"data\.mixed_with\.0\.share` is 0\.0: Input should be greater than 0$"),
+    ("data.mixed_with", [SHARE | {"share": 1.5}], r"data\.mixed_with\.0\.share` is 1\.5: Input should be less than or equal to 1$"),
+    ("data.mixed_with", [SHARE, {"source": "./a"}], r": key `profiles\.cpu\.data\.mixed_with\.1\.\w+` is missing; .*\.share` is missing$"),
+    ("data.mixed_with", [SHARE | {"weight": 2}], r": unknown key `profiles\.cpu\.data\.mixed_with\.0\.weight`; allowed there: choice, "),
+    ("data.mixed_with", [SHARE | {"columns": COLUMNS | {"sytem": None}}], r"unknown key `.*\.mixed_with\.0\.columns\.sytem`; allowed"),
+    ("data.mixed_with", [SHARE | {"choice": {"by": "score"}}], r"key `.*\.data\.mixed_with\.0\.choice\.candidates` is missing; key"),
     ("model.revision", "main", r"`revision` is 'main', and embedded is no Hub repository"),
     ("/seed", -1, r"`seed` is -1: Input should be greater than or equal to 0"),
+    ("/beta", 1e30, r"`beta` is 1e\+30: Input should be less than or equal to 1000$"),
     ("/beta", 0.0, r"`beta` is 0\.0: Input should be greater than 0"),
     ("/loss_type", "exo_pair", r"`loss_type: exo_pair` needs a `label_smoothing` above 0"),
     ("/loss_type", "sigmoidal", r"`loss_type` is 'sigmoidal': Input should be 'sigmoid', 'hinge'"),
@@ -83,6 +110,23 @@ def test_a_mistake_in_any_section_is_one_line_that_names_the_key(
     with pytest.raises(UserError, match=said) as caught:
         experiment.check(tmp_path / "params.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_further_source_is_an_entry_with_all_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    write(tmp_path / "params.yaml", "data.mixed_with", [SHARE, SHARE | {"share": 1.0}])
+    assert [entry.share for entry in experiment.check(tmp_path / "params.yaml").profile.data.mixed_with] == [0.5, 1.0]
+
+
+def test_a_number_of_thousands_of_digits_is_named_by_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path, lines = tmp_path / "params.yaml", (ROOT / "params.yaml").read_text().splitlines()
+    number = next(number for number, line in enumerate(lines) if line.startswith("      k: "))
+    lines[number] = "      k: " + "7" * 5000
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        experiment.check(path)
+    assert str(caught.value) == f"{path}, line {number + 1}: a number of more than 4,300 digits"
 
 
 @pytest.mark.parametrize("profile", PROFILES)

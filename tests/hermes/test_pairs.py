@@ -1,6 +1,7 @@
 """Every layout of a preference table becomes the same rows; a row that does not fit is named."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hermes.console import UserError
 from hermes.data.misfits import Misfit
 from hermes.data.pairs import standard_batches, standard_pair, standard_pairs, standard_schema
-from hermes.settings.data import Columns, Format, Layout
+from hermes.settings.data import Choice, Columns, Format, Layout
 
 STANDARD: dict[str, Any] = {
     "question": "question",
@@ -121,6 +122,39 @@ def test_plain_strings_stay_as_they_are_and_a_system_prompt_comes_first() -> Non
     assert standard_pair(row | {"system": None}, "plain", columns(system="system"))["context"] == []
 
 
+def test_messages_in_a_column_context_come_before_a_plain_question() -> None:
+    row = {"question": "What is tea?", **ANSWERS, "delta_score": 1.5, "context": TURNS, "system": "Be kind."}
+    (pair,) = standard_pairs(row, layout_of("plain", columns()))
+    assert pair["context"] == TURNS
+    (pair,) = standard_pairs(row, layout_of("plain", columns(system="system")))
+    assert pair == WANTED
+    absent: list[Any] = [None, [], "a passage"]
+    for nothing in absent:
+        (pair,) = standard_pairs({**row, "context": nothing}, layout_of("plain", columns()))
+        assert pair["context"] == []
+    choice = Choice(candidates=["rejected", "chosen"], by="strength", value="delta_score")
+    named = Columns(**NONE | {"question": "question"})
+    (pair,) = standard_pairs(row, Layout(format="plain", columns=named, choice=choice))
+    assert pair == WANTED | {"context": TURNS}
+
+
+@pytest.mark.parametrize(
+    ("turn", "kind"),
+    [
+        ({"role": "robot", "content": "Beep."}, "other_role"),
+        ({"role": None, "content": "Hi"}, "no_messages"),
+        ({"role": "user", "content": 3}, "no_messages"),
+        (None, "no_messages"),
+        (SYSTEM, "late_system_prompt"),
+    ],
+)
+def test_a_turn_before_the_question_that_no_template_writes_is_a_misfit(turn: Any, kind: str) -> None:
+    row = {"question": "What is tea?", **ANSWERS, "delta_score": 1.5, "context": [*TURNS, turn]}
+    with pytest.raises(Misfit) as found:
+        standard_pairs(row, layout_of("plain", columns()))
+    assert found.value.kind == kind
+
+
 def test_without_a_score_there_is_none() -> None:
     row = {"question": "Q", "chosen": "A", "rejected": "B"}
     assert "delta_score" not in standard_pair(row, "plain", columns(score=None))
@@ -134,6 +168,14 @@ def test_without_a_score_there_is_none() -> None:
 
 
 @pytest.mark.parametrize(
+    ("good", "bad"), [(Decimal("2.5"), 1.0), (2.0, Decimal("0.5")), (Decimal(3), Decimal("1.5")), (2, 0.5)]
+)
+def test_two_scores_of_different_types_have_a_difference(good: Any, bad: Any) -> None:
+    row = {"question": "Q", "chosen": "A", "rejected": "B", "good": good, "bad": bad}
+    assert standard_pair(row, "plain", columns(score=["good", "bad"]))["delta_score"] == 1.5
+
+
+@pytest.mark.parametrize(
     ("layout", "change", "message"),
     [
         ("plain", {"question": None}, "`question` is empty"),
@@ -144,6 +186,7 @@ def test_without_a_score_there_is_none() -> None:
         ("messages", {"chosen": 3}, "'3' is neither text nor a list of messages"),
         ("messages", {"chosen": ["Hi"]}, "'Hi' is not a message with role and content"),
         ("plain", {"delta_score": "much"}, "delta_score is \\['much'\\]; expected numbers"),
+        ("plain", {"delta_score": True}, "delta_score is \\[True\\]; expected numbers"),
         ("plain", {"delta_score": 10**400}, "delta_score is larger than any number that a column of scores can hold"),
         ("chatml", {}, "is not made of ChatML turns"),
         ("chatml", {"question": chatml(ASKED) + "more"}, "is not made of ChatML turns"),
@@ -212,7 +255,7 @@ def test_the_standard_layout_is_known_as_such() -> None:
     assert json.loads(columns().model_dump_json()) == STANDARD
 
 
-NONE = dict.fromkeys(("question", "chosen", "rejected", "score", "system"))
+NONE: dict[str, Any] = dict.fromkeys(("question", "chosen", "rejected", "score", "system"))
 TEA = [{"role": "user", "content": "What is tea?"}]
 MORE = [*TEA, answer("A drink."), {"role": "user", "content": "Hot?"}]
 Turns = list[dict[str, str]]
@@ -442,6 +485,9 @@ def test_published_layouts_are_read_turn_by_turn(name: str) -> None:
         ("lmsys/chatbot_arena_conversations", {"winner": "tie (bothbad)"}, "tie"),
         ("openai/webgpt_comparisons", {"score_0": 0.0, "score_1": 0.0}, "tie"),
         ("openbmb/UltraFeedback", {"completions": [{"response": "Hm.", "overall_score": 5.0}]}, "unlabelled"),
+        ("openai/webgpt_comparisons", {"score_0": 10**400}, "unlabelled"),
+        ("openai/webgpt_comparisons", {"score_0": True}, "unlabelled"),
+        ("nvidia/HelpSteer3", {"overall_preference": 10**400}, "unlabelled"),
         ("openbmb/UltraFeedback", {"completions": "none"}, "no_candidates"),
         ("Anthropic/hh-rlhf", {"rejected": "\n\nHuman: Other?\n\nAssistant: Hm."}, "different_turns"),
         ("Anthropic/hh-rlhf", {"chosen": "Well\n\nHuman: Hi\n\nAssistant: Hm."}, "no_transcript"),
@@ -457,13 +503,39 @@ def test_a_row_without_a_verdict_is_a_misfit_of_its_kind(name: str, change: dict
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"text": "answer"}, r"^no candidate has `answer` \(`data\.choice\.text`\): .{1,60}$"),
+        ({"value": "stars"}, r"^fewer than two candidates have a score \(`data\.choice\.value`: stars\)$"),
+    ],
+)
+def test_a_field_that_no_candidate_has_is_told_by_its_key(changes: dict[str, Any], message: str) -> None:
+    settings, row, _ = PUBLISHED["openbmb/UltraFeedback"]
+    with pytest.raises(Misfit, match=message):
+        standard_pairs(row, Layout(**settings | {"choice": settings["choice"] | changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"), [({"candidates": ["human_ref_A", "B"]}, "B"), ({"value": ["score_A", "b.c"]}, "b.c")]
+)
+def test_a_column_of_a_choice_that_is_missing_is_told_by_its_key(changes: dict[str, Any], missing: str) -> None:
+    settings, row, _ = PUBLISHED["stanfordnlp/SHP"]
+    layout, found = Layout(**settings | {"choice": settings["choice"] | changes}), pa.Table.from_pylist([row]).schema
+    message = rf"^mine: column `{missing}` is missing; found {', '.join(row)}; see `data\.choice` in params\.yaml$"
+    with pytest.raises(UserError, match=message):
+        standard_schema(found, layout, "mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"columns": STANDARD}, "`choice` says which answer is better"),
         ({"choice": None}, "`columns` names no `chosen`"),
         ({"choice": {"candidates": ["a", "b", "c"], "by": "strength", "value": "s"}}, "decides between two"),
         ({"choice": {"candidates": ["a", "b"], "by": "label", "value": "s"}}, "needs the labels of both"),
         ({"choice": {"candidates": ["a", "b"], "by": "score", "value": ["s"]}}, "one for each column"),
+        ({"choice": {"candidates": ["a", "b"], "by": "label", "value": "s", "first": [0], "second": [1, 0]}}, "0 is in it twice"),
+        ({"choice": {"candidates": ["a", "b"], "by": "label", "value": "s", "first": [""], "second": [""]}}, "is in it twice"),
     ],
-)
+)  # fmt: skip
 def test_a_layout_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
     settings, _, _ = PUBLISHED["stanfordnlp/SHP"]
     with pytest.raises(ValueError, match=message):

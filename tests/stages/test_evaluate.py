@@ -27,7 +27,7 @@ from hermes.model.base import load
 from hermes.params import read_yaml
 from hermes.settings.base import BaseSettings
 from hermes.settings.evaluate import EvaluateSettings
-from stages import evaluate
+from stages import evaluate, fetch_data
 from stages.tokenize import conversation_ids
 from tests.hermes.test_run_benchmarks import write_arc
 
@@ -133,6 +133,94 @@ def test_a_pair_longer_than_the_context_is_refused_before_any_model_is_loaded(
     write_pairs({"question": "Hi", "chosen": "x" * 900, "rejected": "No"})
     with pytest.raises(UserError, match=r"test\.parquet, row 0: has \d+ tokens; `evaluate.context` is 512: raise it"):
         held_out.read_held_out(settings_of(), byte_tokenizer)
+
+
+def test_where_every_pair_would_forge_a_turn_none_can_be_asked(
+    tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pairs(*(ROWS[1] | {part: "<|im_end|>"} for part in ("question", "chosen", "rejected")))
+    with pytest.raises(
+        UserError, match=r"^data/subset/test\.parquet: all of its pairs hold special tokens, so that none can be asked$"
+    ):
+        held_out.read_held_out(settings_of(), byte_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("topics", "expected"),
+    [
+        (["tea", None, "tea"], ["tea", "1", "tea"]),
+        ([["tea", "milk"], [], None], ["['tea', 'milk']", "[]", "2"]),
+        ([3, None, 3], ["3", "1", "3"]),
+        ([None, None, None], ["0", "1", "2"]),
+    ],
+)
+def test_a_column_of_topics_may_hold_lists_or_nothing(
+    topics: list[Any], expected: list[str], tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are the clusters of the interval."""
+    monkeypatch.chdir(tmp_path)
+    write_pairs(*({**ROWS[1], "topic": topic} for topic in topics))
+    found = evaluate.preferences(
+        Heard(byte_tokenizer), held_out.read_held_out(settings_of(), byte_tokenizer)["preference"]
+    )
+    assert [pair["topic"] for pair in found] == expected
+    gain = evaluate.preference_gain(found, found)
+    assert gain is not None
+    assert (gain["points"], gain["n"]) == (0.0, 3)
+
+
+def write_plain(*rows: dict[str, Any]) -> None:
+    Path("data/raw").mkdir(parents=True, exist_ok=True)
+    Path("data/raw/plain.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def test_plain_answers_are_those_of_the_split_whatever_ends_a_line_in_them(
+    tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = "One.\u2028Two.\x85Three.\x0bFour.\r\nFive."
+    row = {"split": "test", "question": "Tea\u2029?", "answer": answer}
+    write_plain(row, row | {"split": "validation"})
+    settings = settings_of(tasks=["plain"], divergence_pairs=0)
+    found = held_out.read_held_out(settings, byte_tokenizer)["plain"]
+    assert found.rows == [row]
+    assert found.answers == [[answer_ids(byte_tokenizer, "Tea\u2029?", answer)]]
+    write_plain(row | {"split": "validation"})
+    with pytest.raises(
+        UserError,
+        match=r"^data/raw/plain\.jsonl: has no row of the split test; take plain out of `evaluate\.tasks`$",
+    ):
+        held_out.read_held_out(settings, byte_tokenizer)
+
+
+HELD_OUT: dict[str, Any] = dict.fromkeys(fetch_data.QUESTIONS, "tea") | {"kind": "no_commas", "split": "test"}
+HELD_OUT["constraint"] = '{"topic": "tea"}'
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "no_comas"}, r": the question tea is of the unknown kind 'no_comas'$"),
+        ({"constraint": "{topic: tea}"}, r": the constraint of tea is not JSON \(Expecting property name .*\)$"),
+        ({"constraint": "[]"}, r": the constraint of tea is '\[\]'; expected "),
+        ({"constraint": "{}"}, r": the constraint of tea .*\btopic\b"),
+        ({"constraint": None}, r": the constraint of tea "),
+        ({"split": "validation"}, r": has no question of the split test$"),
+        ({"question": "x" * 500}, r": the question tea and `evaluate\.max_new_tokens` need \d+ tokens; `evaluate\.context` is 512"),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_questions_that_could_not_be_asked_or_graded_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data/raw").mkdir(parents=True)
+    texts = pa.schema([(name, pa.string()) for name in HELD_OUT])
+    pq.write_table(pa.Table.from_pylist([HELD_OUT | change], schema=texts), "data/raw/questions.parquet")
+    with pytest.raises(UserError, match=rf"^data/raw/questions\.parquet{message}") as error:
+        held_out.read_held_out(settings_of(tasks=["instructions"], divergence_pairs=0), byte_tokenizer)
+    assert "\n" not in str(error.value)
 
 
 TRIMS = (

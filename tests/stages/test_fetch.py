@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -20,14 +21,16 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
 from hermes.data import tables
+from hermes.model.base_check import check_base
+from hermes.model.gguf_files import PROBES
 from stages import fetch_data, fetch_model, subset
-from tests.conftest import cpu_params
+from tests.conftest import CHAT_TEMPLATE, cpu_params
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -372,8 +375,11 @@ def test_a_repository_without_safetensors_is_refused(workplace: Path, hub: str) 
     assert not Path("models/base").exists()
 
 
-def test_weights_in_a_folder_of_the_repository_are_left_out(workplace: Path, hub: str) -> None:
-    files = {"config.json": b"{}", "model.safetensors": b"weights", "original/model.safetensors": b"others"}
+def test_weights_in_a_folder_of_the_repository_and_those_of_other_programs_are_left_out(
+    workplace: Path, hub: str
+) -> None:
+    others = ("original/model.safetensors", "consolidated.safetensors", "adapter_model.safetensors")
+    files = {"config.json": b"{}", "model.safetensors": b"weights", **dict.fromkeys(others, b"others")}
     Hub.repositories["models/tests/folders"] = files
     choose("model", "tests/folders", COMMIT)
     assert run("fetch_model", hub).returncode == 0
@@ -633,12 +639,154 @@ def test_messages_in_json_lines_and_columns_of_every_kind_are_carried_along(work
         (b"[]", r"has no rows"),
         (as_lines(ROWS) + b'{"a": ' + b"[" * 100_000, r"not a readable jsonl file \(line 6: maximum recursion depth"),
         (as_lines([{"question": "q"}]), r"column `chosen` is missing; found question; see `data\.columns`"),
+        (as_lines(ROWS) + b'{"id": 1, "id": 2}\n', r"not a readable jsonl file \(line 6: the key 'id' is in an object twice\)"),
+        (as_lines(ROWS) + b'{"id": {"a": [{"b": 1, "b": 1}]}}', r"not a readable jsonl file \(line 6: the key 'b' is in an"),
+        (b'[{"id": 1, "id": 2}]', r"not a readable jsonl file \(the key 'id' is in an object twice\)"),
+        (as_lines(ROWS) + b'{"id": ' + b"7" * 5000 + b"}", r"not a readable jsonl file \(line 6: a number has too many digits\)"),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_json_file_is_one_line(workplace: Path, content: bytes, message: str) -> None:
     mine(content)
     with pytest.raises(UserError, match=rf"^mine/train\.jsonl: {message}"):
         fetched()
+
+
+@pytest.mark.parametrize(
+    ("values", "carried"),
+    [
+        ([2**53 + 1, 0.5, None], [str(2**53 + 1), "0.5", None]),  # a column of floats would round it
+        ([2**53 + 1, -7, None], [2**53 + 1, -7, None]),
+        ([2**63, 1, 2], [str(2**63), "1", "2"]),
+        ([2**53, 0.5, 1], [2.0**53, 0.5, 1.0]),
+    ],
+)
+def test_a_large_number_is_carried_to_its_last_digit(workplace: Path, values: list[Any], carried: list[Any]) -> None:
+    mine(as_lines([row | {"id": value} for row, value in zip(ROWS, values, strict=False)]))
+    assert [row["id"] for row in fetched()] == carried
+
+
+BEFORE = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]  # fmt: skip
+ASKED = COLUMNS | {"question": "asked"}
+
+
+def asked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their question under another name."""
+    return [{("asked" if name == "question" else name): value for name, value in row.items()} for row in rows]
+
+
+def misfit_kinds(split: str = "train") -> dict[str, str]:
+    """Why rows are no pairs, by their numbers."""
+    found = json.loads(Path("data/raw/misfits.json").read_text())[split]
+    return {number: misfit["kind"] for number, misfit in found.items()}
+
+
+def test_turns_before_a_plain_question_are_kept_whatever_the_file(workplace: Path) -> None:
+    rows = [row | {"context": context} for row, context in zip(ROWS, (BEFORE, [], BEFORE[:1]), strict=False)]
+    found = {}
+    mine(as_lines(rows))
+    found["lines"] = fetched()
+    mine(as_lines(asked(rows)))
+    found["lines, renamed"] = fetched(columns=ASKED)
+    Path("mine/train.jsonl").unlink()
+    pq.write_table(pa.Table.from_pylist(rows), "mine/train.parquet")
+    found["as it is"] = fetched()
+    pq.write_table(pa.Table.from_pylist(asked(rows)), "mine/train.parquet")
+    found["renamed"] = fetched(columns=ASKED)
+    assert found == dict.fromkeys(found, rows)
+
+
+def test_the_turns_of_lines_may_be_null_or_odd_in_some_rows(workplace: Path) -> None:
+    contexts = (
+        BEFORE,
+        None,
+        [{"role": "robot", "content": "Beep."}],
+        [{"role": None, "content": "?"}],
+        [*BEFORE, BEFORE[0]],
+    )
+    rows = [row | {"context": context} for row, context in zip(ROWS, contexts, strict=True)]
+    mine(as_lines(rows))
+    assert [row["context"] for row in fetched()] == [BEFORE, [], None, None, None]
+    assert misfit_kinds() == {"2": "other_role", "3": "no_messages", "4": "late_system_prompt"}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["a passage", [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], [{"role": "user"}], [None], 3],
+)
+def test_one_odd_row_takes_the_turns_of_no_other(workplace: Path, odd: Any) -> None:
+    mine(as_lines([row | {"context": context} for row, context in zip(ROWS, (BEFORE, odd, []), strict=False)]))
+    context = [row["context"] for row in fetched()]
+    assert (context[0], context[2]) == (BEFORE, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores"),
+    [
+        (pa.int64(), [3, 1, 2]),
+        (pa.int8(), [3, 1, 2]),
+        (pa.float32(), [0.5, 0.25, 2]),
+        (pa.decimal128(6, 3), [Decimal("1.5"), Decimal("-2.125"), Decimal(7)]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("named", [COLUMNS, ASKED], ids=["standard", "renamed"])
+def test_numbers_of_every_type_are_scores(
+    workplace: Path, kind: pa.DataType, scores: list[Any], named: dict[str, Any]
+) -> None:
+    rows = ROWS[:3] if named is COLUMNS else asked(ROWS[:3])
+    table = pa.Table.from_pylist(rows).drop_columns("delta_score")
+    Path("mine").mkdir()
+    pq.write_table(table.append_column("delta_score", pa.array(scores, kind)), "mine/train.parquet")
+    assert [row["delta_score"] for row in fetched(columns=named)] == [float(score) for score in scores]
+    assert pq.read_schema("data/raw/train.parquet").field("delta_score").type == pa.float64()
+
+
+@pytest.mark.parametrize(
+    ("scores", "kinds"),
+    [
+        ([True, 0.5, False, 1, None], {"0": "no_score", "2": "no_score", "4": "missing_value"}),
+        (["0.5", 0.5, 1, 1, [1]], {"0": "no_score", "4": "no_score"}),
+    ],
+)
+def test_a_score_that_is_no_number_is_a_misfit_of_its_row(
+    workplace: Path, scores: list[Any], kinds: dict[str, str]
+) -> None:
+    mine(as_lines([row | {"delta_score": score} for row, score in zip(ROWS, scores, strict=True)]))
+    wanted = [None if str(number) in kinds else float(score) for number, score in enumerate(scores)]
+    assert [row["delta_score"] for row in fetched()] == wanted
+    assert misfit_kinds() == kinds
+
+
+@pytest.mark.parametrize("score", ["0.5", True])
+def test_a_standard_table_whose_scores_are_no_numbers_is_refused(workplace: Path, score: Any) -> None:
+    Path("mine").mkdir()
+    pq.write_table(pa.Table.from_pylist([row | {"delta_score": score} for row in ROWS]), "mine/train.parquet")
+    with pytest.raises(
+        UserError,
+        match=rf"^mine/train\.parquet, row 0: delta_score is \[{score!r}\]; expected numbers; no other row fits",
+    ):
+        fetched()
+
+
+def test_texts_that_are_stored_as_categories_are_texts(workplace: Path) -> None:
+    Path("mine").mkdir()
+    table = pa.Table.from_pylist(ROWS)
+    for name in ("question", "rejected", "id"):
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, table[name].dictionary_encode())
+    pq.write_table(table, "mine/train.parquet")
+    assert fetched() == ROWS
+    assert pq.read_schema("data/raw/train.parquet").field("question").type == pa.string()
+
+
+def test_messages_as_json_text_are_named_for_what_they_are(workplace: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    mine(as_lines([row | {"chosen": json.dumps(turns), "rejected": json.dumps(turns)} for row in ROWS]))
+    for layout in ("plain", "messages"):
+        with pytest.raises(
+            UserError, match=r"^mine/train\.jsonl, row 0: .* messages as JSON text.*; store them as lists; no"
+        ):
+            fetched(format=layout)
 
 
 @pytest.mark.parametrize("where", ["question", "id"])
@@ -900,10 +1048,131 @@ def test_a_chat_template_takes_the_place_of_the_models(workplace: Path, tiny_mod
     messages = [{"role": "user", "content": "Hi"}]
     assert AutoTokenizer.from_pretrained("models/base").apply_chat_template(messages, tokenize=False) == "[user]Hi"
     assert "chat_template.jinja" in json.loads(Path("models/base/manifest.json").read_text())["files"]
-    choose("model", "./mine", None, chat_template="{% for %}")
-    with pytest.raises(UserError, match=r"`model\.chat_template` does not render a conversation") as error:
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for %}", "TemplateSyntaxError: Expected an expression, got 'end of statement block'"),
+        ("{{ 1 // (messages | length - 2) }}", "ZeroDivisionError: integer division or modulo by zero"),
+        ("{{ messages[0] + 1 }}", "TypeError: unsupported operand type\\(s\\) for \\+: 'dict' and 'int'"),
+        ("{{ messages[9]['content'] }}", "UndefinedError: list object has no element 9"),
+    ],
+)
+def test_a_chat_template_that_renders_no_conversation_is_refused(
+    workplace: Path, tiny_model_folder: Path, template: str, why: str
+) -> None:
+    Path("mine").symlink_to(tiny_model_folder)
+    choose("model", "./mine", None, chat_template=template)
+    with pytest.raises(
+        UserError, match=rf"^params\.yaml: `model\.chat_template` does not render a conversation \({why}\)$"
+    ):
         fetch_model.main()
-    assert "\n" not in str(error.value)
+    assert not Path("models/base").exists()
+
+
+OWN = CHAT_TEMPLATE.replace("You are a helpful assistant", "You are terse")
+OTHER = CHAT_TEMPLATE.replace("You are a helpful assistant", "You are verbose")
+
+
+def place_templates(folder: Path, places: tuple[str, ...]) -> None:
+    """Other templates in each of these files, and none in the rest."""
+    (folder / "chat_template.jinja").unlink()
+    for name in places:
+        path = folder / name
+        if name.endswith(".jinja"):
+            path.write_text(OTHER)
+        else:
+            found = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(found | {"chat_template": OTHER + "{# of this file #}"}))
+
+
+def check_only_template(template: str) -> None:
+    """The base has this template in one place, and its manifest the hash of every file as it is."""
+    base = Path("models/base")
+    assert (base / "chat_template.jinja").read_text() == template
+    assert not (base / "chat_template.json").exists()
+    assert "chat_template" not in json.loads((base / "tokenizer_config.json").read_text())
+    assert AutoTokenizer.from_pretrained(base).chat_template == template
+    files = {path.name: sha256_file(path) for path in base.iterdir() if path.name != "manifest.json"}
+    assert json.loads((base / "manifest.json").read_text())["files"] == files
+
+
+PLACES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "places"),
+    [(OWN, PLACES[1:2]), (OWN, PLACES[2:]), (OWN, PLACES[::2]), (OWN, PLACES), (None, PLACES[::2]), (None, PLACES)],
+    ids=lambda value: " and ".join(value) if isinstance(value, tuple) else "chosen" if value else "its own",
+)
+def test_a_base_has_one_chat_template(
+    workplace: Path, tiny_model_folder: Path, chosen: str | None, places: tuple[str, ...]
+) -> None:
+    """llama.cpp's converter looks in another place first than Transformers."""
+    place_templates(Path(shutil.copytree(tiny_model_folder, "mine")), places)
+    choose("model", "./mine", None, chat_template=chosen)
+    fetch_model.main()
+    check_only_template(chosen or OTHER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("places", [PLACES[1:2], PLACES[2:], PLACES], ids=" and ".join)
+def test_llama_cpp_reads_the_chat_template_that_was_chosen(
+    workplace: Path, tiny_model_folder: Path, places: tuple[str, ...]
+) -> None:
+    place_templates(Path(shutil.copytree(tiny_model_folder, "mine")), places)
+    choose("model", "./mine", None, chat_template=OWN)
+    fetch_model.main()
+    check_base(Path("models/base"))
+
+
+def test_the_hash_of_a_file_that_was_written_anew_is_not_the_hubs(
+    workplace: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch_hub(source: str, commit: str, target: Path) -> tuple[str, dict[str, str]]:
+        shutil.copytree(tiny_model_folder, target, dirs_exist_ok=True)
+        (target / "manifest.json").unlink()
+        place_templates(target, PLACES)
+        return commit, {path.name: sha256_file(path) for path in target.iterdir()}
+
+    monkeypatch.setattr(fetch_model, "fetch_hub", fetch_hub)
+    for chosen in (OWN, None):
+        choose("model", "tests/tiny", COMMIT, chat_template=chosen)
+        fetch_model.main()
+        check_only_template(chosen or OTHER)
+
+
+def test_weights_of_other_programs_beside_a_model_are_left_out(workplace: Path, tiny_model_folder: Path) -> None:
+    wanted = json.loads((tiny_model_folder / "manifest.json").read_text())["files"]
+    shutil.copytree(tiny_model_folder, "mine")
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        shutil.copy("mine/model.safetensors", f"mine/{name}")
+    choose("model", "./mine", None)
+    fetch_model.main()
+    assert json.loads(Path("models/base/manifest.json").read_text())["files"] == wanted
+    Path("mine/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"`model\.source` is 'mine', which holds no safetensors model$"):
+        fetch_model.main()
+
+
+def test_a_tokenizer_in_its_older_files_comes_along(
+    workplace: Path, tiny_model_folder: Path, embedded_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_folder, "mine"))
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|mine|>": len(model["vocab"])}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    choose("model", "./mine", None)
+    fetch_model.main()
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    for text in (*PROBES, CHAT_TEMPLATE, "a<|im_end|>b"):
+        assert tokenizer(text)["input_ids"] == embedded_tokenizer(text)["input_ids"]
+    assert tokenizer("<|mine|>")["input_ids"] == [len(embedded_tokenizer)]
 
 
 @pytest.mark.parametrize("stage", ["fetch_data", "fetch_model"])
@@ -929,6 +1198,14 @@ def test_no_network_is_one_line_and_leaves_the_earlier_files(workplace: Path, no
         ),
         ('{"split": "test", "question": "q"}', r"plain\.jsonl, row 0: `answer` is None; expected text"),
         ("{", r"plain\.jsonl: not a readable jsonl file \(line 1"),
+        (
+            PLAIN + json.dumps(json.loads(PLAIN) | {"question": "half \ud83d"}),
+            r"^data/embedded/plain\.jsonl, row 1: `question` holds half a character \(surrogates not allowed\)$",
+        ),
+        (
+            PLAIN.replace("test", "tets"),
+            r"^data/embedded/plain\.jsonl, row 0: `split` is 'tets'; expected one of train, validation, test$",
+        ),
     ],
 )
 def test_plain_answers_that_evaluate_could_not_read_are_refused(workplace: Path, text: str, message: str) -> None:
@@ -939,6 +1216,49 @@ def test_plain_answers_that_evaluate_could_not_read_are_refused(workplace: Path,
         fetch_data.main()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, r"^data/embedded/questions\.parquet: not a readable Parquet file \("),
+        (
+            {"kind": None},
+            r"^data/embedded/questions\.parquet: has no column `kind` of texts; it needs id, topic, kind, ",
+        ),
+        ({"question": [None]}, r"^data/embedded/questions\.parquet, row 0: `question` is None; expected text$"),
+        ({"constraint": [3]}, r"^data/embedded/questions\.parquet: has no column `constraint` of texts; it needs id, "),
+    ],
+    ids=["rubbish", "without kind", "null", "numbers"],
+)
+def test_held_out_questions_that_evaluate_could_not_read_are_refused(
+    workplace: Path, change: dict[str, Any] | None, message: str
+) -> None:
+    embed()
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
+    columns = {name: ["q"] for name in fetch_data.QUESTIONS} | (change or {})
+    path = fetch_data.EMBEDDED / "questions.parquet"
+    texts = {
+        name: pa.array(values, pa.int64() if values == [3] else pa.string())
+        for name, values in columns.items()
+        if values
+    }
+    pq.write_table(pa.table(texts), path)
+    if change is None:
+        path.write_bytes(b"id,topic,kind\n")
+    with pytest.raises(UserError, match=message) as error:
+        fetch_data.main()
+    assert "\n" not in str(error.value)
+    assert not Path("data/raw").exists()
+
+
+def test_held_out_questions_may_be_large_texts_as_polars_writes_them(workplace: Path) -> None:
+    embed()
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
+    questions = {name: pa.array(["q"], pa.large_string()) for name in fetch_data.QUESTIONS}
+    pq.write_table(pa.table(questions), fetch_data.EMBEDDED / "questions.parquet")
+    fetch_data.main()
+    assert pq.read_table("data/raw/questions.parquet").to_pylist() == [dict.fromkeys(fetch_data.QUESTIONS, "q")]
+
+
 def test_plain_answers_behind_a_byte_order_mark_are_read(workplace: Path) -> None:
     embed()
     choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
@@ -947,31 +1267,101 @@ def test_plain_answers_behind_a_byte_order_mark_are_read(workplace: Path) -> Non
     assert Path("data/raw/plain.jsonl").read_text() == PLAIN
 
 
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_a_column_named_context_that_holds_text_is_left_out_and_said(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
-    embed()
-    pq.write_table(
-        pa.Table.from_pylist([row | {"context": "a passage"} for row in ROWS]), fetch_data.EMBEDDED / "train.parquet"
-    )
-    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
-    fetch_data.main()
-    assert "context" not in pq.read_table("data/raw/train.parquet").column_names
-    assert "its column `context` holds no messages, and is left out" in capsys.readouterr().out
+    rows = [row | {"context": "a passage"} for row in ROWS]
+    mine(as_lines(rows), f"train.{ending}")
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), "mine/train.parquet")
+    assert fetched() == ROWS
+    said = f"fetch_data: mine/train.{ending}: its column `context` holds no messages, and is left out\n"
+    assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("notes", [("text", 1), (None, "text")])
 def test_shards_that_differ_in_a_column_that_nobody_reads_go_together(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capsys: pytest.CaptureFixture[str], notes: tuple[Any, Any]
 ) -> None:
-    tables = [pa.Table.from_pylist([row | {"note": note} for row in ROWS]) for note in ("text", 1)]
+    tables = [pa.Table.from_pylist([row | {"note": note} for row in ROWS]) for note in notes]
     paths = [Path(f"shard-{i}.parquet") for i in range(2)]
     for table, path in zip(tables, paths, strict=True):
         pq.write_table(table, path)
     choose("data", "embedded", None, {"train": "train"})
     settings = params.load(fetch_data.Params).data
     assert fetch_data.standardize(paths, Path("out.parquet"), settings, "here") == {}
-    assert pq.read_table("out.parquet").num_rows == 2 * len(ROWS)
+    assert pq.read_table("out.parquet").to_pylist() == 2 * ROWS
     assert "the files differ in note, which is left out" in capsys.readouterr().out
+
+
+def further(columns: dict[str, Any] = COLUMNS, **others: Any) -> dict[str, Any]:
+    """The folder ./more, all of it, as an entry of `data.mixed_with`."""
+    own = {"source": "./more", "revision": None, "config": None, "splits": dict(zip(SPLITS, SPLITS, strict=True))}
+    return {**own, "format": "plain", "columns": columns, "choice": None, "share": 1.0, **others}
+
+
+def mixed(first: list[dict[str, Any]], second: list[dict[str, Any]], **others: Any) -> list[dict[str, Any]]:
+    """The rows that fetch_data makes of two folders of standard tables."""
+    for name, rows in (("mine", first), ("more", second)):
+        Path(name).mkdir(exist_ok=True)
+        for split in SPLITS:
+            pq.write_table(pa.Table.from_pylist(rows), f"{name}/{split}.parquet")
+    return fetched(mixed_with=[further(**others)])
+
+
+WITH_CONTEXT = [row | {"context": BEFORE[:1]} for row in ROWS]
+WITH_SYSTEM = [row | {"system": "Be kind."} for row in ROWS]
+
+
+@pytest.mark.parametrize("before", ["context", "system"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_source_without_earlier_turns_is_mixed_with_one_that_has_some(
+    workplace: Path, before: str, is_first: bool
+) -> None:
+    if before == "context":
+        found = mixed(*((WITH_CONTEXT, ROWS) if is_first else (ROWS, WITH_CONTEXT)))
+    else:
+        found = mixed(ROWS, WITH_SYSTEM, columns=COLUMNS | {"system": "system"})
+    has_some = [False, True] if before == "system" or not is_first else [True, False]
+    assert [row["context"] for row in found] == [BEFORE[:1] if some else [] for some in has_some for _ in ROWS]
+    assert [{name: row[name] for name in ROWS[0]} for row in found] == 2 * ROWS
+
+
+def test_whole_and_broken_scores_are_mixed(workplace: Path) -> None:
+    whole = [row | {"delta_score": i} for i, row in enumerate(ROWS)]
+    assert [row["delta_score"] for row in mixed(whole, ROWS)] == [
+        *map(float, range(5)),
+        *(row["delta_score"] for row in ROWS),
+    ]
+
+
+@pytest.mark.parametrize("strict", ["mine", "more"])
+def test_a_column_that_may_not_be_null_is_mixed_with_one_that_may(workplace: Path, strict: str) -> None:
+    mixed(ROWS, ROWS)
+    table = pa.Table.from_pylist(ROWS)
+    whole = table.cast(pa.schema([field.with_nullable(False) for field in table.schema]))
+    for split in SPLITS:
+        pq.write_table(whole, f"{strict}/{split}.parquet")
+    found = fetched(mixed_with=[further()])
+    assert [{name: value for name, value in row.items() if name != "mixed_from"} for row in found] == 2 * ROWS
+
+
+def test_a_column_that_mixing_makes_itself_is_refused(workplace: Path) -> None:
+    with pytest.raises(UserError, match=r"^\./more: has a column `mixed_from`, which mixing makes itself; rename it$"):
+        mixed(ROWS, [row | {"mixed_from": "elsewhere"} for row in ROWS])
+    assert not Path("data/raw").exists()
+
+
+def test_training_on_the_split_that_is_asked_leaves_nothing(workplace: Path) -> None:
+    mine(as_lines(ROWS))
+    fetched()  # one file is every split
+    Path("params.yaml").write_text(json.dumps(cpu_params(subset={"k": 2})))
+    with pytest.raises(
+        UserError,
+        match=r"^data/raw/train\.parquet: none of its 5 pairs is left \(5 leaks_from_evaluation\); see `subset`",
+    ):
+        subset.main()
 
 
 def test_sources_are_mixed_each_by_its_share_and_its_own_columns(workplace: Path) -> None:
@@ -982,8 +1372,7 @@ def test_sources_are_mixed_each_by_its_share_and_its_own_columns(workplace: Path
     for split in SPLITS:
         pq.write_table(pa.Table.from_pylist(other), f"more/{split}.parquet")
     columns = {"question": "prompt", "chosen": "good", "rejected": "bad", "score": "points", "system": None}
-    own = {"source": "./more", "revision": None, "config": None, "splits": dict(zip(SPLITS, SPLITS, strict=True))}
-    share = {**own, "format": "plain", "columns": columns, "choice": None, "share": 0.5}
+    share = further(columns, share=0.5)
     choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)), mixed_with=[share])
     fetch_data.main()
     rows = pq.read_table("data/raw/train.parquet").to_pylist()

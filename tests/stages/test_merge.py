@@ -140,12 +140,75 @@ def test_what_rounding_swallows_is_counted() -> None:
     [
         ({"use_dora": True}, "`use_dora` is True; only plain LoRA is merged here"),
         ({"alpha_pattern": {"q_proj": 3}}, "`alpha_pattern` is .* only plain LoRA"),
+        ({"modules_to_save": ["lm_head"]}, r"`modules_to_save` is \['lm_head'\]; only plain LoRA is merged here"),
     ],
 )
 def test_another_kind_of_adapter_is_refused(change: dict[str, Any], message: str, adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=message):
+        adapter_merge.Adapter.read(adapter)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"r": 0}, r"`r` is 0; expected a positive number"),
+        ({"r": "16"}, r"`r` is '16'; expected a positive number"),
+        ({"r": None}, r"`r` is None; expected a positive number"),
+        ({"r": True}, r"`r` is True; expected a positive number"),
+        ({"lora_alpha": -6}, r"`lora_alpha` is -6; expected a positive number"),
+        ({"lora_alpha": ...}, r"`lora_alpha` is None; expected a positive number"),
+        ({"base_model_name_or_path": None}, r"`base_model_name_or_path` is None; expected text"),
+        ("[]", r"holds '\[\]'; expected an object"),
+        ('{"r": 4', r"not valid JSON \(Expecting ',' delimiter: line 1 column 8 \(char 7\)\)"),
+    ],
+)
+def test_a_damaged_adapter_config_is_named_with_what_it_holds(
+    content: dict[str, Any] | str, message: str, adapter: Path, tiny_model_folder: Path
+) -> None:
+    path = adapter / "adapter_config.json"
+    if isinstance(content, dict):
+        changed = json.loads(path.read_text()) | content
+        content = json.dumps({key: value for key, value in changed.items() if value is not ...})
+    path.write_text(content)
+    for read in (adapter_merge.Adapter.read, lambda folder: merge.check_adapter_fits(folder, tiny_model_folder)):
+        with pytest.raises(
+            UserError, match=rf"^{re.escape(str(path))}: {message}; delete it and run `dvc repro`$"
+        ) as error:
+            read(adapter)
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_of_adapter_or_base_is_named(adapter: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    merge.check_adapter_fits(adapter, tiny_model_folder)
+    with pytest.raises(UserError, match=r"/none/manifest\.json: no such file; run `dvc repro` to make it$"):
+        merge.check_adapter_fits(adapter, tmp_path / "none")
+    (tmp_path / "other").mkdir()
+    write_json(tmp_path / "other/manifest.json", {})
+    with pytest.raises(
+        UserError, match=r"/adapter: was trained on base sha256:.*, .*/other is sha256:.*; run `dvc repro train`$"
+    ):
+        merge.check_adapter_fits(adapter, tmp_path / "other")
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"/adapter_config\.json: no such file; run `dvc repro` to make it$"):
+        merge.check_adapter_fits(adapter, tiny_model_folder)
+
+
+def test_factors_of_two_ranks_are_refused(adapter: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    factors = load_file(file)
+    second = min(name for name in factors if "lora_B" in name)
+    save_file(factors | {second: factors[second][:, 1:].contiguous()}, file)
+    with pytest.raises(UserError, match=r"adapter: .*lora_B\.weight is of rank 3, .* 4; "):
+        adapter_merge.Merger(tiny_model_folder, adapter, "bf16", TRAINED).write(tmp_path / "bad", 10**9)
+
+
+def test_a_rank_that_is_not_the_tensors_is_refused(adapter: Path) -> None:
+    """Its scaling would be another."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    with pytest.raises(UserError, match=r"\.lora_A\.weight is of rank 4, and adapter_config\.json says 8; delete it"):
         adapter_merge.Adapter.read(adapter)
 
 
@@ -223,7 +286,8 @@ def wide(tmp_path: Path) -> tuple[Path, Path, int]:
     factors = {f"base_model.model.{name}.lora_A.weight": torch.randn(8, 2048) for name in names}
     factors |= {f"base_model.model.{name}.lora_B.weight": torch.randn(2048, 8) for name in names}
     save_file(factors, adapter_folder / "adapter_model.safetensors")
-    (adapter_folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 8}))
+    config = {"lora_alpha": 8, "r": 8, "base_model_name_or_path": "sha256:0"}
+    (adapter_folder / "adapter_config.json").write_text(json.dumps(config))
     return base, adapter_folder, (base / "model.safetensors").stat().st_size
 
 

@@ -386,6 +386,37 @@ def test_malformed_rows_are_removed_counted_and_named_where_they_may_be() -> Non
         run(**ALL, k=2)
 
 
+MESSAGE = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+NUMBERED = pa.list_(pa.struct([("role", pa.int64()), ("content", pa.int64())]))
+USER, LATE = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize(
+    ("turns", "form", "kind", "found"),
+    [
+        ([USER | {"role": None}], MESSAGE, "no_messages", "is not a message with role and content"),
+        ([USER | {"content": None}], MESSAGE, "no_messages", "is not a message with role and content"),
+        ([None], MESSAGE, "no_messages", "'None' is not a message with role and content"),
+        (["Hi"], pa.list_(pa.string()), "no_messages", "'Hi' is not a message with role and content"),
+        ([{"role": 1, "content": 2}], NUMBERED, "no_messages", "is not a message with role and content"),
+        ([USER | {"role": "robot"}], MESSAGE, "other_role", "a message is of the role 'robot'; expected one of system, user"),
+        ([USER, LATE], MESSAGE, "late_system_prompt", "a system prompt stands behind other messages"),
+    ],
+)  # fmt: skip
+def test_turns_that_no_template_writes_are_a_misfit_of_their_row(
+    turns: list[Any], form: pa.DataType, kind: str, found: str
+) -> None:
+    """Also in a table that fetch_data copied as it was."""
+    rows = [row(1) | {"context": context} for context in ([], turns, None)]
+    write(rows, schema=pa.Table.from_pylist([row(1)]).schema.append(pa.field("context", form)))
+    with pytest.raises(UserError, match=rf"train\.parquet, row 1: .*{found}.*; mend it or `data\.format`"):
+        run()
+    report = run(drop_malformed=True)["train"]
+    assert report["removed"] == {f"malformed_{kind}": 1}
+    assert report["malformed_rows"] == {kind: [1]}
+    assert kept() == [rows[0], rows[2]]
+
+
 def test_without_a_malformed_row_the_report_says_nothing_of_them() -> None:
     write([row(1), row(2)])
     assert run(drop_malformed=True) == run(drop_malformed=False)

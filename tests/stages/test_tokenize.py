@@ -531,6 +531,84 @@ def test_a_template_without_a_place_for_a_system_prompt_is_refused_with_the_row(
         tokenize_split(rows, byte_tokenizer, LONG, "train")
 
 
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("m['content'].split('</think>')[-1]", "<think>Hm.</think>Yes."),
+        ("m['content'][:10]", "Yes, of course."),
+        ("m['content'] | replace('!', '.')", "Yes! No!"),
+    ],
+)
+def test_a_template_that_leaves_out_a_part_of_an_answer_is_refused_with_the_row(
+    byte_tokenizer: PreTrainedTokenizerFast, content: str, answer: str
+) -> None:
+    byte_tokenizer.chat_template = MARKS.replace("m['content']", content) + OPENS
+    whole = ("Hi", "Yes.", "No.")
+    assert len(tokenize_split(rows(whole), byte_tokenizer, LONG, "train")[0]) == 1
+    for pair in (("Hi", answer, "No."), ("Hi", "Yes.", answer)):
+        with pytest.raises(
+            UserError,
+            match=rf"^data/subset/train\.parquet, row 1: chat template: leaves out a part of the answer {answer!r}; "
+            "use a template that writes it$",
+        ):
+            tokenize_split(rows(whole, pair), byte_tokenizer, LONG, "train")
+
+
+EARLIER = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "<think>Hm.</think>Green tea."}]
+
+
+@pytest.mark.parametrize(
+    "turns", ["messages if m['role'] != 'assistant' or m == messages[-1]", "messages[:1] + messages[2:]"]
+)
+def test_a_template_that_leaves_out_an_earlier_turn_is_refused(
+    byte_tokenizer: PreTrainedTokenizerFast, turns: str
+) -> None:
+    byte_tokenizer.chat_template = MARKS.replace("messages", turns) + OPENS
+    with pytest.raises(
+        UserError,
+        match=r"^chat template: leaves out what the assistant says \('Green tea\.'\); use a template that writes it$",
+    ):
+        prompt_ids(byte_tokenizer, "Hot?", EARLIER)
+
+
+def test_what_an_earlier_answer_thought_may_be_left_out(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    """As Qwen3's template does."""
+    latest = "(m['content'] if loop.last else m['content'].split('</think>')[-1])"
+    byte_tokenizer.chat_template = MARKS.replace("m['content']", latest) + OPENS
+    prompt = byte_tokenizer.decode(prompt_ids(byte_tokenizer, "Hot?", EARLIER))
+    turns = ["user\nTea?", "assistant\nGreen tea.", "user\nHot?"]
+    assert prompt == "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns) + "<|im_start|>assistant\n"
+    assert byte_tokenizer.decode(answer_ids(byte_tokenizer, "Hot?", "<think>Hm.</think>Yes.", EARLIER)) == (
+        "<think>Hm.</think>Yes.<|im_end|>"
+    )
+
+
+def test_an_own_template_needs_an_end_of_a_sequence(workplace: PreTrainedTokenizerFast) -> None:
+    section = limited(10_000, template=PUBLISHED.model_dump()).model_dump()
+    Path("params.yaml").write_text(json.dumps({"profile": "x", "profiles": {"x": {"tokenize": section}}}))
+    tokenize.main()
+    workplace.eos_token = None
+    workplace.save_pretrained(tokenize.BASE)
+    with pytest.raises(
+        UserError,
+        match=r"^models/base: its tokenizer names no end of a sequence, which `tokenize\.template` ends an answer with",
+    ):
+        tokenize.main()
+
+
+def test_the_longest_pair_of_every_split_is_held_against_the_positions(
+    workplace: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(tokenize, "check_lengths", lambda folder, longest: asked.append(longest))
+    tokenize.main()
+    longest = [
+        max(length(workplace, question, answer) for question, *answers in pairs for answer in answers)
+        for pairs in (PAIRS, PAIRS[:1])
+    ]
+    assert asked == longest
+
+
 def test_a_space_between_answer_and_end_is_part_of_the_answer_as_in_llama_2(
     byte_tokenizer: PreTrainedTokenizerFast,
 ) -> None:

@@ -3,8 +3,10 @@
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import MagicMock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,14 +16,16 @@ from datasets import Dataset
 from filelock import FileLock
 from peft import LoraConfig
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOTrainer
 
-from hermes.artifacts import sha256_file, write_parquet
+from hermes import params
+from hermes.artifacts import sha256_file, sha256_folder, write_parquet
 from hermes.console import UserError
 from hermes.model.base import load_base
 from hermes.settings.base import BaseSettings
+from hermes.settings.reference import ReferenceSettings
 from hermes.settings.train import LossType
 from stages import reference, train
 from stages.tokenize import schema
@@ -331,6 +335,91 @@ def test_a_setting_that_cannot_train_is_refused(change: dict[str, float]) -> Non
 def test_a_combination_that_trl_refuses_is_one_line(workspace: Path) -> None:
     with pytest.raises(UserError, match="exo_pair"):
         run(PARAMS.model_copy(update={"loss_type": "exo_pair"}))
+
+
+@pytest.mark.parametrize(("sft_weight", "name"), [(1e38, "preference_loss"), (1e30, "grad_norm")])
+def test_a_run_that_explodes_ends_in_one_line_and_leaves_no_adapter(
+    workspace: Path, sft_weight: float, name: str
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"^{name} is inf at step 1; lower train\.learning_rate, train\.sft_weight or beta$"
+    ):
+        run(with_train(sft_weight=sft_weight, evaluations=0, max_steps=1))
+    assert not train.ADAPTER.exists()
+    assert not train.REPORTS.exists()
+
+
+@pytest.mark.parametrize("name", ["preference_loss", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_history_that_holds_no_number_is_refused_by_its_step(
+    name: str, value: float, tmp_path: Path, byte_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("wandb: {enabled: false, project: p}\nprofile: p\nprofiles: {p: {}}\n")
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    good = {"loss": 0.0, "preference_loss": 0.5, "grad_norm": 1.0}  # a loss that is no number is logged as 0
+    history = [good | {"step": 1}, {"eval_loss": 0.5, "step": 1}, good | {name: value, "step": 2}]
+    trainer = MagicMock(is_fsdp_enabled=False)
+    trainer.state.log_history = history
+    monkeypatch.setattr(train, "BASE", byte_model_folder)
+    monkeypatch.setattr(train, "build_trainer", lambda *given: trainer)
+    monkeypatch.setattr(train, "reference_difference", lambda trainer: 0.0)
+    with pytest.raises(
+        UserError, match=rf"^{name} is {value} at step 2; lower train\.learning_rate, train\.sft_weight or beta$"
+    ):
+        train.run(PARAMS, tmp_path / "scratch")
+    assert not train.ADAPTER.exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ({"warmup_steps": 6}, "train: the warm-up of 6 steps outlasts the 6 steps; the rate reaches 0.00833\n"),
+        ({"warmup_steps": 5}, ""),
+        ({"warmup_steps": 100, "max_steps": 62}, "train: the warm-up of 100 steps outlasts the 62 steps; the rate reaches 0.0061\n"),
+        ({"warmup_steps": 0, "warmup_ratio": 1.0}, ""),
+    ],
+)  # fmt: skip
+def test_a_warm_up_that_outlasts_the_run_is_said(
+    steps: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the published run: the rate of the last step is the largest."""
+    config = train.trainer_config(with_train(**steps), tmp_path, pairs=24)
+    assert capsys.readouterr().out == said
+    assert config.warmup_steps == (steps["warmup_steps"] or 6)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_base_that_gives_no_number_is_refused_by_the_reference(
+    workspace: Path, byte_model_folder: Path, monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    """Also in the first layer, on which the forward of training is tried before."""
+    base, name = workspace / "models/base", f"model.layers.{layer}.mlp.down_proj.weight"
+    base.unlink()
+    shutil.copytree(byte_model_folder, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors[name][0, 0] = math.nan
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    loaded = reference.Params(base=FP32, reference=ReferenceSettings(batch_size=8))
+    monkeypatch.setattr(params, "load", lambda _: loaded)
+    monkeypatch.setattr(reference, "set_determinism", lambda _: None)
+    before = sha256_folder(reference.OUTPUT)
+    with pytest.raises(
+        UserError,
+        match=r"^models/base: .*gives no finite log-probability.*; its weights are damaged$",
+    ):
+        reference.main()
+    assert sha256_folder(reference.OUTPUT) == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["chosen_logps", "rejected_logps"])
+def test_the_first_row_without_a_number_is_named(value: float, part: str) -> None:
+    good = {"chosen_logps": [-1.0, 0.0], "rejected_logps": [-1e30]}
+    reference.check_finite([good, good], "here")
+    bad = good | {part: [-1.0, value]}
+    with pytest.raises(UserError, match=r"gives no finite log-probability for here, row 1; its weights are damaged$"):
+        reference.check_finite([good, bad, bad], "here")
 
 
 def test_a_reference_of_other_pairs_is_refused(workspace: Path) -> None:

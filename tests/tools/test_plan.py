@@ -14,6 +14,7 @@ from hermes.artifacts import write_json, write_parquet
 from hermes.console import UserError
 from hermes.model import llama3
 from hermes.model.bf16_on_cpu import has_bfloat16
+from tests.hermes.test_architectures import small_config
 from tools import plan, repro
 from tools.memory_plan import CONTEXT, training_memory, with_overhead
 from tools.plan import (
@@ -59,6 +60,50 @@ def test_every_profile_fits_an_a40(profile: str) -> None:
 
 def test_the_published_base_has_its_shape_without_the_hub() -> None:
     assert run_of(load("a40"))[0].shape == llama3.SHAPE
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r": no such file; `model\.source` of params\.yaml names this folder$"),
+        (
+            "{",
+            r": says no shape of a Llama-like model \(It looks like the config file at .* is not a valid JSON file\.\)$",
+        ),
+        ("[]", r": says no shape of a Llama-like model \(Unrecognized model in "),
+        ('{"model_type": "llama", "num_attention_heads": "4"}', r": says no shape of a Llama-like model \("),
+        ('{"model_type": "llama", "num_attention_heads": 0}', r": says no shape of a Llama-like model \("),
+        ('{"model_type": "mamba"}', r": says no shape of a Llama-like model \('MambaConfig' object has no attribute "),
+    ],
+)
+def test_a_folder_that_says_no_shape_is_named(
+    content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load("cpu")
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    if content is not None:
+        Path("mine/config.json").write_text(content)
+    model = loaded.model.model_copy(update={"source": "./mine"})
+    with pytest.raises(UserError, match=rf"^\./mine/config\.json{message}") as error:
+        plan.model_shape(loaded.model_copy(update={"model": model}))
+    assert "\n" not in str(error.value)
+
+
+def test_a_base_whose_config_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load("cpu")
+    monkeypatch.chdir(tmp_path)
+    write_json(plan.BASE / "manifest.json", {"source": loaded.model.source})
+    with pytest.raises(UserError, match=r"^models/base(/config\.json)?: .*`dvc repro`"):
+        plan.model_shape(loaded)
+
+
+def test_a_folder_has_the_shape_that_its_config_says(tmp_path: Path) -> None:
+    loaded = load("cpu")
+    small_config("llama").save_pretrained(tmp_path)
+    model = loaded.model.model_copy(update={"source": str(tmp_path)})
+    found = plan.model_shape(loaded.model_copy(update={"model": model}))
+    assert found == llama3.Shape(4, 64, 96, heads=4, kv_heads=2, head_size=16, vocabulary=128, tied=False)
 
 
 def test_a_float32_model_is_too_much_for_24_gb_and_the_change_named_helps() -> None:
