@@ -43,8 +43,9 @@ def each_once(values: list[Any]) -> list[Any]:
     Raises:
         ValueError: something is in it twice.
     """
-    if twice := next((value for value in values if values.count(value) > 1), None):
-        raise ValueError(f"{twice} is in it twice; name it once")
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value} is in it twice; name it once")
     return values
 
 

@@ -63,7 +63,11 @@ def is_standard(source: Path, found: pa.Schema, settings: Source) -> bool:
 
 def common_schema(schemas: list[pa.Schema], where: str) -> pa.Schema:
     """The columns that all files of a split have alike; says which are left out."""
-    common = [field for field in schemas[0] if all(field in list(other) for other in schemas)]
+
+    def has(schema: pa.Schema, field: pa.Field) -> bool:
+        return field.name in schema.names and schema.field(field.name).type == field.type
+
+    common = [pa.field(field.name, field.type) for field in schemas[0] if all(has(other, field) for other in schemas)]
     if odd := sorted({name for schema in schemas for name in schema.names} - {field.name for field in common}):
         print(f"fetch_data: {where}: the files differ in {', '.join(odd)}, which is left out", flush=True)
     return pa.schema(common)
@@ -139,10 +143,14 @@ def check_questions(path: Path) -> None:
         UserError: the file is damaged, or a column is missing or no text.
     """
     with readable(path):
-        schema = open_parquet(path).read().schema
+        table = open_parquet(path).read()
     for name in QUESTIONS:
-        if name not in schema.names or not pa.types.is_string(schema.field(name).type):
+        kind = table.schema.field(name).type if name in table.column_names else None
+        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise UserError(f"{path}: has no column `{name}` of texts; it needs {', '.join(QUESTIONS)}")
+        if table[name].null_count:
+            row = table[name].is_null().to_pylist().index(True)
+            raise UserError(f"{path}, row {row}: `{name}` is None; expected text")
 
 
 def plain_row(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,11 @@ def said_before(row: dict[str, Any]) -> list[str]:
     return [part for turn in row.get("context") or () for part in (turn["role"], turn["content"])]
 
 
+def texts_of(row: dict[str, Any]) -> tuple[str, list[str]]:
+    """The question of a pair, and all else that is said in it."""
+    return row["question"], [*said_before(row), row["chosen"], row["rejected"]]
+
+
 def reason_to_remove(row: dict[str, Any], settings: SubsetSettings, held_out: set[bytes], is_train: bool) -> str | None:
     """The first of the rules about one pair alone that removes it, or None; remembers the question of a held-out one."""
     question, chosen, rejected = row["question"], row["chosen"], row["rejected"]
@@ -233,13 +238,13 @@ def decide(
         reason = (
             ("malformed_" * decided + misfit.kind) if misfit else reason_to_remove(row, settings, held_out, is_train)
         )
-        before, question = said_before(row), row["question"]
-        if not reason and suites and (found := suites.repeated_by(question, [*before, row["chosen"], row["rejected"]])):
+        if not reason and suites and (found := suites.repeated_by(*texts_of(row))):
             reason = f"repeats_{found[0]}"
             repeating.append((number, found[1]))
         if reason:
             removed[reason] = removed.get(reason, 0) + 1
             continue
+        before, question = said_before(row), row["question"]
         near = is_train and settings.near_duplicate_similarity is not None
         candidates.append(
             Candidate(

@@ -26,7 +26,7 @@ from transformers import AutoConfig
 
 from hermes import hub
 from hermes.artifacts import open_parquet, read_json
-from hermes.console import UserError
+from hermes.console import UserError, printable
 from hermes.model import llama3
 from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import UBATCH
@@ -137,16 +137,23 @@ def model_shape(loaded: Profile) -> Shape:
     source, revision = loaded.model.source, loaded.model.revision
     manifest = BASE / "manifest.json"
     if manifest.is_file() and read_json(manifest)["source"] == source:
-        return Shape.of(AutoConfig.from_pretrained(BASE, trust_remote_code=False))
+        try:
+            return Shape.of(AutoConfig.from_pretrained(BASE, local_files_only=True, trust_remote_code=False))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{BASE}: says no shape of a Llama-like model ({printable(str(error))}); delete it and run `dvc repro`"
+            ) from None
     if source in KNOWN:
         return KNOWN[source]
     if is_folder(source) and not (Path(source) / "config.json").is_file():
         raise UserError(f"{source}/config.json: no such file; `model.source` of params.yaml names this folder")
     try:
         return Shape.of(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
-    except (*hub.ERRORS, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever the libraries raise about the files of others
         if is_folder(source):
-            raise UserError(f"{source}/config.json: says no shape of a Llama-like model ({error})") from None
+            raise UserError(f"{source}/config.json: says no shape of a Llama-like model ({printable(str(error))})") from None
+        if not isinstance(error, hub.ERRORS):
+            raise
         raise hub.failure(error, source, str(revision)) from None
 
 

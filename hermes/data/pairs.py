@@ -123,7 +123,10 @@ def value_at(row: Any, name: str) -> Any:
 def read_plain(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
     """The turns before the answers, those of a column `context` first, and the two answers."""
     question, chosen, rejected = (text_of(row, name) for name in (columns.question, columns.chosen, columns.rejected))
-    return [*from_messages(row.get(CONTEXT) or [], "user"), {"role": "user", "content": question}], chosen, rejected
+    before = row.get(CONTEXT, [])
+    if not isinstance(before, list):
+        raise Misfit("no_messages", f"`{CONTEXT}` is {str(before)[:60]!r}; expected a list of messages")
+    return [*from_messages(before, "user"), {"role": "user", "content": question}], chosen, rejected
 
 
 def read_chatml(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
@@ -262,6 +265,7 @@ def delta_score(row: Pair, score: str | list[str]) -> float:
     values = [row[name] for name in ([score] if isinstance(score, str) else score)]
     if not all(isinstance(value, int | float | Decimal) and not isinstance(value, bool) for value in values):
         raise Misfit("no_score", f"{score} is {str(values)[:60]}; expected numbers")
+    values = [float(value) if isinstance(value, Decimal) else value for value in values]
     try:
         return float(values[0] - values[1] if len(values) == 2 else values[0])
     except OverflowError:
@@ -275,7 +279,7 @@ def standard_pairs(row: Pair, layout: Layout) -> list[Pair]:
         Misfit: the row is not of this layout; says why.
     """
     columns, choice = layout.columns, layout.choice
-    before = {CONTEXT: row[CONTEXT]} if layout.format == "plain" and isinstance(row.get(CONTEXT), list) else {}
+    before = {CONTEXT: row[CONTEXT]} if layout.format == "plain" and row.get(CONTEXT) is not None else {}
     row = {name: value_at(row, name) for name in layout.used()} | before
     if choice is None:
         return [standard_pair(row, layout.format, columns)]
@@ -347,6 +351,8 @@ def standard_batches(
         rows: list[Pair] = []
         misfits: dict[int, Misfit] = {}
         for row in batch:
+            if CONTEXT not in schema.names:
+                row.pop(CONTEXT, None)
             try:
                 rows += [row | pair for pair in standard_pairs(row, layout)]
             except Misfit as error:

@@ -37,7 +37,6 @@ class Turns(list[Any]):
 
 # The type of a JSON column by the types of its values; of another mixture each value is carried along as JSON text.
 JSON_TYPES = {
-    frozenset({Turns}): MESSAGES,
     frozenset({Large}): pa.int64(),
     frozenset({int, Large}): pa.int64(),
     frozenset({bool}): pa.bool_(),
@@ -173,17 +172,18 @@ def json_line(number: int, line: str) -> Any:
         raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from None
 
 
+def is_message(value: Any) -> bool:
+    """Whether a JSON value is a message, in the keys of OpenAI or of ShareGPT."""
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+
+
 def kind_of(name: str, value: Any) -> type:
     """The type of a JSON value, as `JSON_TYPES` tells them apart."""
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         return object
     if type(value) is int and abs(value) > 1 << 53:
         return Large
-    is_turns = (
-        name == "context"
-        and isinstance(value, list)
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
-    )
+    is_turns = name == "context" and isinstance(value, list) and all(map(is_message, value))
     return Turns if is_turns else type(value)
 
 
@@ -194,7 +194,10 @@ def json_schema(rows: Iterable[Row]) -> pa.Schema:
         for name, value in row.items():
             kinds.setdefault(name, set()).add(kind_of(name, value))
     return pa.schema(
-        [(name, JSON_TYPES.get(frozenset(found - {type(None)}), pa.string())) for name, found in kinds.items()]
+        [
+            (name, MESSAGES if Turns in found else JSON_TYPES.get(frozenset(found - {type(None)}), pa.string()))
+            for name, found in kinds.items()
+        ]
     )
 
 

@@ -13,7 +13,7 @@ from hermes.artifacts import open_parquet
 from hermes.console import UserError
 from hermes.data.chat_text import Forged, Ids, answer_ids, check_plain, prompt_ids
 from hermes.evaluation.tasks.functions import load_instructions
-from hermes.instructions.kinds import KINDS
+from hermes.instructions.kinds import KINDS, grade
 from hermes.settings.evaluate import EvaluateSettings
 
 SUBSET = Path("data/subset")
@@ -69,6 +69,29 @@ class HeldOut:
                 )
 
 
+def check_constraint(row: dict[str, Any]) -> None:
+    """Refuses a question whose answers could not be graded.
+
+    Raises:
+        UserError: says which and why.
+    """
+    where, text = NEEDED["instructions"], row["constraint"]
+    if row["kind"] not in KINDS:
+        raise UserError(f"{where}: the question {row['id']} is of the unknown kind {row['kind']!r:.40}")
+    try:
+        constraint = json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: the constraint of {row['id']} is not JSON ({error})") from None
+    if not isinstance(constraint, dict):
+        raise UserError(f"{where}: the constraint of {row['id']} is {text!r:.40}; expected an object")
+    try:
+        grade(row["kind"], "An answer.", constraint)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{where}: the constraint of {row['id']} does not suit its kind {row['kind']} ({error!r})"
+        ) from None
+
+
 def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, HeldOut]:
     """The pairs and the plain answers of the split that is asked, as far as they are wanted.
 
@@ -100,16 +123,7 @@ def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
         if not len(questions):
             raise UserError(f"{NEEDED['instructions']}: has no question of the split {split}")
         for row in questions:
-            if row["kind"] not in KINDS:
-                raise UserError(
-                    f"{NEEDED['instructions']}: the question {row['id']} is of the unknown kind {row['kind']!r:.40}"
-                )
-            try:
-                json.loads(row["constraint"])
-            except ValueError as error:
-                raise UserError(
-                    f"{NEEDED['instructions']}: the constraint of {row['id']} is not JSON ({error})"
-                ) from None
+            check_constraint(row)
             tokens = len(prompt_ids(tokenizer, row["question"])) + settings.max_new_tokens
             if tokens > settings.context:
                 raise UserError(

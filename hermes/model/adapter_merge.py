@@ -100,10 +100,14 @@ class Adapter:
                     if rest:
                         second = name.replace(".lora_A.", ".lora_B.")
                         adapter.factors[f"{module}.weight"] = file.get_tensor(name), file.get_tensor(second)
-                        if (rank := len(file.get_tensor(name))) != config["r"]:
-                            raise UserError(
-                                f"{folder}: {name} is of rank {rank}, and adapter_config.json says {config['r']}; {REMAKE}"
-                            )
+                        for factor, rank in (
+                            (name, len(file.get_tensor(name))),
+                            (second, file.get_tensor(second).shape[-1]),
+                        ):
+                            if rank != config["r"]:
+                                raise UserError(
+                                    f"{folder}: {factor} is of rank {rank}, and adapter_config.json says {config['r']}; {REMAKE}"
+                                )
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder}: cannot be merged ({error}); delete it and run `dvc repro train`") from None
         return adapter

@@ -46,15 +46,18 @@ def check_weights(folder: Path) -> None:
     for tensor in stored.values():
         if tensor.dtype not in DTYPES:
             raise UserError(f"{folder}: {tensor.name} is {tensor.dtype}; {', '.join(DTYPES)} are read, {MEND}")
-    with quietly():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            device_map={"": "meta"},
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+    try:
+        with quietly():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except Exception as error:  # whatever a configuration makes of a model
+        raise UserError(f"{folder}: is not a readable model ({type(error).__name__}: {error})") from None
     _, found = loaded
     for what, names in (
         ("lacks", found["missing_keys"]),
@@ -185,8 +188,11 @@ def check_adapter(folder: Path, settings: TrainSettings, onto: str = "bf16") -> 
                 raise UserError(
                     f"params.yaml: `train.lora_modules` names {module}, which is no linear layer of {folder}; it has {known}"
                 )
-    with warnings.catch_warnings(action="ignore"):
-        adapted: Any = get_peft_model(model, lora_config(settings))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            adapted: Any = get_peft_model(model, lora_config(settings))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     if odd := [name for name, value in PLAIN.items() if getattr(adapted.peft_config["default"], name, value) != value]:
         raise UserError(
             f"{where}: PEFT adapts some of these layers of {folder} otherwise (`{odd[0]}`), and only plain LoRA is merged; it has {known}"
@@ -208,6 +214,7 @@ def check_base(folder: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
+        assert text is config or text.model_type, "its `text_config` names no `model_type`"
         if (folder / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever the libraries raise about the files of others

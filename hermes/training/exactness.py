@@ -134,6 +134,8 @@ def find_forward(model: PreTrainedModel, pairs: Sequence[Pair]) -> tuple[Forward
     model.eval().requires_grad_(False)
     expected, own, attention = own_scores(model, pairs), model.forward, model.config._attn_implementation
     longest = torch.tensor(max((prompt + chosen for prompt, chosen, _ in pairs), key=len), device=model.device)
+    if not expected.isfinite().all():
+        raise ValueError("it gives no finite log-probability; its weights are damaged")
     if not is_causal(model, longest):
         raise ValueError("it looks at the tokens that it is to predict")
     try:

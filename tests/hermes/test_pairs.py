@@ -128,10 +128,12 @@ def test_messages_in_a_column_context_come_before_a_plain_question() -> None:
     assert pair["context"] == TURNS
     (pair,) = standard_pairs(row, layout_of("plain", columns(system="system")))
     assert pair == WANTED
-    absent: list[Any] = [None, [], "a passage"]
+    absent: list[Any] = [None, []]
     for nothing in absent:
         (pair,) = standard_pairs({**row, "context": nothing}, layout_of("plain", columns()))
         assert pair["context"] == []
+    with pytest.raises(Misfit, match="`context` is 'a passage'; expected a list of messages"):
+        standard_pairs({**row, "context": "a passage"}, layout_of("plain", columns()))
     choice = Choice(candidates=["rejected", "chosen"], by="strength", value="delta_score")
     named = Columns(**NONE | {"question": "question"})
     (pair,) = standard_pairs(row, Layout(format="plain", columns=named, choice=choice))
