@@ -151,7 +151,9 @@ def model_shape(loaded: Profile) -> Shape:
         return Shape.of(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
     except Exception as error:  # whatever the libraries raise about the files of others
         if is_folder(source):
-            raise UserError(f"{source}/config.json: says no shape of a Llama-like model ({printable(str(error))})") from None
+            raise UserError(
+                f"{source}/config.json: says no shape of a Llama-like model ({printable(str(error))})"
+            ) from None
         if not isinstance(error, hub.ERRORS):
             raise
         raise hub.failure(error, source, str(revision)) from None
