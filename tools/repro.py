@@ -25,7 +25,7 @@ from hermes.artifacts import read_json
 from hermes.console import UserError
 from hermes.evaluation import benchmarks
 from hermes.run import run_tool
-from tools import compare_published, doctor, verify
+from tools import compare_published, doctor, provenance, verify
 from tools.dvc_runs import DVC, Relay, environment, only_one
 from tools.profiles import put_back, selected
 
@@ -168,7 +168,12 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     code = repro(arguments.profile, rest, arguments.set_param)
     if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
-        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *against_the_commit(), sep="\n")
+        lines = against_the_commit()
+        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *lines, sep="\n")
+        if LOCK.is_file() and (
+            len(lines) != 1 or not provenance.PROVENANCE.is_file()
+        ):  # others than the committed results
+            provenance.write(["make", "repro", *(f"PROFILE={name}" for name in [arguments.profile] if name)])
         for line in beside_the_published():
             print(line)
     return code
