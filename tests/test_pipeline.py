@@ -13,7 +13,10 @@ import pytest
 from hermes.params import read_yaml
 
 ROOT = Path(__file__).parent.parent
+# Secrets that a run may use and never write.
+CANARIES = {"HF_TOKEN": "hf_" + "canary" * 6, "WANDB_API_KEY": "c0ffee" * 6 + "cafe"}
 ENVIRONMENT = os.environ | {
+    **CANARIES,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "GIT_AUTHOR_NAME": "t",
     "GIT_AUTHOR_EMAIL": "t@example.org",
@@ -122,6 +125,15 @@ def test_repro_runs_every_stage_and_reports(clone: Path, repro: str) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert not list((clone / "models").rglob("*.bin")) + list((clone / "models").rglob("*.pkl"))
     assert not [path for path in (clone / ".scratch/train").iterdir() if path.is_dir()]  # no checkpoint is left
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(clone: Path, repro: str) -> None:
+    """Neither said nor in any file: reports, artifacts, DVC's cache and its logs, git's objects aside, which hold what is tracked."""
+    secrets = [value.encode() for value in CANARIES.values()]
+    files = [path for path in clone.rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert len(files) > 200
+    assert not [path for path in files if any(secret in path.read_bytes() for secret in secrets)]
+    assert not any(value in repro for value in CANARIES.values())
 
 
 def test_repro_again_runs_nothing(clone: Path, repro: str) -> None:

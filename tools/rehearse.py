@@ -76,7 +76,7 @@ def random_model(folder: Path, shape: Shape, tokenizer: PreTrainedTokenizerBase)
         dtype="bfloat16",
     )
     with torch.device("meta"):
-        state = AutoModelForCausalLM.from_config(config).state_dict()
+        state = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
     if shape.tied:
         state.pop("lm_head.weight")
     tensors = [Stored(name, "BF16", tuple(t.shape), folder, 0, 2 * t.numel()) for name, t in sorted(state.items())]
