@@ -86,7 +86,7 @@ def read_json(path: Path, mend: str = REMAKE) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); {mend}") from None
 
 
@@ -115,8 +115,10 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         UserError: the file is missing or is not Parquet.
     """
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path, memory_map=True)
+        _ = file.schema_arrow.names  # a damaged one may be no text
+        return file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({error})") from None

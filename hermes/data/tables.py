@@ -90,7 +90,8 @@ def read_table(path: Path, layout: Layout) -> tuple[pa.Schema, Iterator[list[Row
         else:
             schema = json_schema(json_rows(path))
             batches = json_batches(path, schema, layout)
-    if not schema.names:
+        names = schema.names  # of bytes that may be no text
+    if not names:
         raise UserError(f"{path}: has no rows")
     return schema, read_all(path, batches)
 
