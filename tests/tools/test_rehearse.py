@@ -17,6 +17,7 @@ from hermes.console import UserError
 from hermes.model import llama3
 from hermes.model.safetensors_stream import stored_tensors
 from hermes.params import read_yaml
+from tests.conftest import ROOT
 from tools import rehearse
 from tools.rehearse import STAGES, markdown
 
@@ -29,6 +30,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rehearsal")
     write_json(folder / "found.json", rehearse.rehearse("a40", NARROW, 2, folder))
     return folder
+
+
+def test_what_the_stages_depend_on_of_the_repository_is_copied() -> None:
+    """In a second; that it suffices is seen by the slow tests."""
+    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
+    needed = {dependency for name in STAGES for dependency in stages[name]["deps"]}
+    outputs = {
+        next(iter(out)) if isinstance(out, dict) else out for stage in stages.values() for out in stage.get("outs", [])
+    }
+    copied = (*rehearse.FOLDERS, *rehearse.FILES)
+    assert [path for path in sorted(needed - outputs) if not path.startswith(copied)] == []
 
 
 @pytest.fixture
