@@ -100,7 +100,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = YAML(typ="safe", pure=True).load(path)
     except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        if long := next((n for n, line in enumerate(path.read_bytes().splitlines(), 1) if DIGITS.search(str(line))), 0):
+        if long := next(
+            (
+                n
+                for n, line in enumerate(path.read_bytes().splitlines(), 1)
+                if DIGITS.search(line.replace(b"_", b"").decode(errors="replace"))
+            ),
+            0,
+        ):
             raise UserError(f"{path}, line {long}: a number of more than 4,300 digits") from None
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -192,5 +199,8 @@ def _keys(loc: Sequence[Any], settings: type[Settings]) -> tuple[list[str], type
 
 def _shown(value: Any) -> str:
     """A value as a message quotes it, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # of a number with more digits than Python writes
+        return "a number of thousands of digits"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -34,7 +34,7 @@ from hermes.artifacts import complete_file, complete_folder, open_parquet, sha25
 from hermes.console import UserError, progress
 from hermes.data.decontamination import FILE, write_questions
 from hermes.data.misfits import Misfit, write_misfits
-from hermes.data.pairs import PARTS, standard_batches, standard_schema
+from hermes.data.pairs import PARTS, holds_messages, standard_batches, standard_schema
 from hermes.data.tables import ENDINGS, json_rows, read_table, readable
 from hermes.evaluation.benchmarks import SuiteName
 from hermes.run import run_stage
@@ -73,6 +73,15 @@ def common_schema(schemas: list[pa.Schema], where: str) -> pa.Schema:
     return pa.schema(common)
 
 
+def context_left_out(found: pa.Schema, settings: Source) -> str:
+    """Why a table's column `context` is not read as the turns before a question; empty where it is, or where there is none."""
+    if "context" not in found.names:
+        return ""
+    if settings.format != "plain":
+        return f"is not read by `format: {settings.format}`"
+    return "" if holds_messages(found.field("context").type) else "holds no messages"
+
+
 def standardize(sources: list[Path], target: Path, settings: Source, where: str) -> dict[int, Misfit]:
     """Writes the rows of table files, one after another, as one Parquet file in the standard layout; returns those that are not of theirs.
 
@@ -84,15 +93,19 @@ def standardize(sources: list[Path], target: Path, settings: Source, where: str)
     misfits: dict[int, Misfit] = {}
     number, tables = 0, [read_table(source, settings) for source in sources]
     schema = common_schema([standard_schema(found, settings, where) for found, _ in tables], where)
-    if "context" not in schema.names and any("context" in found.names for found, _ in tables):
-        print(f"fetch_data: {where}: its column `context` holds no messages, and is left out", flush=True)
+    for found, _ in tables:
+        if why := context_left_out(found, settings):
+            print(f"fetch_data: {where}: its column `context` {why}, and is left out", flush=True)
+            break
     with complete_file(target) as temporary:
         if len(sources) == 1 and is_standard(sources[0], tables[0][0], settings):
             number = sum(map(len, tables[0][1]))  # every row is read, so that a damaged one is found here
             shutil.copyfile(sources[0], temporary)
         else:
             with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                for _, batches in tables:
+                for found, batches in tables:
+                    if context_left_out(found, settings):
+                        batches = ([{**row, "context": None} for row in batch] for batch in batches)
                     for batch, odd in standard_batches(batches, schema, settings):
                         writer.write_batch(batch)
                         misfits |= {number + i: misfit for i, misfit in odd.items()}

@@ -57,7 +57,7 @@ SOURCE = "random-model"
 COLUMNS = ("question", "chosen", "rejected")
 TYPE, NEW_TOKENS, HELD_OUT = "Q4_K_M", 8, 4
 FOLDERS = ("hermes", "stages", "tools", "data/embedded")  # that are copied, fetch_data's dependency among them
-FILES = ("packages.yaml", "dvc.yaml", "run-stage", ".dvcignore", ".dvc/config")
+FILES = ("packages.yaml", "requirements-math.lock", "dvc.yaml", "run-stage", ".dvcignore", ".dvc/config")
 RUNNING = re.compile(r"Running stage '(\w+)'")  # as DVC says it, and the program after this line
 GENERATE = """print("Running stage 'generate'", flush=True); from tools.rehearse import generate; generate()"""
 SAMPLE_SECONDS = 0.5  # between looks at memory and disk

@@ -87,7 +87,9 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> int:
         UserError: it writes none, or takes no conversation.
     """
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    rest = rendered(tokenizer, messages).rpartition("answer")[2]
+    _, found, rest = rendered(tokenizer, messages).rpartition("answer")
+    if not found:
+        raise UserError("chat template: leaves out the answer; use a template that writes it")
     ids, special = tokenizer(rest, add_special_tokens=False)["input_ids"], special_tokens(tokenizer)
     place = next((i for i, id in enumerate(ids) if id in special), 0)
     if (

@@ -123,7 +123,7 @@ def value_at(row: Any, name: str) -> Any:
 def read_plain(row: Pair, columns: Columns) -> tuple[list[Message], str, str]:
     """The turns before the answers, those of a column `context` first, and the two answers."""
     question, chosen, rejected = (text_of(row, name) for name in (columns.question, columns.chosen, columns.rejected))
-    before = row.get(CONTEXT, [])
+    before = row.get(CONTEXT) or []
     if not isinstance(before, list):
         raise Misfit("no_messages", f"`{CONTEXT}` is {str(before)[:60]!r}; expected a list of messages")
     return [*from_messages(before, "user"), {"role": "user", "content": question}], chosen, rejected
@@ -351,8 +351,6 @@ def standard_batches(
         rows: list[Pair] = []
         misfits: dict[int, Misfit] = {}
         for row in batch:
-            if CONTEXT not in schema.names:
-                row.pop(CONTEXT, None)
             try:
                 rows += [row | pair for pair in standard_pairs(row, layout)]
             except Misfit as error:

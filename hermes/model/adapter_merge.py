@@ -128,7 +128,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_object(path)
     for name, kind in (("r", int), ("lora_alpha", int), ("base_model_name_or_path", str)):
         value = config.get(name)
-        if type(value) is not kind or not value or (isinstance(value, int) and value < 1):
+        if type(value) is not kind or not value or (isinstance(value, int) and not 1 <= value <= 10**9):
             raise UserError(
                 f"{path}: `{name}` is {value!r:.40}; expected {'a positive number' if kind is int else 'text'}; {REMAKE}"
             )

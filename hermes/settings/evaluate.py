@@ -2,21 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hermes.evaluation.benchmarks import SUITES, SuiteName
 from hermes.params import Settings, each_once
-from hermes.settings.base import Threads
+from hermes.settings.base import Count, CountOrNone, Threads
 from hermes.settings.quantize import GgufType
 
 
 class Batching(Settings):
     """How much is computed together, which stays fixed because scores move with it, and the longest answer of the stage's own tasks."""
 
-    max_new_tokens: PositiveInt
-    batch_size: PositiveInt
-    slots: Annotated[int, Field(ge=2)]  # both answers of a pair are scored together
-    context: PositiveInt
+    max_new_tokens: Count
+    batch_size: Count
+    slots: Annotated[int, Field(ge=2, le=10**6)]  # both answers of a pair are scored together
+    context: Count
     threads: Threads
 
 
@@ -25,10 +25,10 @@ class EvaluateSettings(Batching):
 
     split: Literal["validation", "test"]
     tasks: Annotated[list[Literal["instructions", "preference", "plain"]], Field(min_length=1)]
-    questions_per_kind: PositiveInt | None
+    questions_per_kind: Count | None
     suites: list[SuiteName]
     types: list[Literal["f16", GgufType]]
-    divergence_pairs: NonNegativeInt
+    divergence_pairs: CountOrNone
 
     _each_once = field_validator("tasks", "suites", "types")(each_once)
 

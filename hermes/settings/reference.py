@@ -1,11 +1,10 @@
 """Section `reference`."""
 
-from pydantic import PositiveInt
-
 from hermes.params import Settings
+from hermes.settings.base import Count
 
 
 class ReferenceSettings(Settings):
     """How many pairs a forward takes."""
 
-    batch_size: PositiveInt
+    batch_size: Count

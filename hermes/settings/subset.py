@@ -5,8 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from hermes.params import Settings
-
-Count = Annotated[int, Field(gt=0, le=10**9)]
+from hermes.settings.base import Count
 
 
 class SubsetSettings(Settings):

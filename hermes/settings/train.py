@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hermes.params import Settings, each_once
+from hermes.settings.base import Count, CountOrNone
 
 PositiveFiniteFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
@@ -32,19 +33,19 @@ class TrainSettings(Settings):
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     sft_weight: Annotated[float, Field(ge=0, le=1000)]
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
-    warmup_steps: NonNegativeInt
+    warmup_steps: CountOrNone
     warmup_ratio: Annotated[float, Field(ge=0, le=1)]
     weight_decay: Annotated[float, Field(ge=0, le=1000)]
     max_grad_norm: PositiveFiniteFloat
     optimizer: Literal["adamw_torch", "paged_adamw_32bit"]
     epochs: PositiveFiniteFloat
-    max_steps: PositiveInt | None
-    batch_size: PositiveInt
-    accumulation: PositiveInt
+    max_steps: Count | None
+    batch_size: Count
+    accumulation: Count
     gradient_checkpointing: bool
-    evaluations: NonNegativeInt
-    checkpoint_steps: PositiveInt
-    processes: PositiveInt
+    evaluations: CountOrNone
+    checkpoint_steps: Count
+    processes: Count
     distribution: Literal["ddp", "fsdp"]
 
     @model_validator(mode="before")

@@ -76,6 +76,14 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("data.mixed_with", [SHARE | {"weight": 2}], r": unknown key `profiles\.cpu\.data\.mixed_with\.0\.weight`; allowed there: choice, "),
     ("data.mixed_with", [SHARE | {"columns": COLUMNS | {"sytem": None}}], r"unknown key `.*\.mixed_with\.0\.columns\.sytem`; allowed"),
     ("data.mixed_with", [SHARE | {"choice": {"by": "score"}}], r"key `.*\.data\.mixed_with\.0\.choice\.candidates` is missing; key"),
+    *(
+        (key, 10**30, rf"{key.replace('.', chr(92) + '.')}` is 10{{30}}: Input should be less than or equal to 10+$")
+        for key in (
+            "train.batch_size", "train.warmup_steps", "train.max_steps", "train.checkpoint_steps", "train.evaluations",
+            "reference.batch_size", "evaluate.context", "evaluate.slots", "evaluate.batch_size", "evaluate.divergence_pairs",
+        )
+    ),
+    ("merge.max_shard_size", "9" * 4400 + "GB", r"max_shard_size` is '9{100,}\.\.\.: write it like 200MB or 5GB$"),
     ("model.revision", "main", r"`revision` is 'main', and embedded is no Hub repository"),
     ("/seed", -1, r"`seed` is -1: Input should be greater than or equal to 0"),
     ("/beta", 1e30, r"`beta` is 1e\+30: Input should be less than or equal to 1000$"),

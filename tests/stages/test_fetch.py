@@ -1268,6 +1268,20 @@ def test_plain_answers_behind_a_byte_order_mark_are_read(workplace: Path) -> Non
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_column_named_context_is_left_out_and_said_where_the_format_makes_its_own(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed()
+    turns = [{"role": "assistant", "content": "Yes."}]
+    rows = [row | {"chosen": turns, "rejected": turns, "context": "a passage"} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), fetch_data.EMBEDDED / "train.parquet")
+    choose("data", "embedded", None, dict(zip(SPLITS, SPLITS, strict=True)))
+    settings = params.load(fetch_data.Params).data.model_copy(update={"format": "messages"})
+    assert fetch_data.standardize([fetch_data.EMBEDDED / "train.parquet"], Path("out.parquet"), settings, "here") == {}
+    assert pq.read_table("out.parquet")["context"].to_pylist() == [[]] * len(ROWS)
+    assert "here: its column `context` is not read by `format: messages`, and is left out" in capsys.readouterr().out
+
+
 def test_a_column_named_context_that_holds_text_is_left_out_and_said(
     workplace: Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
