@@ -1267,7 +1267,6 @@ def test_plain_answers_behind_a_byte_order_mark_are_read(workplace: Path) -> Non
     assert Path("data/raw/plain.jsonl").read_text() == PLAIN
 
 
-@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_a_column_named_context_is_left_out_and_said_where_the_format_makes_its_own(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1282,6 +1281,7 @@ def test_a_column_named_context_is_left_out_and_said_where_the_format_makes_its_
     assert "here: its column `context` is not read by `format: messages`, and is left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_a_column_named_context_that_holds_text_is_left_out_and_said(
     workplace: Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
