@@ -71,8 +71,11 @@ def small_data(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    return make_clone(tmp_path_factory.mktemp("clone") / "repository", tiny_model_folder)
+
+
+def make_clone(folder: Path, tiny_model_folder: Path) -> Path:
     """A committed copy of this repository's tracked files whose cpu profile runs small."""
-    folder = tmp_path_factory.mktemp("clone") / "repository"
     tracked = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").split("\n")
     for name in filter(None, tracked):
         if not name.startswith(("reports/", "dvc.lock")) and (ROOT / name).is_file():

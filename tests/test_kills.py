@@ -1,0 +1,150 @@
+"""Runs are killed at random moments, in every stage, and the next `dvc repro` has to end with the bits of a run that was never touched.
+
+pytest -m slow tests/test_kills.py             a few kills of every way
+python -m tests.test_kills 60                  so many, with a log for reports/kills.json on stdout
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from hermes.params import read_yaml
+from tests.test_pipeline import ENVIRONMENT, dvc, make_clone, outs
+
+STAGES = (
+    "fetch_data",
+    "fetch_model",
+    "subset",
+    "tokenize",
+    "reference",
+    "train",
+    "merge",
+    "quantize",
+    "evaluate",
+    "report",
+)
+WAYS = ("stage -9", "dvc -9", "both -9", "TERM", "INT")
+REPRO = (sys.executable, "-m", "dvc", "repro")
+
+
+def stage_outs(folder: Path, stage: str) -> dict[str, str]:
+    """The md5 of the outs of one stage in dvc.lock."""
+    return {out["path"]: out["md5"] for out in read_yaml(folder / "dvc.lock")["stages"].get(stage, {}).get("outs", ())}
+
+
+def forget(folder: Path, stage: str) -> None:
+    """Makes DVC run a stage again: its outs and its entry in dvc.lock are gone, and DVC remembers no run of it."""
+    lock = read_yaml(folder / "dvc.lock")
+    for out in lock["stages"].pop(stage)["outs"]:
+        path = folder / out["path"]
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "dvc.lock").write_text(json.dumps(lock))  # JSON is YAML
+    shutil.rmtree(folder / ".dvc/cache/runs", ignore_errors=True)
+
+
+def kill(process: subprocess.Popen[bytes], way: str) -> None:
+    """Ends a running `dvc repro` in one of `WAYS`."""
+    parent = psutil.Process(process.pid)
+    children = parent.children(recursive=True)
+    if way in ("TERM", "INT"):  # as a terminal or a rented machine sends it, to the whole group
+        os.killpg(process.pid, getattr(signal, f"SIG{way}"))
+    if way in ("dvc -9", "both -9"):
+        parent.kill()
+    if way in ("stage -9", "both -9"):
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.wait(timeout=120)
+    _, alive = psutil.wait_procs(children, timeout=120)  # a stage whose DVC was killed ends by itself
+    assert not alive
+
+
+def attempt(folder: Path, seed: int, seconds: dict[str, float]) -> dict[str, Any]:
+    """Kills one stage of a finished run at a random moment and goes on; what was done, and which outs have other bits afterwards."""
+    draw = random.Random(seed)
+    stage, way = STAGES[seed % len(STAGES)], draw.choice(WAYS)
+    moment = draw.uniform(0, seconds[stage])
+    wanted = stage_outs(folder, stage)
+    forget(folder, stage)
+    process = subprocess.Popen(
+        [*REPRO, stage],
+        cwd=folder,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        process.wait(timeout=moment)
+        was_running = False
+    except subprocess.TimeoutExpired:
+        was_running = True
+        kill(process, way)
+    dvc(folder, "repro", stage)
+    found = stage_outs(folder, stage)
+    wrong = sorted(path for path in wanted if found.get(path) != wanted[path])
+    return {
+        "seed": seed,
+        "stage": stage,
+        "way": way,
+        "second": round(moment, 2),
+        "was_running": was_running,
+        "wrong": wrong,
+    }
+
+
+def durations(folder: Path) -> dict[str, float]:
+    """How long each stage takes under DVC, with DVC's own start."""
+    found = {}
+    for stage in STAGES:
+        forget(folder, stage)
+        started = time.monotonic()
+        dvc(folder, "repro", stage)
+        found[stage] = time.monotonic() - started
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[Path, dict[str, float]]:
+    """A small project whose stages have all run, and how long each takes."""
+    clone = make_clone(tmp_path_factory.mktemp("kills") / "repository", tiny_model_folder)
+    dvc(clone, "repro")
+    before = outs(clone)
+    seconds = durations(clone)
+    assert outs(clone) == before
+    return clone, seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
+    seed: int, finished: tuple[Path, dict[str, float]]
+) -> None:
+    folder, seconds = finished
+    found = attempt(folder, seed, seconds)
+    assert found["wrong"] == [], found
+
+
+def main(folder: Path, count: int) -> None:
+    """Prints the log of so many kills of a finished project in a folder."""
+    seconds = durations(folder)
+    log = []
+    for seed in range(count):
+        log.append(attempt(folder, seed, seconds))
+        print(json.dumps(log[-1]), file=sys.stderr, flush=True)
+    print(json.dumps({"kills": log, "wrong": sum(bool(entry["wrong"]) for entry in log)}, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[2]), int(sys.argv[1]))
