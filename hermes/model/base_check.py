@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from hermes.artifacts import read_object, write_json
+from hermes.artifacts import read_object, scratch_folder, write_json
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model import gguf_files
@@ -119,7 +119,10 @@ def check_gguf(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         UserError: gives the converter's last line, or the first difference.
     """
     ids = [id for probe in gguf_files.PROBES for id in tokenizer(probe, add_special_tokens=False)["input_ids"]]
-    with tempfile.TemporaryDirectory() as scratch:
+    scratch_folder("check").mkdir(
+        parents=True, exist_ok=True
+    )  # gigabytes for a large vocabulary, more than some /tmp has
+    with tempfile.TemporaryDirectory(dir=scratch_folder("check")) as scratch:
         first, path = Path(scratch) / "first", Path(scratch) / "first.gguf"
         try:
             with quietly():
