@@ -38,17 +38,23 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, context: Mess
         UserError: the template refuses these turns, or leaves out what the system or the user says.
     """
     messages = [*context, {"role": "user", "content": question}]
-    text, place = rendered(tokenizer, messages, add_generation_prompt=True), 0
+    text = rendered(tokenizer, messages, add_generation_prompt=True)
+    written, place = dense(text), 0
     for message in messages:
         said = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
-        found = text.find(said.strip(), place)  # what an earlier answer thought may be left out
+        found = written.find(dense(said), place)  # what an earlier answer thought may be left out
         if found < 0:
             raise UserError(
                 f"chat template: leaves out what the {message['role']} says ({said.strip()[:60]!r}); "
                 "use a template that writes it"
             )
-        place = found + len(said.strip())
+        place = found + len(dense(said))
     return text
+
+
+def dense(text: str) -> str:
+    """A text without its white space, which templates may change."""
+    return "".join(text.split())
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
@@ -123,7 +129,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, question: str, answer: str, c
         raise UserError(
             f"chat template: the prompt is not a prefix of prompt and answer for {question[:60]!r}; use another template"
         )
-    if answer.strip() not in whole[len(prompt) :]:
+    if dense(answer) not in dense(whole[len(prompt) :]):
         raise UserError(
             f"chat template: leaves out a part of the answer {answer[:60]!r}; use a template that writes it"
         )
