@@ -536,7 +536,7 @@ def test_a_template_may_set_white_space_around_a_thought(byte_tokenizer: PreTrai
     content = "m['content'] | replace('<think>', '<think>\\n') | replace('</think>', '\\n</think>\\n\\n')"
     byte_tokenizer.chat_template = MARKS.replace("m['content']", content) + OPENS
     (row,), _ = tokenize_split(rows(("Hi", "<think>Hm.</think>Yes.", "No.")), byte_tokenizer, LONG, "train")
-    assert byte_tokenizer.decode(row["chosen_ids"]).startswith("<think>\nHm.\n</think>\n\nYes.")
+    assert str(byte_tokenizer.decode(row["chosen_ids"])).startswith("<think>\nHm.\n</think>\n\nYes.")
 
 
 @pytest.mark.parametrize(
