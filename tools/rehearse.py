@@ -119,7 +119,7 @@ def overrides(loaded: Profile, pairs: int) -> dict[str, dict[str, Any]]:
     splits = {"train": "train", "validation": "validation", "test": "validation"}
     rows = {"source": "./rows", "revision": None, "config": None, "format": "plain"}
     return {
-        "data": rows | {"columns": columns, "splits": splits},
+        "data": rows | {"columns": columns, "splits": splits, "decontaminate": []},
         "model": {"source": f"./{SOURCE}", "revision": None},
         "subset": {"k": pairs},
         "base": {"threads": os.cpu_count() or 1},
