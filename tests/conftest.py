@@ -51,6 +51,7 @@ You are a helpful assistant<|im_end|>
 ' }}{% endif %}"""
 
 LONGEST = (
+    "test_kills.py",
     "test_pipeline.py",
     "test_fetch.py",
     "test_families.py",

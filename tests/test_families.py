@@ -36,6 +36,11 @@ def write_model(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
     model = small_model(name, **changes).bfloat16()  # whose weights are large enough for attention to matter
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)
+    save_tokenizer(name, folder, tokenizer)
+
+
+def save_tokenizer(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Saves a tokenizer as llama.cpp's converter knows it for this model type."""
     tokenizer.save_pretrained(folder)
     if name == "phi3":  # as Phi-4 is published; the converter wants a tokenizer.model otherwise
         config_file = folder / "tokenizer_config.json"

@@ -14,7 +14,6 @@ from gguf import GGUFReader
 from ruamel.yaml import YAML
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from hermes.artifacts import read_json, write_json
 from hermes.console import UserError
 from hermes.model import gguf_files
 from hermes.model.base import load
@@ -22,7 +21,7 @@ from hermes.model.base_check import check_base
 from hermes.model.gguf import GgufModel
 from tests.conftest import table_of
 from tests.hermes.test_architectures import small_model
-from tests.test_families import gemma_tokenizer
+from tests.test_families import gemma_tokenizer, save_tokenizer
 
 TOLERANCE = 0.0025  # of the logits' standard deviation; some 0.001 is rounding, and what is wrong is above 0.004
 FAST = ("qwen2", "gemma2 query_pre_attn_scalar=16")
@@ -53,10 +52,7 @@ def write_model(name: str, changes: dict[str, Any], folder: Path, tokenizer: Pre
             weight.copy_(weight.half().float())
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if name == "phi3":  # as Phi-4 is published; the converter wants a tokenizer.model otherwise
-        config_file = folder / "tokenizer_config.json"
-        write_json(config_file, read_json(config_file) | {"tokenizer_class": "GPT2Tokenizer"})
+    save_tokenizer(name, folder, tokenizer)
 
 
 def distance(folder: Path, file: Path, size: int) -> float:
