@@ -226,6 +226,7 @@ def verify(root: Path, profile: str, stage: str | None) -> int:
         command = [*DVC, "repro", "--force", "--no-run-cache", *([stage] if stage else [])]
         code = relay.run(["env", "-C", str(clone), *command], lock)
         if code:
+            shutil.rmtree(clone)
             return code
         rebuilt = compare(root, clone, known)
     if rebuilt:

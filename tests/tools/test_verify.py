@@ -107,6 +107,11 @@ def test_other_bits_are_told_by_file_and_number_and_the_clone_stays(
     assert (clone / "report.json").is_file()
 
 
+def test_a_rebuild_that_fails_leaves_no_clone(project: Path) -> None:
+    assert verify.verify(project, "cpu", "nonsense") == 255
+    assert not list((project / verify.SCRATCH).glob("verify-*"))
+
+
 def test_without_hashes_of_the_profile_nothing_is_built(project: Path) -> None:
     with pytest.raises(UserError, match="has no hashes of the profile quick"):
         verify.verify(project, "quick", None)
