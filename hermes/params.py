@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -27,6 +27,16 @@ class Settings(BaseModel):
     """A mapping of params.yaml: unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        try:
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half a character") from None
+        return value
 
 
 class Params(Settings):
@@ -124,6 +134,8 @@ def selected_profile(tree: dict[str, Any], path: Path = PARAMS) -> str:
     profile, profiles = tree.get("profile"), tree.get("profiles")
     if not isinstance(profiles, dict) or not all(isinstance(body, dict) for body in profiles.values()):
         raise UserError(f"{path}: `profiles` must map each profile's name to its sections")
+    if odd := [name for name in profiles if not isinstance(name, str)]:
+        raise UserError(f"{path}: the profile {odd[0]} has a name that is no text; write it in quotes")
     if not isinstance(profile, str) or profile not in profiles:
         raise UserError(
             f"{path}: `profile: {profile}` names no entry of `profiles`; choose one of {', '.join(sorted(profiles))}"
@@ -137,12 +149,14 @@ def reject_unknown_keys(tree: dict[str, Any], path: Path = PARAMS, pipeline: Pat
     Raises:
         UserError: an unknown key at the top level or in a profile; names the key and those allowed.
     """
-    tracked = {
-        entry
-        for stage in read_yaml(pipeline)["stages"].values()
-        for entry in stage.get("params", [])
-        if isinstance(entry, str)
-    }
+    stages = read_yaml(pipeline).get("stages")
+    if not isinstance(stages, dict) or not all(
+        isinstance(stage, dict) and isinstance(stage.get("params", []), list) for stage in stages.values()
+    ):
+        raise UserError(
+            f"{pipeline}: `stages` must map each stage to its keys, and its `params` be a list; see `git diff {pipeline}`"
+        )
+    tracked = {entry for stage in stages.values() for entry in stage.get("params", []) if isinstance(entry, str)}
     sections = {entry.rsplit(".", 1)[1] for entry in tracked if entry.startswith("profiles.")}
     top = {entry for entry in tracked if not entry.startswith("profiles.")} | UNTRACKED
     places = [("", tree, top), *((f"profiles.{name}.", body, sections) for name, body in tree["profiles"].items())]

@@ -16,7 +16,7 @@ def parse_size(text: str) -> int:
         ValueError: it is not one.
     """
     number, unit = text[:-2].strip(), text[-2:].upper()
-    if unit not in UNITS or not number.isdecimal() or len(number) > 18 or not int(number):
+    if unit not in UNITS or not (number.isascii() and number.isdecimal()) or len(number) > 18 or not int(number):
         raise ValueError("write it like 200MB or 5GB")
     return int(number) * UNITS[unit]
 

@@ -2,6 +2,8 @@
 
 import re
 
+LONGEST = 255  # bytes of a file's name
+
 
 def is_folder(source: str) -> bool:
     """Whether a source is here, embedded or a folder, rather than owner/name on the Hub."""
@@ -14,6 +16,8 @@ def check_source(source: str, revision: str | None) -> None:
     Raises:
         ValueError: says which of the two, and what is allowed.
     """
+    if "\0" in source or max(len(part.encode()) for part in source.split("/")) > LONGEST:
+        raise ValueError(f"`source` is {source[:40]!r}...; no file can have such a name")
     if is_folder(source):
         if revision is not None:
             raise ValueError(f"`revision` is {revision!r}, and {source} is no Hub repository; set it to null")
