@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,17 +108,47 @@ def write_parquet(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary, compression="zstd", compression_level=19, row_group_size=1024)
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Opens a Parquet file without reading its rows.
+class StageTable(pq.ParquetFile):
+    """A Parquet file that a stage wrote, whose rows may be damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(path, memory_map=True)
+
+    def iter_batches(self, *args: Any, **kwargs: Any) -> Iterator[pa.RecordBatch]:
+        with readable_table(self.path):
+            yield from super().iter_batches(*args, **kwargs)
+
+    def read(self, columns: Sequence[str] | None = None, **kwargs: Any) -> pa.Table:
+        found = self.schema_arrow.names
+        if missing := [name for name in columns or () if name not in found]:
+            raise UserError(f"{self.path}: has no column `{missing[0]}`, but {', '.join(found)}; {REMAKE}")
+        with readable_table(self.path):
+            return super().read(columns, **kwargs)
+
+
+@contextmanager
+def readable_table(path: Path) -> Iterator[None]:
+    """Turns what reading a Parquet file raises into one line.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({error}); {REMAKE}") from None
+
+
+def open_parquet(path: Path) -> StageTable:
+    """Opens a Parquet file that a stage wrote, without reading its rows.
 
     Raises:
         UserError: the file is missing or is not Parquet.
     """
-    try:
-        file = pq.ParquetFile(path, memory_map=True)
+    with readable_table(path):
+        file = StageTable(path)
         _ = file.schema_arrow.names  # a damaged one may be no text
         return file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from None

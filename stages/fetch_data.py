@@ -18,6 +18,7 @@ the parameters are wrong: that stops here.
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -156,7 +157,7 @@ def check_questions(path: Path) -> None:
         UserError: the file is damaged, or a column is missing or no text.
     """
     with readable(path):
-        table = open_parquet(path).read()
+        table = pq.read_table(path)
     for name in QUESTIONS:
         kind = table.schema.field(name).type if name in table.column_names else None
         if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
@@ -164,6 +165,10 @@ def check_questions(path: Path) -> None:
         if table[name].null_count:
             row = table[name].is_null().to_pylist().index(True)
             raise UserError(f"{path}, row {row}: `{name}` is None; expected text")
+    if twice := [id for id, count in Counter(table["id"].to_pylist()).items() if count > 1]:
+        raise UserError(
+            f"{path}: two questions have the id {twice[0]!r:.40}; answers are compared by it, so give each its own"
+        )
 
 
 def plain_row(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:

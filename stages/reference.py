@@ -69,7 +69,7 @@ def check_finite(scored: list[dict[str, list[float]]], where: str) -> None:
 def read_pairs(split: str) -> list[dict[str, Any]]:
     """The pairs of ids of a split."""
     with open_parquet(TOKENS / f"{split}.parquet") as file:
-        return file.read().to_pylist()
+        return file.read(["prompt_ids", "chosen_ids", "rejected_ids"]).to_pylist()
 
 
 def main() -> None:

@@ -134,7 +134,8 @@ def load_pairs(split: str) -> Dataset:
         UserError: the two tables do not belong together.
     """
     with open_parquet(TOKENS / f"{split}.parquet") as tokens, open_parquet(REFERENCE / f"{split}.parquet") as reference:
-        ids, logps = Dataset(tokens.read()), reference.read().to_pylist()
+        ids = Dataset(tokens.read(["prompt_ids", "chosen_ids", "rejected_ids"]))
+        logps = reference.read(["chosen_logps", "rejected_logps"]).to_pylist()
     if len(ids) != len(logps):
         raise UserError(
             f"{REFERENCE}/{split}.parquet: {len(logps)} rows for {len(ids)} pairs of ids; run `dvc repro reference`"

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from hermes.artifacts import write_parquet
+from hermes.artifacts import open_parquet, write_parquet
 
 RUN, SHORTEST = 8, 4  # words
 COMMON = 20  # texts
@@ -67,7 +66,8 @@ class Questions:
     """
 
     def __init__(self, path: Path) -> None:
-        table = pq.read_table(path)
+        with open_parquet(path) as file:
+            table = file.read(columns=["suite", "task", "runs"])
         self.names = list(zip(table["suite"].to_pylist(), table["task"].to_pylist(), strict=True))
         lists = table["runs"].combine_chunks()
         self.sizes = lists.value_lengths().to_numpy(zero_copy_only=False)

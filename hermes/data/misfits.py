@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hermes.artifacts import read_json, write_json
+from hermes.artifacts import REMAKE, read_object, write_json
+from hermes.console import UserError
 
 MISFITS = "misfits.json"
 ROLES = ("system", "user", "assistant")
@@ -51,7 +52,14 @@ def write_misfits(misfits: dict[str, dict[int, Misfit]], folder: Path) -> None:
 
 
 def read_misfits(split: Path) -> dict[int, Misfit]:
-    """The misfits of one split, given its table, by the numbers of their rows."""
+    """The misfits of one split, given its table, by the numbers of their rows.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = split.with_name(MISFITS)
-    found = read_json(path).get(split.stem, {}) if path.is_file() else {}
-    return {int(number): Misfit(**misfit) for number, misfit in found.items()}
+    found = read_object(path).get(split.stem, {}) if path.is_file() else {}
+    try:
+        return {int(number): Misfit(misfit["kind"], misfit["found"]) for number, misfit in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not the misfits of {split.stem} ({error!r}); {REMAKE}") from None

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 
-from hermes.artifacts import open_parquet
 from hermes.console import UserError
 from hermes.settings.data import Layout
 
@@ -82,7 +82,7 @@ def read_table(path: Path, layout: Layout) -> tuple[pa.Schema, Iterator[list[Row
     batches: Iterator[list[Row]]
     with readable(path):
         if name.endswith(".parquet"):
-            file = open_parquet(path)
+            file = pq.ParquetFile(path, memory_map=True)
             schema, batches = file.schema_arrow, (batch.to_pylist() for batch in file.iter_batches(BATCH))
         elif name.endswith(".csv"):
             table = read_csv(path, layout)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hermes.artifacts import open_parquet
+from hermes.artifacts import REMAKE, open_parquet
 from hermes.console import UserError
 from hermes.data.chat_text import Forged, Ids, answer_ids, check_plain, prompt_ids
 from hermes.evaluation.tasks.functions import load_instructions
@@ -119,6 +119,8 @@ def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
         found["preference"] = HeldOut.of(pairs, tokenizer, ("chosen", "rejected"), str(path))
         found["preference"].check_length(settings.context, str(path))
     if "instructions" in settings.tasks:
+        with open_parquet(NEEDED["instructions"]) as file:
+            file.read(["id", "topic", "kind", "constraint", "question", "split"])  # or it says what is wrong with it
         questions = load_instructions(split, settings.questions_per_kind)["test"]
         if not len(questions):
             raise UserError(f"{NEEDED['instructions']}: has no question of the split {split}")
@@ -132,8 +134,13 @@ def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
                 )
     if "plain" in settings.tasks:
         path = NEEDED["plain"]
-        rows = [json.loads(line) for line in path.read_text().split("\n") if line]
-        asked = [row for row in rows if row["split"] == split]
+        try:
+            rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+            asked = [row for row in rows if row["split"] == split]
+            if not all(isinstance(row[name], str) for row in asked for name in ("question", "answer")):
+                raise TypeError("a question or an answer is no text")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{path}: not what fetch_data wrote ({error!r}); {REMAKE}") from None
         if not asked:
             raise UserError(f"{path}: has no row of the split {split}; take plain out of `evaluate.tasks`")
         found["plain"] = HeldOut.of(asked, tokenizer, ("answer",), str(path))

@@ -1009,7 +1009,7 @@ def test_a_folder_is_a_data_set_too_with_or_without_held_out_questions(workplace
     assert not {"questions.parquet", "plain.jsonl"} & {path.name for path in Path("data/raw").iterdir()}
     Path("mine/cut.parquet").write_bytes(b"PAR1")
     choose("data", "./mine", None, {"train": "cut"})
-    with pytest.raises(UserError, match=r"^mine/cut\.parquet: not a readable Parquet file"):
+    with pytest.raises(UserError, match=r"^mine/cut\.parquet: not a readable parquet file"):
         fetch_data.main()
     choose("data", "./mine", None, {"train": "dev"})
     with pytest.raises(UserError, match=r"^mine/dev\.parquet: no such file; see `data\.splits`"):
@@ -1219,7 +1219,7 @@ def test_plain_answers_that_evaluate_could_not_read_are_refused(workplace: Path,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, r"^data/embedded/questions\.parquet: not a readable Parquet file \("),
+        (None, r"^data/embedded/questions\.parquet: not a readable parquet file \("),
         (
             {"kind": None},
             r"^data/embedded/questions\.parquet: has no column `kind` of texts; it needs id, topic, kind, ",
