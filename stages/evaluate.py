@@ -38,6 +38,7 @@ from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
 from hermes.model.base import load, load_base, release, set_determinism
+from hermes.model.gguf import GgufModel
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
@@ -334,6 +335,10 @@ def main() -> None:
             raise UserError(
                 f"params.yaml: `evaluate.types` names {name}, which is not in {GGUF}; add it to `quantize.types`"
             )
+        with GgufModel(
+            GGUF / f"{name}.gguf", threads=1, weights=False
+        ):  # a damaged one is found before hours of others
+            pass
     held_out = read_held_out(settings, tokenizer)
     folders = run_suites(settings, tokenizer, names)
     compared = settings.divergence_pairs > 0

@@ -94,7 +94,7 @@ def fetch_folder(folder: Path, target: Path) -> None:
     Raises:
         UserError: the folder holds no safetensors model, or one with code.
     """
-    found = sorted({path for pattern in WANTED for path in folder.glob(pattern)})
+    found = sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
     if not any(path.suffix == ".safetensors" for path in found):
         raise UserError(f"params.yaml: `model.source` is {str(folder)!r}, which holds no safetensors model")
     refuse_code(folder, str(folder))
@@ -102,15 +102,19 @@ def fetch_folder(folder: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def write_template(folder: Path, template: str) -> None:
+def write_template(folder: Path, template: str, source: str) -> None:
     """Gives a model a chat template in place of its own.
 
     Raises:
-        UserError: it is no Jinja template that can render a conversation.
+        UserError: the tokenizer is damaged, or it is no Jinja template that can render a conversation.
     """
     only_template(folder, template)
     try:
-        AutoTokenizer.from_pretrained(folder).apply_chat_template(PROBE, tokenize=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries raise about the files of others
+        raise UserError(f"{source}: its tokenizer cannot be read ({type(error).__name__}: {error}); {BROKEN}") from None
+    try:
+        tokenizer.apply_chat_template(PROBE, tokenize=False)
     except Exception as error:  # whatever a template's expressions raise
         raise UserError(
             f"params.yaml: `model.chat_template` does not render a conversation ({type(error).__name__}: {error})"
@@ -143,9 +147,12 @@ def main() -> None:
         else:
             manifest["revision"], hashes = fetch_hub(settings.source, str(settings.revision), target)
         if settings.chat_template is not None:
-            write_template(target, settings.chat_template)
+            write_template(target, settings.chat_template, settings.source)
         elif (target / TEMPLATES[0]).is_file():
-            only_template(target, (target / TEMPLATES[0]).read_text())
+            try:
+                only_template(target, (target / TEMPLATES[0]).read_text())
+            except UnicodeDecodeError as error:
+                raise UserError(f"{settings.source}: {TEMPLATES[0]} is no UTF-8 ({error}); {BROKEN}") from None
         for name in (TEMPLATES[0], "tokenizer_config.json"):
             hashes.pop(name, None)  # they may be others now
         files = sorted(target.iterdir())

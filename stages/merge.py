@@ -10,13 +10,14 @@ answer. models/merged/merge.json says how much of the changes the rounding swall
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from hermes import params
 from hermes.artifacts import complete_folder, sha256_file, write_json
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model.adapter_merge import Merger, read_config
+from hermes.model.base import load_config
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
@@ -53,11 +54,14 @@ def check_adapter_fits(adapter: Path, base: Path) -> None:
 def generation_config(base: Path) -> GenerationConfig:
     """The base's, or where it has none what its config.json says; and it ends an answer also where the chat template ends one."""
     if (base / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(base)
+        try:
+            config = GenerationConfig.from_pretrained(base)
+        except Exception as error:  # whatever Transformers raises about a damaged one
+            raise UserError(
+                f"{base}: its generation_config.json cannot be read ({error}); delete it and run `dvc repro`"
+            ) from None
     else:
-        config = GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-        )
+        config = GenerationConfig.from_model_config(load_config(base))
     found, end = config.eos_token_id, end_of_answer(load_tokenizer(base))
     ends = found if isinstance(found, list) else [] if found is None else [found]
     if end not in ends:

@@ -9,18 +9,19 @@ from typing import Any, Literal
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hermes.artifacts import REMAKE, read_object
 from hermes.console import UserError, progress
-from hermes.model.base import device
+from hermes.model.base import device, load_config
 from hermes.model.safetensors_stream import Stored, stored_tensors, tensor_bytes, write_folder
 from hermes.settings.base import BaseSettings
 
 PIECE = 1 << 20  # weights
 PLAIN = {
+    "peft_type": "LORA",
     "use_dora": False,
     "use_rslora": False,
     "fan_in_fan_out": False,
@@ -95,7 +96,13 @@ class Adapter:
         adapter = cls(config["lora_alpha"] / config["r"])
         try:
             with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+                count = len(file.keys())
                 for name in sorted(file.keys()):
+                    kind = file.get_slice(name)
+                    if len(kind.get_shape()) != 2 or kind.get_dtype() != "F32":
+                        raise UserError(
+                            f"{folder}: {name} is {kind.get_dtype()} of {kind.get_shape()}; expected an F32 matrix; {REMAKE}"
+                        )
                     module, _, rest = name.removeprefix("base_model.model.").partition(".lora_A")
                     if rest:
                         second = name.replace(".lora_A.", ".lora_B.")
@@ -110,6 +117,10 @@ class Adapter:
                                 )
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder}: cannot be merged ({error}); delete it and run `dvc repro train`") from None
+        if not adapter.factors or 2 * len(adapter.factors) != count:
+            raise UserError(
+                f"{folder}: holds {count} tensors, of which {len(adapter.factors)} are pairs of A and B; {REMAKE}"
+            )
         return adapter
 
     def change(self, name: str) -> torch.Tensor:
@@ -137,7 +148,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def quantized_weights(folder: Path) -> set[str]:
     """The weights that hermes/model/base.py holds in nf4: those that Transformers gives to bitsandbytes."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = load_config(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from hermes.console import UserError
 from hermes.model import bf16_on_cpu
@@ -77,6 +77,22 @@ def load_base(folder: Path, settings: BaseSettings, sharded: bool = False) -> Pr
         False  # of a mixture of experts: its router is frozen, and needs no loss of its own
     )
     return model.train()
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a local model folder.
+
+    Raises:
+        UserError: the folder is missing, damaged or no model.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; run `dvc repro` to make it")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries raise about the files of others
+        raise UserError(
+            f"{folder}: is not a readable model ({type(error).__name__}: {error}); delete it and run `dvc repro`"
+        ) from None
 
 
 def load(

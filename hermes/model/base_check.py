@@ -3,6 +3,7 @@
 It refuses and shapes no output, so no stage depends on it.
 """
 
+import re
 import shutil
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import torch
 from gguf import GGUFReader
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from hermes.artifacts import read_object, scratch_folder, write_json
@@ -22,7 +23,7 @@ from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model import gguf_files
 from hermes.model.adapter_merge import PLAIN
-from hermes.model.base import load
+from hermes.model.base import load, load_config
 from hermes.model.gguf import GgufModel
 from hermes.model.safetensors_stream import DTYPES, stored_tensors
 from hermes.model.tokenizer import load_tokenizer
@@ -31,6 +32,7 @@ from hermes.training.exactness import quietly, shallow_config
 from hermes.training.lora import lora_config
 
 MEND = "choose another revision or model"
+RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")  # of Jinja
 NOTICED = 0.02  # of the logits' deviation; rounding to float16 is some 0.002
 
 
@@ -87,7 +89,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, config: Any, source: Path) 
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
-    """Refuses a chat template that is none, several, another one tomorrow, or without an end of an answer.
+    """Refuses a chat template that is none, several, another one tomorrow or at every run, or without an end of an answer.
 
     Raises:
         UserError: says which, and what to do.
@@ -103,6 +105,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
         raise UserError(
             f"{source}: its chat template writes today's date, so that ids differ from day to day; "
             "copy it to `model.chat_template` with a fixed date"
+        )
+    if RANDOM.search(template):
+        raise UserError(
+            f"{source}: its chat template draws at random, so that ids differ from run to run; "
+            "copy it to `model.chat_template` without that"
         )
     try:
         end_of_answer(tokenizer)
@@ -160,7 +167,7 @@ def check_lengths(folder: Path, longest: int) -> None:
     Raises:
         UserError: gives both lengths.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = load_config(folder)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and longest > positions:
         raise UserError(
@@ -174,7 +181,7 @@ def check_adapter(folder: Path, settings: TrainSettings, onto: str = "bf16") -> 
     Raises:
         UserError: names the layer, or what PEFT makes of it.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = load_config(folder)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head, stored = model.get_output_embeddings(), {tensor.name for tensor in stored_tensors(folder)}
@@ -214,8 +221,8 @@ def check_base(folder: Path) -> None:
     Raises:
         UserError: says why.
     """
+    config = load_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
         assert text is config or text.model_type, "its `text_config` names no `model_type`"
         if (folder / "generation_config.json").is_file():

@@ -5,6 +5,7 @@ format is a JSON header (dtype, shape and place of each tensor) and then the byt
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,14 +66,18 @@ def stored_tensors(folder: Path) -> list[Stored]:
     """All tensors of a folder's safetensors files, sorted by name.
 
     Raises:
-        UserError: there is none, a header cannot be read, a file is cut, or two files hold the same tensor.
+        UserError: there is none, a header cannot be read or contradicts itself, a file is cut, or two files hold the same tensor.
     """
     found: dict[str, Stored] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
+                if length > path.stat().st_size:
+                    raise ValueError("its header would be longer than the file")
                 header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("its header is no object")
             header.pop("__metadata__", None)
             entries = [
                 Stored(
@@ -88,6 +93,11 @@ def stored_tensors(folder: Path) -> list[Stored]:
             raise UserError(
                 f"{path}: not a readable safetensors file ({error}); delete the folder and run `dvc repro`"
             ) from None
+        for entry in entries:
+            if entry.dtype in DTYPES and entry.size != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
+                raise UserError(
+                    f"{path}: {entry.name} of {entry.shape} has {entry.size} bytes; delete the folder and run `dvc repro`"
+                )
         if max((entry.stop for entry in entries), default=0) != path.stat().st_size:
             raise UserError(f"{path}: is cut or has bytes too many; delete the folder and run `dvc repro`")
         if twice := found.keys() & header.keys():

@@ -13,6 +13,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the folder is missing, damaged, or has no tokenizer.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; run `dvc repro` to make it")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the libraries raise about the files of others

@@ -13,11 +13,11 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hermes.console import UserError
-from hermes.model.base import load, release
+from hermes.model.base import load, load_config, release
 from hermes.training.packing import padded_batch
 from hermes.training.shared_prefix import Forward, body, logits_alone, share_prefix
 
@@ -69,7 +69,7 @@ def quietly() -> Iterator[None]:
 
 def shallow_config(folder: Path) -> PreTrainedConfig:
     """The configuration of a model with as many of its layers as have every kind once."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = load_config(folder)
     count = getattr(config, "num_hidden_layers", 0)
     if not count or config.get_text_config() is not config:
         return config

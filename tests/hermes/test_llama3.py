@@ -29,7 +29,7 @@ def repaired() -> PreTrainedTokenizerBase:
     """The base's tokenizer as fetch_model leaves it for the profile a40."""
     with tempfile.TemporaryDirectory() as folder:
         PUBLISHED.save_pretrained(folder)
-        write_template(Path(folder), PROFILES["a40"]["model"]["chat_template"])
+        write_template(Path(folder), PROFILES["a40"]["model"]["chat_template"], "x")
         return AutoTokenizer.from_pretrained(folder)
 
 
