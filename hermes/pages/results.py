@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
 from hermes import params
+from hermes.artifacts import REMAKE
 from hermes.console import UserError
 from hermes.pages.figures import Curves, Row
 
@@ -17,6 +20,165 @@ EVALUATION, QUANTIZE = Path("data/evaluation"), Path("models/gguf/quantize.json"
 SUITES = EVALUATION / "suites.json"
 TASKS = ("strict", "preference", "perplexity", "failures")
 T = TypeVar("T")
+
+
+class Shape(BaseModel):
+    """A part of what a page reads, to hold a file against before anything is drawn; what is more in it is left alone."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Gain(Shape):
+    """A paired gain."""
+
+    points: float
+    low: float
+    high: float
+    n: int
+
+
+class Compared(Shape):
+    """A model in comparison.json."""
+
+    strict: Gain | None
+    unseen: Gain | None
+    preference: Gain | None = None
+    by_kind: dict[str, Gain]
+
+
+class Apart(Shape):
+    """How far a model is from another."""
+
+    mean_kl: float
+    top1_agreement: float
+
+
+class Rounded(Shape):
+    """What rounding did to a merge."""
+
+    swallowed: float
+    relative_error: float
+
+
+class Merge(Apart):
+    """A merge beside the model as it was trained."""
+
+    margin_difference: float
+    preferred_alike: float
+    rounding: Rounded
+
+
+class Chosen(Rounded):
+    """The merge that was made."""
+
+    base: str
+
+
+class Merges(Shape):
+    """merge.json."""
+
+    bf16: Merge | None = None
+    nf4: Merge | None = None
+    rounding: Chosen
+
+
+class File(Shape):
+    """A GGUF file in quantize.json."""
+
+    bytes: int
+    bits_per_weight: float
+    fallback: int
+
+
+class Files(Shape):
+    """quantize.json."""
+
+    files: dict[str, File]
+
+
+class Share(Shape):
+    """A share of the questions."""
+
+    accuracy: float | None
+    n: int
+
+
+class Strict(Shape):
+    """Instructions followed."""
+
+    seen: Share
+    unseen: Share
+    by_kind: dict[str, Share]
+
+
+class Perplexity(Shape):
+    """Of plain answers."""
+
+    value: float
+    tokens: int
+
+
+class Result(Shape):
+    """The scores of a model."""
+
+    strict: Strict | None = None
+    preference: Share | None = None
+    perplexity: Perplexity | None = None
+    failures: dict[str, int] | None = None
+
+
+class Average(Shape):
+    """A model in a suite of suites.json."""
+
+    average: dict[str, float]
+
+
+class Suite(Shape):
+    """A suite of suites.json."""
+
+    title: str
+    models: dict[str, Average]
+
+
+class Answer(Shape):
+    """A row of the answers of a model."""
+
+    id: str
+    kind: str
+    seen: bool
+    question: str
+    answer: str
+    strict: bool
+
+
+class Kept(Shape):
+    """A split in subset.json."""
+
+    read: int
+    kept: int
+    removed: dict[str, int]
+
+
+class Tokenized(Shape):
+    """A split in data.json."""
+
+    read: int
+    pairs: int
+    dropped: dict[str, int]
+    tokens: dict[str, dict[str, float]]
+
+
+class Trained(Shape):
+    """summary.json."""
+
+    first_loss: float
+    last_loss: float
+    steps: int
+    pairs: int
+    epochs: float
+    reference_difference: float
+    validation_step: int | None = None
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,33 +209,52 @@ def read_inputs() -> Inputs:
     """
     tree = params.read_yaml(params.PARAMS)
     profile = params.selected_profile(tree)
-    quantize = read(QUANTIZE, parse_mapping)
-    comparison, divergence = (read(EVALUATION / f"{name}.json", parse_mapping) for name in ("comparison", "divergence"))
+    quantize = read(QUANTIZE, shaped(Files))
+    comparison = read(EVALUATION / "comparison.json", shaped(dict[str, Compared]))
+    divergence = read(EVALUATION / "divergence.json", shaped(dict[str, Apart]))
+    if "merged" not in comparison:
+        raise UserError(f"{EVALUATION}/comparison.json: says nothing of merged; {REMAKE}")
     models = ["base", "merged", *(name for name in gguf_files(quantize, divergence) if name in comparison)]
     train = REPORTS / "train"
-    summary, history = read(train / "summary.json", parse_mapping), read(train / "history.csv", parse_curves)
+    summary, history = read(train / "summary.json", shaped(Trained)), read(train / "history.csv", parse_curves)
+    validation = read(train / "evaluation.csv", parse_curves)
     if len(history.get("step", ())) != summary["steps"]:
         raise UserError(
             f"{train}/history.csv: not the {summary['steps']} steps of summary.json; run `dvc repro --force train`"
         )
+    if "preference_loss" not in history:
+        raise UserError(f"{train}/history.csv: has no column preference_loss; run `dvc repro --force train`")
+    if validation.get("step", [None])[-1] != summary.get("validation_step"):
+        raise UserError(
+            f"{train}/evaluation.csv: does not end at step {summary.get('validation_step')}, as summary.json says; "
+            "run `dvc repro --force train`"
+        )
+    suites = read(SUITES, shaped(dict[str, Suite])) if SUITES.is_file() else {}
+    for name, suite in suites.items():
+        if missing := [model for model in models if model not in suite["models"]]:
+            raise UserError(f"{SUITES}: `{name}` says nothing of {missing[0]}; {REMAKE}")
+    results = {name: dict.fromkeys(TASKS) | read(EVALUATION / f"{name}.json", shaped(Result)) for name in models}
+    for name in ("base", "merged"):
+        known = results[name]["strict"] or {"by_kind": {}}
+        if odd := comparison["merged"]["by_kind"].keys() - known["by_kind"].keys():
+            raise UserError(
+                f"{EVALUATION}/comparison.json: compares {min(odd)}, which {name}.json does not have; {REMAKE}"
+            )
     return Inputs(
         profile=profile,
         params=params.flatten(shown_params(tree, profile)),
-        subset=read(REPORTS / "subset.json", parse_mapping),
-        data=read(REPORTS / "data.json", parse_mapping),
+        subset=read(REPORTS / "subset.json", shaped(dict[str, Kept])),
+        data=read(REPORTS / "data.json", shaped(dict[str, Tokenized])),
         history=history,
-        validation=read(train / "evaluation.csv", parse_curves),
+        validation=validation,
         summary=summary,
         quantize=quantize,
         comparison=comparison,
         divergence=divergence,
-        merge=read(EVALUATION / "merge.json", parse_mapping),
-        suites=read(SUITES, parse_mapping) if SUITES.is_file() else {},
-        results={name: dict.fromkeys(TASKS) | read(EVALUATION / f"{name}.json", parse_mapping) for name in models},
-        answers={
-            name: read(EVALUATION / f"{name}.jsonl", parse_answers)
-            for name in dict.fromkeys(["base", "merged", models[-1]])
-        },
+        merge=read(EVALUATION / "merge.json", shaped(Merges)),
+        suites=suites,
+        results=results,
+        answers={name: read_answers(name, results[name]) for name in dict.fromkeys(["base", "merged", models[-1]])},
     )
 
 
@@ -87,24 +268,62 @@ def read(path: Path, parse: Callable[[str], T]) -> T:
         return parse(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not what a stage wrote ({error}); delete it and run `dvc repro`") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: not what a stage wrote (`{where}`: {first['msg']}); {REMAKE}") from None
+    except (ValueError, TypeError, KeyError, OSError, RecursionError, csv.Error) as error:
+        raise UserError(f"{path}: not what a stage wrote ({error}); {REMAKE}") from None
 
 
 def parse_mapping(text: str) -> Row:
     """A JSON object."""
-    return dict(json.loads(text))
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, found {str(found)[:40]!r}")
+    return found
+
+
+def shaped(kind: Any) -> Callable[[str], Row]:
+    """A parser of a JSON object of this shape, which it leaves as it is."""
+
+    def parse(text: str) -> Row:
+        found = parse_mapping(text)
+        TypeAdapter(kind).validate_python(found)
+        return found
+
+    return parse
+
+
+def read_answers(model: str, result: Row) -> dict[str, Row]:
+    """The answers of a model by the id of their question, as many as its scores were counted from.
+
+    Raises:
+        UserError: they are not; or as `read`.
+    """
+    path = EVALUATION / f"{model}.jsonl"
+    answers = read(path, parse_answers)
+    counted = sum(kind["n"] for kind in result["strict"]["by_kind"].values()) if result["strict"] else 0
+    if len(answers) != counted:
+        raise UserError(f"{path}: has {len(answers)} answers, and {model}.json counts {counted}; {REMAKE}")
+    return answers
 
 
 def parse_curves(text: str) -> dict[str, list[float]]:
     """The columns of a CSV of numbers; an empty cell is not-a-number, which figures leave out."""
-    rows = list(csv.DictReader(text.splitlines()))
-    return {name: [float(row[name] or math.nan) for row in rows] for name in (rows[0] if rows else ())}
+    header, *rows = list(csv.reader(text.splitlines())) or [[]]
+    if len(set(header)) < len(header) or any(len(row) != len(header) for row in rows):
+        raise ValueError("a column is there twice, or a row has more or fewer cells than the first")
+    return {name: [float(row[place] or math.nan) for row in rows] for place, name in enumerate(header if rows else ())}
 
 
 def parse_answers(text: str) -> dict[str, Row]:
     """The rows of a file of answers by the id of their question, in the order of ids."""
-    rows = (json.loads(line) for line in text.split("\n") if line.strip())
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    for row in rows:
+        Answer.model_validate(row)
+    if len({row["id"] for row in rows}) < len(rows):
+        raise ValueError("two rows have one id")
     return {str(row["id"]): row for row in sorted(rows, key=lambda row: str(row["id"]))}
 
 
