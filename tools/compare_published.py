@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from hermes import hub
-from hermes.artifacts import open_parquet, read_json, sha256_file, write_json
+from hermes.artifacts import open_parquet, read_object, sha256_file, write_json
 from hermes.console import UserError
 from hermes.pages import published_run
 from hermes.run import run_tool
@@ -28,7 +28,9 @@ Row = tuple[str, ...]
 
 def difference_in_making() -> str | None:
     """What was done otherwise to make data/subset than to make the published one; None where nothing was."""
-    source, train = read_json(MANIFEST)["source"], read_json(REPORT)["train"]
+    source, train = read_object(MANIFEST).get("source"), read_object(REPORT).get("train")
+    if not isinstance(train, dict) or not {"kept", "removed"} <= train.keys():
+        raise UserError(f"{REPORT}: says nothing of the training pairs; run `dvc repro --force subset`")
     if source != published_run.DATA:
         return f"{MANIFEST}: the last run's data are {source}, not {published_run.DATA}"
     if train["kept"] != KEPT:
@@ -81,12 +83,12 @@ def published_rows() -> tuple[str, list[Row]]:
 def read_rows(path: Path) -> list[Row]:
     """Question, chosen and rejected of every row of a Parquet file."""
     with open_parquet(path) as file:
-        return [tuple(row[name] for name in COLUMNS) for row in file.read(columns=COLUMNS).to_pylist()]
+        return [tuple(row[name] for name in COLUMNS) for row in file.read(COLUMNS).to_pylist()]
 
 
 def is_due() -> bool:
     """Whether the last run's subset was made as the published one, and has not been compared yet."""
-    known = read_json(COMPARISON)["subset_sha256"] if COMPARISON.is_file() else None
+    known = read_object(COMPARISON).get("subset_sha256") if COMPARISON.is_file() else None
     return difference_in_making() is None and known != sha256_file(ROWS)
 
 

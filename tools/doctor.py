@@ -168,7 +168,9 @@ def gpu_problem() -> str:
 
 
 def git(root: Path, *arguments: str) -> str | None:
-    """What git prints, or None where it fails."""
+    """What git prints, or None where it fails or is not installed."""
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else None
 

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig
 
 from hermes import hub
-from hermes.artifacts import open_parquet, read_json
+from hermes.artifacts import open_parquet, read_object
 from hermes.console import UserError, printable
 from hermes.model import llama3
 from hermes.model.bf16_on_cpu import has_bfloat16
@@ -136,7 +136,7 @@ def model_shape(loaded: Profile) -> Shape:
     """The shape of the profile's base; a UserError where neither this checkout, its folder nor the Hub knows it."""
     source, revision = loaded.model.source, loaded.model.revision
     manifest = BASE / "manifest.json"
-    if manifest.is_file() and read_json(manifest)["source"] == source:
+    if manifest.is_file() and read_object(manifest).get("source") == source:
         try:
             return Shape.of(AutoConfig.from_pretrained(BASE, local_files_only=True, trust_remote_code=False))
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -178,12 +178,15 @@ def pair_lengths(loaded: Profile) -> tuple[Lengths, str]:
     manifest, tokens = RAW / "manifest.json", TOKENS / "train.parquet"
     if (
         all(path.is_file() for path in (tokens, manifest, SUBSET))
-        and read_json(manifest)["source"] == loaded.data.source
+        and read_object(manifest).get("source") == loaded.data.source
     ):
         with open_parquet(tokens) as file:
             table = file.read(columns=[f"{name}_ids" for name in Lengths._fields])
-        subset = read_json(SUBSET)["train"]
-        most = subset["read"] - sum(subset["removed"].values())
+        try:
+            subset = read_object(SUBSET)["train"]
+            most = subset["read"] - sum(subset["removed"].values())
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{SUBSET}: does not count the training pairs; run `dvc repro --force subset`") from None
         count = min(loaded.subset.k or most, most)
         found = [np.resize(pc.list_value_length(table[f"{name}_ids"]), count) for name in Lengths._fields]
         return Lengths(*found), f"{tokens}, {count:,} pairs"

@@ -63,7 +63,9 @@ def selected(name: str | None) -> Iterator[None]:
     tree = read_yaml(PARAMS)
     profiles = tree.get("profiles") or {}
     if name is not None and name not in profiles:
-        raise UserError(f"--profile {name}: no such profile in {PARAMS}; choose one of {', '.join(sorted(profiles))}")
+        raise UserError(
+            f"--profile {name}: no such profile in {PARAMS}; choose one of {', '.join(sorted(map(str, profiles)))}"
+        )
     if name in (None, tree.get("profile")):
         yield
         return

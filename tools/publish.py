@@ -58,7 +58,9 @@ def check_commit() -> str:
     """The commit that the working tree is; a UserError where it is none, or has changes."""
     commit, changed = git(Path(), "rev-parse", "HEAD"), git(Path(), "status", "--porcelain")
     if commit is None or changed is None:
-        raise UserError("this folder has no commit; a release has to say from which one it was made")
+        raise UserError(
+            "this folder has no commit, or git is not installed; a release has to say from which one it was made"
+        )
     if changed:
         names = ", ".join(line[3:] for line in changed.splitlines()[:3])
         raise UserError(f"the working tree has changes ({names}); commit them, so that a commit says what is published")

@@ -78,9 +78,15 @@ def prepare_suites(last: str) -> None:
     """Gets what benchmark suites need beside .venv up to the stage `last`, before hours are spent; a UserError where it cannot."""
     tree = params.read_yaml(params.PARAMS)
     profile = tree["profiles"][params.selected_profile(tree)]
-    wanted = list(profile.get("data", {}).get("decontaminate", ()))
-    if last == "evaluate":
-        wanted += profile.get("evaluate", {}).get("suites", ())
+    try:
+        wanted = list(profile.get("data", {}).get("decontaminate", ()))
+        if last == "evaluate":
+            wanted += profile.get("evaluate", {}).get("suites", ())
+    except (AttributeError, TypeError):
+        raise UserError(
+            f"{params.PARAMS}: `data.decontaminate` and `evaluate.suites` have to be lists; "
+            "`.venv/bin/python -m tools.check_params` says what else is wrong"
+        ) from None
     runs = benchmarks.runs([name for name in wanted if name in benchmarks.SUITES])
     if any(benchmarks.needs_math(run.task) for run in runs) and subprocess.run(["./setup.sh", "math"]).returncode:
         raise UserError(

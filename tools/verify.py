@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from safetensors import safe_open
 
 from hermes.artifacts import read_object, write_json
@@ -41,9 +42,18 @@ SHOWN = 3  # files of a stage whose difference is told
 
 
 def outs(lock: str) -> dict[str, Files]:
-    """The outs of every stage of a dvc.lock, by stage and path."""
-    stages = YAML(typ="safe", pure=True).load(lock)["stages"]
-    return {stage: {out["path"]: out["md5"] for out in entry.get("outs", ())} for stage, entry in stages.items()}
+    """The outs of every stage of a dvc.lock, by stage and path.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        stages = YAML(typ="safe", pure=True).load(lock)["stages"]
+        return {stage: {out["path"]: out["md5"] for out in entry.get("outs", ())} for stage, entry in stages.items()}
+    except (YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{LOCK}: not what DVC writes ({error!r}); `git checkout {LOCK}` brings the committed one back"
+        ) from None
 
 
 def object_of(root: Path, md5: str) -> Path:
@@ -86,7 +96,7 @@ def record(root: Path) -> None:
     status = subprocess.run([*DVC, "status", "--quiet"], cwd=root, env=environment(), capture_output=True, check=False)
     if status.returncode:
         raise UserError("not all stages are up to date; run `make repro` first")
-    known = read_object(root / HASHES) if (root / HASHES).is_file() else {}
+    known = read_object(HASHES, f"`git checkout {HASHES}` brings it back") if HASHES.is_file() else {}
     profile = selected_profile(read_yaml(root / PARAMS))
     known[profile] = {"made_on": machine.facts(), "stages": files_of(root)}
     write_json(root / HASHES, known)
@@ -214,12 +224,15 @@ def clone_of(root: Path, profile: str) -> Path:
 
 def verify(root: Path, profile: str, stage: str | None) -> int:
     """Rebuilds and compares; 0 where all is the same, 1 where something differs, DVC's exit code where it fails."""
-    known = read_object(root / HASHES).get(profile) if (root / HASHES).is_file() else None
+    known = read_object(HASHES, f"`git checkout {HASHES}` brings it back").get(profile) if HASHES.is_file() else None
     if known is None:
         raise UserError(
             f"{HASHES}: has no hashes of the profile {profile}; `python -m tools.verify --record` keeps those of a run"
         )
-    if doctor.git(root, "status", "--porcelain"):
+    changed = doctor.git(root, "status", "--porcelain")
+    if changed is None:
+        raise UserError("this folder is no clone, or git is not installed; results are rebuilt from its last commit")
+    if changed:
         print("verify: changes that are not committed are left out", file=sys.stderr)
     with only_one("verify") as lock, Relay() as relay:
         clone = clone_of(root, profile)
