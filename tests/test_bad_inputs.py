@@ -3,24 +3,31 @@
 A row is a name, what is done to a sound project, the program that then meets it as a user starts it, and what its line has to hold.
 """
 
+import gzip
 import hashlib
+import io
 import json
+import math
 import re
 import runpy
 import shutil
+import struct
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
 from hermes.artifacts import sha256_file, write_parquet
+from hermes.console import UserError
 from hermes.model.base import load
 from hermes.model.tokenizer import load_tokenizer
 from hermes.settings.tokenize import TokenizeSettings
@@ -28,6 +35,7 @@ from stages import tokenize
 from stages.train import save_adapter
 from tests.conftest import ROOT, cpu_params, make_byte_tokenizer, write_random_llama
 from tests.stages.test_report import write_reports
+from tools import verify
 
 SPLITS = ("train", "validation", "test")
 PROGRESS = re.compile(r".*: \d+ of (\d+|\?) .*")  # hermes.console.Lines
@@ -41,6 +49,8 @@ class Row(NamedTuple):
     change: Change  # of a sound project, in its folder
     program: str  # a stage, or a tool with its arguments
     said: str  # a pattern of its line
+    environment: Mapping[str, str] = {}
+    with_gguf: bool = False  # whether the project has a sound GGUF file first
 
 
 def run(program: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
@@ -91,7 +101,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
             TokenizeSettings(**params()["profiles"]["cpu"]["tokenize"]),
         )
         for split in SPLITS:
-            rows = pa.parquet.read_table(f"data/subset/{split}.parquet").to_pylist()
+            rows = pq.read_table(f"data/subset/{split}.parquet").to_pylist()
             ids, _ = tokenize.tokenize_split(rows, tokenizer, settings, split)
             write_parquet(Path(f"data/tokens/{split}.parquet"), pa.Table.from_pylist(ids, schema=tokenize.schema()))
         assert run("reference", patch) == (0, "")
@@ -188,6 +198,105 @@ def both(*changes: Change) -> Change:
     return lambda root: [change(root) for change in changes]
 
 
+def instead(name: str, content: bytes) -> Change:
+    """Another file of the training rows."""
+
+    def change(root: Path) -> None:
+        (root / "my-data/train.jsonl").unlink()
+        (root / "my-data" / name).write_bytes(content)
+
+    return change
+
+
+def parquet(make: Callable[[pa.Table], pa.Table] = lambda rows: rows) -> bytes:
+    """A Parquet file of what is made of four sound rows."""
+    file = io.BytesIO()
+    rows = [{"question": f"{i}?", "chosen": "a", "rejected": "b", "delta_score": i / 2} for i in range(4)]
+    pq.write_table(make(pa.Table.from_pylist(rows)), file)
+    return file.getvalue()
+
+
+def flipped(content: bytes, start: int, stop: int) -> bytes:
+    """Bytes of which some are the opposite."""
+    return content[:start] + bytes(255 - byte for byte in content[start:stop]) + content[stop:]
+
+
+def tensors(path: str, make: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Change:
+    """Other tensors in a sound safetensors file."""
+
+    def change(root: Path) -> None:
+        save_file({name: t.contiguous() for name, t in make(load_file(root / path)).items()}, root / path)
+
+    return change
+
+
+def headed(path: str, name: str, key: str, value: Any) -> Change:
+    """Another entry of a tensor in the header of a safetensors file."""
+
+    def change(root: Path) -> None:
+        content = (root / path).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        header[name][key] = value
+        text = json.dumps(header).encode()
+        (root / path).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    return change
+
+
+def indexed(index: str) -> Change:
+    """A base in another file, which this index is to find."""
+
+    def change(root: Path) -> None:
+        (root / BASE).rename(root / "models/base/model-1.safetensors")
+        (root / "models/base/model.safetensors.index.json").write_text(index)
+
+    return change
+
+
+def numbered(place: int, value: int, kind: str = "<Q") -> Change:
+    """Another number in the header of the GGUF file."""
+    return packed(lambda content: content[:place] + struct.pack(kind, value) + content[place + struct.calcsize(kind) :])
+
+
+def packed(make: Callable[[bytes], bytes]) -> Change:
+    """Other bytes of the GGUF file."""
+
+    def change(root: Path) -> None:
+        (root / GGUF).write_bytes(make((root / GGUF).read_bytes()))
+
+    return change
+
+
+def packed_file(path: str) -> Change:
+    """Flipped bytes in the pages of a Parquet file."""
+    return lambda root: (root / path).write_bytes(flipped((root / path).read_bytes(), 8, 60))
+
+
+def lines(path: str, make: Callable[[str], str]) -> Change:
+    """Another text of a file."""
+
+    def change(root: Path) -> None:
+        old = (root / path).read_text()
+        assert make(old) != old
+        (root / path).write_text(make(old))
+
+    return change
+
+
+def nothing(root: Path) -> None:
+    """What is wrong is said by the arguments or the environment."""
+
+
+BASE, GGUF = "models/base/model.safetensors", "models/gguf/f16.gguf"
+ADAPTER, CONFIG = "models/adapter/adapter_model.safetensors", "models/adapter/adapter_config.json"
+EVAL, TRAIN = "data/evaluation", "reports/train"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+REMAKE = r"delete it and run `dvc repro`$"
+SEEN = r"; no other row fits either, see `data\.format` and `data\.columns` in params\.yaml$"
+PAIR = '"question": "q", "chosen": "a", "rejected": "b", "delta_score": 1'
+CSV = "question,chosen,rejected,delta_score\n"
+
 PARAMS = [  # a key of the profile, or of the top level behind a slash; a value; what the line says of it
     ("/seed", 2**32, r"`seed` is 4294967296: .* less than 4294967296$"),
     ("/seed", True, r"`seed` is True: .* valid integer$"),
@@ -233,6 +342,10 @@ PARAMS = [  # a key of the profile, or of the top level behind a slash; a value;
     ("train.max_grad_norm", float("inf"), r"train\.max_grad_norm` is inf: "),
     ("train.epochs", 0, r"train\.epochs` is 0: .* greater than 0$"),
     ("train.processes", 0, r"train\.processes` is 0: .* greater than 0$"),
+    ("data.source", "./" + "a" * 5000, r"`source` is '\./a+'\.\.\.; no file can have such a name$"),
+    ("data.source", "./a\0b", r"`source` is '\./a\\x00b'\.\.\.; no file can have such a name$"),
+    ("model.chat_template", "\ud83d{{ messages }}", r"model\.chat_template` is '\\ud83d\{\{ messages \}\}': holds half a character$"),
+    ("merge.max_shard_size", "٢GB", r"merge\.max_shard_size` is '٢GB': write it like 200MB or 5GB$"),
     ("merge.max_shard_size", "5TB", r"merge\.max_shard_size` is '5TB': write it like 200MB or 5GB$"),
     ("quantize.types", ["f16"], r"quantize\.types\.0` is 'f16': Input should be 'Q8_0', "),
     ("evaluate.split", "train", r"evaluate\.split` is 'train': Input should be 'validation' or 'test'$"),
@@ -246,17 +359,887 @@ TEXTS: list[tuple[str, str | bytes, str]] = [  # params.yaml as a whole; what th
     ("two documents", "---\nseed: 1\n---\nseed: 2\n", r"not valid YAML: expected a single document .* line 3"),
     ("a tag that would run code", "seed: !!python/object/apply:os.system ['true']\n", r"could not determine a constructor for the tag"),
     ("a profile inside itself", "profile: cpu\nprofiles: &a {cpu: *a}\n", r"unknown key `profiles\.cpu\.cpu`; allowed there: base"),
+    ("a profile named by a number", "profile: 1\nprofiles: {1: {}}\n", r"the profile 1 has a name that is no text; write it in quotes$"),
+    ("profiles of mixed names", "profile: x\nprofiles: {1: {}, a: {}}\n", r"the profile 1 has a name that is no text"),
     ("a merge key of numbers", "<<: [1]\nprofile: cpu\nprofiles: {cpu: {}}\n", r"not valid YAML: .* expected a mapping for merging"),
     ("a list as a key", "? [1, 2]\n: 2\nprofile: cpu\nprofiles: {cpu: {}}\n", r"unknown key `\(1, 2\)`; allowed there: "),
 ]  # fmt: skip
+JSONL: list[tuple[str, bytes, str]] = [  # my-data/train.jsonl; what the line says of it
+    ("a byte order mark alone", b"\xef\xbb\xbf", r": has no rows$"),
+    ("UTF-16", ("{" + PAIR + "}\n").encode("utf-16"), r": not a readable jsonl file \('utf-8' codec can't decode"),
+    ("Latin-1", b'{"question": "\xe9"}\n', r": not a readable jsonl file \('utf-8' codec can't decode"),
+    ("a list with a comma too many", b'[{"question": "a"},]', r": not a readable jsonl file \("),
+    ("lists as rows", b"[[1]]", r": row 0 is '\[1\]'; expected an object with the columns as keys$"),
+    (
+        "columns of values",
+        b'{"question": ["a"], "chosen": ["b"], "rejected": ["c"], "delta_score": [1]}',
+        r", row 0: `question` is .* expected text" + SEEN,
+    ),
+    (
+        "rows under a key",
+        b'{"data": [{"question": "a"}]}',
+        r": column `question` is missing; found data; see `data\.columns`",
+    ),
+    ("empty objects", b"{}\n{}\n", r": has no rows$"),
+    (
+        "not a number as text",
+        b'{"question": NaN, "chosen": "a", "rejected": "b", "delta_score": 1}',
+        r", row 0: `question` is 'nan' .* expected text" + SEEN,
+    ),
+    (
+        "five hundred brackets",
+        b'{"question": ' + b"[" * 500 + b"]" * 500 + b', "chosen": "a", "rejected": "b", "delta_score": 1}',
+        r", row 0: `question` is .* expected text" + SEEN,
+    ),
+    (
+        "half a character in a question",
+        b'{"question": "\\ud83d", "chosen": "a", "rejected": "b", "delta_score": 1}',
+        r", row 0: a text holds half a character",
+    ),
+    (
+        "half a character in a column's name",
+        b'{"\\ud83d": 1, ' + PAIR.encode() + b"}",
+        r": not a readable jsonl file \(.*surrogates not allowed",
+    ),
+    (
+        "half a character in a carried column",
+        b'{"topic": "\\ud83d", ' + PAIR.encode() + b"}",
+        r", row 0: a value that no column can hold",
+    ),
+    (
+        "a column's name that clears the screen",
+        b'{"\\u001b[2J": "x"}',
+        r": column `question` is missing; found \\x1b\[2J; ",
+    ),
+    (
+        "messages as a plain answer",
+        b'{"question": "q", "chosen": [{"role": "user", "content": "x"}], "rejected": "b", "delta_score": 1}',
+        r", row 0: `chosen` is .* expected text" + SEEN,
+    ),
+    (
+        "a score in words",
+        b'{"question": "q", "chosen": "a", "rejected": "b", "delta_score": "high"}',
+        r", row 0: delta_score is \['high'\]; expected numbers" + SEEN,
+    ),
+]
+FILES: list[tuple[str, str, bytes, str]] = [  # in its place this file of my-data
+    ("is no gzip", "train.jsonl.gz", b"x", r"not a readable jsonl\.gz file \(Not a gzipped file"),
+    (
+        "ends inside",
+        "train.jsonl.gz",
+        gzip.compress(b'{"question": "a"}\n' * 90)[:30],
+        r"not a readable jsonl\.gz file \(Compressed file ended",
+    ),
+    (
+        "rubbish behind",
+        "train.jsonl.gz",
+        gzip.compress(b'{"question": "a"}\n') + b"rubbish",
+        r"not a readable jsonl\.gz file \(",
+    ),
+    ("empty", "train.csv", b"", r"not a readable csv file \(Empty CSV file\)$"),
+    ("header alone", "train.csv", CSV.encode(), r"has no rows$"),
+    ("short row", "train.csv", CSV.encode() + b"a,b\n", r"not a readable csv file \(.*Expected 4 columns, got 2"),
+    (
+        "semicolons",
+        "train.csv",
+        CSV.replace(",", ";").encode() + b"a;b;c;1\n",
+        r"column `question` is missing; found question;chosen",
+    ),
+    ("open quote", "train.csv", CSV.encode() + b'"a,b,c,1\n', r"not a readable csv file \("),
+    ("Latin-1", "train.csv", CSV.encode() + b"\xe9,b,c,1\n", r"not a readable csv file \(.*invalid UTF8 data\)$"),
+    ("UTF-16", "train.csv", (CSV + "a,b,c,1\n").encode("utf-16"), r"not a readable csv file \("),
+    ("empty", "train.parquet", b"", r"not a readable parquet file \(Parquet file size is 0 bytes\)$"),
+    ("magic alone", "train.parquet", b"PAR1PAR1", r"not a readable parquet file \("),
+    ("cut", "train.parquet", parquet()[:-20], r"not a readable parquet file \("),
+    ("JSON lines", "train.parquet", b'{"question": "a"}\n' * 9, r"not a readable parquet file \("),
+    ("footer flipped", "train.parquet", flipped(parquet(), -60, -8), r"not a readable parquet file \("),
+    (
+        "pages flipped",
+        "train.parquet",
+        flipped(parquet(), 8, 60),
+        r"not a readable parquet file \(row 0 or one behind it: ",
+    ),
+    ("no rows", "train.parquet", parquet(lambda t: t.slice(0, 0)), r"has no rows$"),
+    ("no columns", "train.parquet", parquet(lambda t: t.select([])), r"has no rows$"),
+    (
+        "bytes",
+        "train.parquet",
+        parquet(lambda t: t.set_column(0, "question", pa.array([b"\xff"] * 4))),
+        r"row 0: `question` is .*\(bytes\); expected text",
+    ),
+    (
+        "texts that are none",
+        "train.parquet",
+        parquet(lambda t: t.set_column(0, "question", pa.array([b"\xff"] * 4).view(pa.string()))),
+        r"can't decode byte 0xff",
+    ),
+    (
+        "only nothing",
+        "train.parquet",
+        parquet(lambda t: t.set_column(1, "chosen", pa.nulls(4))),
+        r"row 0: `chosen` is empty" + SEEN,
+    ),
+    (
+        "times",
+        "train.parquet",
+        parquet(lambda t: t.set_column(0, "question", pa.array([0] * 4, pa.timestamp("ns")))),
+        r"row 0: `question` is '1970-01-01 .* expected text",
+    ),
+    (
+        "column twice",
+        "train.parquet",
+        parquet(lambda t: t.append_column("chosen", t["chosen"])),
+        r"two columns are named `chosen`; rename one$",
+    ),
+]
+BETWEEN: list[tuple[str, Change, str, str]] = [  # a table that a stage hands to another
+    ("raw pages flipped", packed_file("data/raw/train.parquet"), "subset", r"data/raw/train\.parquet: "),
+    (
+        "raw of other columns",
+        wrote("data/raw/train.parquet", parquet(lambda t: t.select(["chosen"]))),
+        "subset",
+        r"data/raw/train\.parquet: column `question` is missing; found chosen",
+    ),
+    (
+        "raw gone",
+        gone("data/raw/train.parquet"),
+        "subset",
+        r"data/raw: has no train\.parquet; run `dvc repro fetch_data`$",
+    ),
+    (
+        "misfits a list",
+        wrote("data/raw/misfits.json", "[]"),
+        "subset",
+        r"data/raw/misfits\.json: holds '\[\]'; expected an object; " + REMAKE,
+    ),
+    (
+        "misfits without numbers",
+        wrote("data/raw/misfits.json", '{"train": {"zero": {"kind": "a", "found": "b"}}}'),
+        "subset",
+        r"data/raw/misfits\.json: not the misfits of train .*" + REMAKE,
+    ),
+    (
+        "misfits without kind",
+        wrote("data/raw/misfits.json", '{"train": {"0": {"found": "b"}}}'),
+        "subset",
+        r"data/raw/misfits\.json: not the misfits of train .*" + REMAKE,
+    ),
+    (
+        "suites no Parquet",
+        wrote("data/raw/suites.parquet", "no"),
+        "subset",
+        r"data/raw/suites\.parquet: not a readable Parquet file .*" + REMAKE,
+    ),
+    (
+        "suites of other columns",
+        wrote("data/raw/suites.parquet", parquet()),
+        "subset",
+        r"data/raw/suites\.parquet: has no column `suite`, but question, .*" + REMAKE,
+    ),
+    (
+        "tokens pages flipped",
+        packed_file("data/tokens/train.parquet"),
+        "reference",
+        r"data/tokens/train\.parquet: .*dvc repro",
+    ),
+    (
+        "tokens of other columns",
+        wrote("data/tokens/train.parquet", parquet()),
+        "reference",
+        r"data/tokens/train\.parquet: .*dvc repro",
+    ),
+    (
+        "tokens pages flipped before training",
+        packed_file("data/tokens/train.parquet"),
+        "train",
+        r"data/tokens/train\.parquet: .*dvc repro",
+    ),
+    (
+        "reference pages flipped",
+        packed_file("data/reference/train.parquet"),
+        "train",
+        r"data/reference/train\.parquet: .*dvc repro",
+    ),
+    (
+        "reference of other columns",
+        wrote("data/reference/train.parquet", parquet()),
+        "train",
+        r"data/reference/train\.parquet: .*dvc repro",
+    ),
+    (
+        "reference gone",
+        gone("data/reference"),
+        "train",
+        r"data/reference/train\.parquet: no such file; run `dvc repro` to make it$",
+    ),
+    (
+        "tokens pages flipped before a plan",
+        packed_file("data/tokens/train.parquet"),
+        "tools.plan --gpu A40",
+        r"data/tokens/train\.parquet: not a readable Parquet file .*" + REMAKE,
+    ),
+    (
+        "counts of rows a list before a plan",
+        wrote("reports/subset.json", "[]"),
+        "tools.plan --gpu A40",
+        r"reports/subset\.json: holds '\[\]'; expected an object",
+    ),
+    (
+        "no counts of rows before a plan",
+        wrote("reports/subset.json", '{"train": null}'),
+        "tools.plan --gpu A40",
+        r"reports/subset\.json: does not count the training pairs; run `dvc repro --force subset`$",
+    ),
+    (
+        "manifest a list before a plan",
+        wrote("models/base/manifest.json", "[]"),
+        "tools.plan --gpu A40",
+        r"models/base/manifest\.json: holds '\[\]'; expected an object",
+    ),
+    (
+        "manifest of other data",
+        wrote("data/raw/manifest.json", "{}"),
+        "tools.compare_published",
+        r"the last run's data are None, not ",
+    ),
+]
+MODELS: list[tuple[str, Change, str, str]] = [  # a model, its tokenizer or its chat template
+    (
+        "source: config cut",
+        cut("my-model/config.json"),
+        "fetch_model",
+        r"my-model/config\.json: not valid JSON .*; mend it at its source",
+    ),
+    (
+        "source: weights a folder",
+        both(gone("my-model/model.safetensors"), lambda root: (root / "my-model/model.safetensors").mkdir()),
+        "fetch_model",
+        r"`model\.source` is 'my-model', which holds no safetensors model$",
+    ),
+    (
+        "source: manifest a list",
+        wrote("my-model/manifest.json", "[]"),
+        "fetch_model",
+        r"my-model/manifest\.json: holds '\[\]'; expected an object",
+    ),
+    (
+        "source: template no UTF-8",
+        wrote("my-model/chat_template.jinja", b"\xff\xfe"),
+        "fetch_model",
+        r"\./my-model: chat_template\.jinja is no UTF-8 .*; mend it at its source",
+    ),
+    (
+        "source: tokenizer cut under a template of one's own",
+        both(param("model.chat_template", "{{ messages }}"), cut("my-model/tokenizer.json")),
+        "fetch_model",
+        r"\./my-model: its tokenizer cannot be read ",
+    ),
+    *(
+        (
+            f"template {text}",
+            param("model.chat_template", text),
+            "fetch_model",
+            rf"`model\.chat_template` does not render a conversation \({said}",
+        )
+        for text, said in (
+            ("{% for %}", "TemplateSyntaxError: "),
+            ("{{ 1 / 0 }}", "ZeroDivisionError: "),
+            ("{{ nobody.name }}", "UndefinedError: "),
+            ("{% include '/etc/passwd' %}", "TypeError: no loader"),
+            ("{{ ''.__class__.__mro__ }}", "SecurityError: "),
+        )
+    ),
+    ("base gone", gone("models/base"), "tokenize", r"models/base: no such folder; run `dvc repro` to make it$"),
+    ("merged gone", gone("models/merged"), "quantize", r"models/merged: no such folder; run `dvc repro` to make it$"),
+    *(
+        (
+            f"config.json {key}={value!r}",
+            keyed("models/base/config.json", key, value),
+            "tokenize",
+            rf"models/base: {said}",
+        )
+        for key, value, said in (
+            ("model_type", "nobody", r"is not a readable model \(ValueError: .* model type `nobody`"),
+            ("num_hidden_layers", "two", r"is not a readable model \(.*'num_hidden_layers' expected int"),
+            ("num_hidden_layers", 3, r"lacks model\.layers\.2\."),
+            ("num_hidden_layers", 1, r"holds what the architecture has no place for, model\.layers\.1\."),
+            ("num_attention_heads", 0, r"is not a readable model \(ZeroDivisionError"),
+            ("vocab_size", 10, r"its tokenizer has the id 258, and its embedding 10 rows"),
+            ("hidden_size", 10**12, r"has another shape than the architecture for model\.embed_tokens\.weight"),
+            ("dtype", "float7", r"is not a readable model \(.*float7"),
+            ("eos_token_id", -1, r"`eos_token_id` of config\.json is -1; correct it in a copy"),
+            ("quantization_config", {"bits": 4}, r"is quantized already "),
+        )
+    ),
+    *(
+        (
+            f"config cut before {stage}",
+            cut("models/base/config.json"),
+            stage,
+            r"models/base: .*config\.json' is not a valid JSON file.*dvc repro`$",
+        )
+        for stage in ("tokenize", "reference", "train", "merge")
+    ),
+    (
+        "config gone before a merge onto nf4",
+        both(gone("models/base/config.json"), param("merge.base", "nf4"), param("base.quantization", "nf4")),
+        "merge",
+        r"models/base: is not a readable model .*" + REMAKE,
+    ),
+    (
+        "generation_config cut before merge",
+        cut("models/base/generation_config.json"),
+        "merge",
+        r"models/base: its generation_config\.json cannot be read .*" + REMAKE,
+    ),
+    (
+        "generation_config a list",
+        wrote("models/base/generation_config.json", "[]"),
+        "tokenize",
+        r"models/base: is not a readable model \(",
+    ),
+    ("weights cut", cut(BASE), "tokenize", r"models/base/model\.safetensors: is cut or has bytes too many"),
+    (
+        "weights a pointer of Git LFS",
+        wrote(BASE, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"),
+        "tokenize",
+        r"model\.safetensors: .*its header would be longer than the file",
+    ),
+    (
+        "weights a pickle",
+        wrote(BASE, b"\x80\x04K\x01."),
+        "tokenize",
+        r"model\.safetensors: not a readable safetensors file \(",
+    ),
+    (
+        "weights' header a list",
+        wrote(BASE, (2).to_bytes(8, "little") + b"[]"),
+        "tokenize",
+        r"model\.safetensors: .*its header is no object",
+    ),
+    (
+        "a shape that is not its bytes",
+        headed(BASE, Q_PROJ, "shape", [7]),
+        "merge",
+        r"model\.safetensors: model\.layers\.0\.self_attn\.q_proj\.weight of \(7,\) has 8192 bytes; delete the folder",
+    ),
+    (
+        "an offset below zero",
+        headed(BASE, "model.norm.weight", "data_offsets", [-8, 120]),
+        "tokenize",
+        r"models/base.*: ",
+    ),
+    (
+        "a tensor missing",
+        tensors(BASE, lambda t: {k: v for k, v in t.items() if k != "model.norm.weight"}),
+        "tokenize",
+        r"models/base: lacks model\.norm\.weight",
+    ),
+    (
+        "a tensor too many",
+        tensors(BASE, lambda t: t | {"extra": torch.zeros(2)}),
+        "tokenize",
+        r"holds what the architecture has no place for, extra",
+    ),
+    (
+        "a tensor of another shape",
+        tensors(BASE, lambda t: t | {"model.norm.weight": torch.zeros(2)}),
+        "tokenize",
+        r"another shape than the architecture for model\.norm\.weight",
+    ),
+    (
+        "a tensor of int8",
+        tensors(BASE, lambda t: t | {"model.norm.weight": torch.zeros(64, dtype=torch.int8)}),
+        "tokenize",
+        r"model\.norm\.weight is I8; F32, F16, BF16 are read",
+    ),
+    (
+        "weights that are no numbers",
+        tensors(BASE, lambda t: t | {"model.norm.weight": torch.full((64,), math.nan)}),
+        "reference",
+        r"models/base: .*its weights are damaged$",
+    ),
+    ("index a list", indexed("[]"), "tokenize", r"models/base: is not a readable model \("),
+    ("index cut", indexed('{"metadata": {'), "tokenize", r"models/base: is not a readable model \(JSONDecodeError"),
+    (
+        "index of another file",
+        indexed('{"metadata": {}, "weight_map": {"model.norm.weight": "model-9.safetensors"}}'),
+        "tokenize",
+        r"is not a readable model \(FileNotFoundError: .*model-9\.safetensors",
+    ),
+    (
+        "tokenizer cut",
+        cut("models/base/tokenizer.json"),
+        "tokenize",
+        r"models/base: has no readable tokenizer \(JSONDecodeError",
+    ),
+    (
+        "tokenizer empty",
+        wrote("models/base/tokenizer.json", "{}"),
+        "tokenize",
+        r"models/base: has no readable tokenizer \(",
+    ),
+    (
+        "tokenizer of a kind that is none",
+        keyed("models/base/tokenizer.json", "model.type", "Nobody"),
+        "tokenize",
+        r"models/base: has no readable tokenizer \(",
+    ),
+    (
+        "tokenizer with an id too large",
+        keyed("models/base/tokenizer.json", "model.vocab.zzz", 100000),
+        "tokenize",
+        r"its tokenizer has the id 100000, and its embedding 259 rows",
+    ),
+    (
+        "tokenizer_config a list",
+        wrote("models/base/tokenizer_config.json", "[]"),
+        "tokenize",
+        r"models/base: has no readable tokenizer \(",
+    ),
+    *(
+        (f"base template {name}", wrote("models/base/chat_template.jinja", text), "tokenize", rf"models/base: .*{said}")
+        for name, text, said in (
+            ("empty", "", r"has no chat template; write one into `model\.chat_template`$"),
+            ("constant", "Hello", r"leaves out the answer; use a template that writes it$"),
+            (
+                "unfinished",
+                "{% for m in messages %}",
+                r"refuses the turns user, assistant \(Unexpected end of template",
+            ),
+            ("endless", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", r"refuses the turns .*recursion"),
+            ("no text", b"\xff", r"has no readable tokenizer \(UnicodeDecodeError"),
+            (
+                "random",
+                "{{ [1, 2] | random }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+                r"draws at random, so that ids differ from run to run",
+            ),
+        )
+    ),
+]
+ADAPTERS: list[tuple[str, Change, str]] = [
+    *(
+        (f"{key}={value!r}", keyed(CONFIG, key, value), said)
+        for key, value, said in (
+            ("r", True, r"adapter_config\.json: `r` is True; expected a positive number; " + REMAKE),
+            ("r", 10**400, r"adapter_config\.json: `r` is 10+; expected a positive number; " + REMAKE),
+            ("lora_alpha", -6, r"`lora_alpha` is -6; expected a positive number"),
+            ("lora_alpha", [6], r"`lora_alpha` is \[6\]; expected a positive number"),
+            ("base_model_name_or_path", None, r"`base_model_name_or_path` is None; expected text"),
+            ("base_model_name_or_path", "meta/llama", r"was trained on base meta/llama"),
+            ("use_dora", True, r"`use_dora` is True; only plain LoRA is merged here$"),
+            ("rank_pattern", {"q_proj": 8}, r"`rank_pattern` is \{'q_proj': 8\}; only plain LoRA"),
+            ("peft_type", "IA3", r"`peft_type` is 'IA3'; only plain LoRA is merged here$"),
+        )
+    ),
+    ("config a list", wrote(CONFIG, "[]"), r"adapter_config\.json: holds '\[\]'; expected an object; " + REMAKE),
+    ("weights gone", gone(ADAPTER), r"models/adapter: cannot be merged \(No such file"),
+    ("weights cut", cut(ADAPTER), r"models/adapter: cannot be merged \(.*; delete it and run `dvc repro train`$"),
+    ("weights empty", wrote(ADAPTER, ""), r"models/adapter: cannot be merged \("),
+    (
+        "no tensors",
+        tensors(ADAPTER, lambda t: {}),
+        r"models/adapter: holds 0 tensors, of which 0 are pairs of A and B; " + REMAKE,
+    ),
+    (
+        "A without B",
+        tensors(ADAPTER, lambda t: {k: v for k, v in t.items() if "layers.0" not in k or "lora_A" in k}),
+        r"models/adapter: cannot be merged \(File does not contain tensor .*lora_B",
+    ),
+    (
+        "B without A",
+        tensors(ADAPTER, lambda t: {k: v for k, v in t.items() if "layers.0" not in k or "lora_B" in k}),
+        r"models/adapter: holds 3 tensors, of which 1 are pairs of A and B",
+    ),
+    (
+        "of a layer that is not there",
+        tensors(ADAPTER, lambda t: {k.replace("layers.0", "layers.9"): v for k, v in t.items()}),
+        r"changes model\.layers\.9\.self_attn\.q_proj\.weight, which models/base does not have",
+    ),
+    (
+        "of another width",
+        tensors(ADAPTER, lambda t: {k: torch.zeros(3, 4) if "lora_B" in k else v for k, v in t.items()}),
+        r"changes model\.layers\.0\.self_attn\.q_proj\.weight by \(3, 64\); it is \(64, 64\)$",
+    ),
+    (
+        "a scalar",
+        tensors(ADAPTER, lambda t: {k: torch.tensor(1.0) if "lora_A" in k else v for k, v in t.items()}),
+        r"lora_A\.weight is F32 of \[\]; expected an F32 matrix; " + REMAKE,
+    ),
+    (
+        "three dimensions",
+        tensors(ADAPTER, lambda t: {k: v[..., None] for k, v in t.items()}),
+        r"is F32 of \[4, 64, 1\]; expected an F32 matrix",
+    ),
+    (
+        "int8",
+        tensors(ADAPTER, lambda t: {k: v.to(torch.int8) for k, v in t.items()}),
+        r"is I8 of .*; expected an F32 matrix",
+    ),
+    (
+        "half of it bfloat16",
+        tensors(ADAPTER, lambda t: {k: v.bfloat16() if "lora_A" in k else v for k, v in t.items()}),
+        r"is BF16 of .*; expected an F32 matrix",
+    ),
+    (
+        "no numbers",
+        tensors(ADAPTER, lambda t: {k: v * math.nan for k, v in t.items()}),
+        r"makes model\.layers\.0\.self_attn\.q_proj\.weight infinite or no number",
+    ),
+]
+GGUFS: list[tuple[str, Change]] = [
+    ("empty", packed(lambda content: b"")),
+    ("of another magic", packed(lambda content: b"GGML" + content[4:])),
+    ("of version 0", numbered(4, 0, "<I")),
+    ("in the other byte order", numbered(4, 3, ">I")),
+    ("of 2^63 tensors", numbered(8, 2**63)),
+    ("of 2^40 tensors", numbered(8, 2**40)),
+    ("of 2^62 keys", numbered(16, 2**62)),
+    ("of no keys", numbered(16, 0)),
+    ("with a key of 2^60 bytes", numbered(24, 2**60)),
+    ("cut in its header", cut(GGUF, 30 / 7e6)),
+    ("cut in its vocabulary", packed(lambda content: content[:5000])),
+    ("cut in its weights", packed(lambda content: content[:-1000])),
+    ("with flipped metadata", packed(lambda content: flipped(content, 24, 400))),
+    ("of an unknown architecture", packed(lambda content: content.replace(b"llama", b"nobod"))),
+    ("without tokens", packed(lambda content: content.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"))),
+    ("with a tensor twice", packed(lambda content: content.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"))),
+]
+REPORTS: list[tuple[str, Change, str, str]] = [  # what report reads: the file, what is done, what the line says
+    ("a list", wrote(f"{EVAL}/comparison.json", "[]"), "comparison.json", r"expected an object, found '\[\]'"),
+    (
+        "a list of pairs",
+        wrote(f"{EVAL}/comparison.json", '[["merged", {}]]'),
+        "comparison.json",
+        r"expected an object, found ",
+    ),
+    ("no merged", keyed(f"{EVAL}/comparison.json", "merged", None), "comparison.json", r"says nothing of merged"),
+    ("merged is null", wrote(f"{EVAL}/comparison.json", '{"merged": null}'), "comparison.json", r"`merged`: "),
+    (
+        "a gain in words",
+        keyed(f"{EVAL}/comparison.json", "merged.strict.points", "many"),
+        "comparison.json",
+        r"`merged\.strict\.points`: .*valid number",
+    ),
+    (
+        "a gain without an end",
+        keyed(f"{EVAL}/comparison.json", "merged.strict.low", None),
+        "comparison.json",
+        r"`merged\.strict\.low`: Field required",
+    ),
+    (
+        "a gain that is no number",
+        keyed(f"{EVAL}/comparison.json", "merged.strict.points", math.nan),
+        "comparison.json",
+        r"`merged\.strict\.points`: .*finite number",
+    ),
+    (
+        "a kind nobody was asked",
+        keyed(f"{EVAL}/comparison.json", "merged.by_kind.nobody", {"points": 1.0, "low": 0.0, "high": 2.0, "n": 3}),
+        "comparison.json",
+        r"compares nobody, which base\.json does not have",
+    ),
+    ("brackets", wrote(f"{EVAL}/comparison.json", "[" * 100_000), "comparison.json", r"recursion"),
+    (
+        "a folder",
+        both(gone(f"{EVAL}/comparison.json"), lambda root: (root / f"{EVAL}/comparison.json").mkdir()),
+        "comparison.json",
+        r"Is a directory",
+    ),
+    ("no text", wrote(f"{EVAL}/comparison.json", b"\xff\xfe{}"), "comparison.json", r"codec can't decode"),
+    ("a number", wrote(f"{EVAL}/divergence.json", "7"), "divergence.json", r"expected an object, found '7'"),
+    ("a file's list", keyed(f"{EVAL}/divergence.json", "Q8_0", []), "divergence.json", r"`Q8_0`: "),
+    (
+        "a divergence in words",
+        keyed(f"{EVAL}/divergence.json", "Q8_0.mean_kl", "small"),
+        "divergence.json",
+        r"`Q8_0\.mean_kl`: ",
+    ),
+    ("empty", wrote(f"{EVAL}/merge.json", "{}"), "merge.json", r"`rounding`: Field required"),
+    ("a text", keyed(f"{EVAL}/merge.json", "bf16", "x"), "merge.json", r"`bf16`: "),
+    (
+        "a share without accuracy",
+        keyed(f"{EVAL}/merged.json", "strict.seen", {}),
+        "merged.json",
+        r"`strict\.seen\.accuracy`: Field required",
+    ),
+    (
+        "an accuracy in quotes",
+        keyed(f"{EVAL}/merged.json", "strict.seen.accuracy", "0.5"),
+        "merged.json",
+        r"`strict\.seen\.accuracy`: .*valid number",
+    ),
+    (
+        "nothing measured",
+        wrote(f"{EVAL}/merged.json", '{"strict": null}'),
+        "comparison.json",
+        r"compares .*, which merged\.json does not have",
+    ),
+    (
+        "fewer answers",
+        lines(f"{EVAL}/merged.jsonl", lambda text: "".join(text.splitlines(True)[:5])),
+        "merged.jsonl",
+        r"has 5 answers, and merged\.json counts 60",
+    ),
+    ("no answers", wrote(f"{EVAL}/merged.jsonl", ""), "merged.jsonl", r"has 0 answers, and merged\.json counts 60"),
+    (
+        "each answer twice",
+        lines(f"{EVAL}/merged.jsonl", lambda text: 2 * text),
+        "merged.jsonl",
+        r"two rows have one id",
+    ),
+    (
+        "an answer without a question",
+        wrote(f"{EVAL}/merged.jsonl", '{"id": "1"}\n'),
+        "merged.jsonl",
+        r"`kind`: Field required",
+    ),
+    ("a number as a row", wrote(f"{EVAL}/base.jsonl", "1\n"), "base.jsonl", r"not what a stage wrote"),
+    ("no files", wrote("models/gguf/quantize.json", "{}"), "quantize.json", r"`files`: Field required"),
+    (
+        "a size in words",
+        keyed("models/gguf/quantize.json", "files.f16.bytes", "big"),
+        "quantize.json",
+        r"`files\.f16\.bytes`: .*valid integer",
+    ),
+    ("a list", wrote("reports/subset.json", "[]"), "subset.json", r"expected an object, found '\[\]'"),
+    ("no count", keyed("reports/subset.json", "train.kept", None), "subset.json", r"`train\.kept`: Field required"),
+    (
+        "reasons in a list",
+        keyed("reports/subset.json", "train.removed", []),
+        "subset.json",
+        r"`train\.removed`: .*valid dictionary",
+    ),
+    ("no lengths", keyed("reports/data.json", "train.tokens", None), "data.json", r"`train\.tokens`: Field required"),
+    ("null", wrote("reports/data.json", "null"), "data.json", r"expected an object, found 'None'"),
+    ("empty", wrote(f"{TRAIN}/summary.json", "{}"), "summary.json", r"`first_loss`: Field required"),
+    (
+        "a loss in words",
+        keyed(f"{TRAIN}/summary.json", "first_loss", "low"),
+        "summary.json",
+        r"`first_loss`: .*valid number",
+    ),
+    (
+        "without its last cell",
+        lines(f"{TRAIN}/history.csv", lambda text: text.rpartition(",")[0]),
+        "history.csv",
+        r"a row has more or fewer cells",
+    ),
+    (
+        "a cell too many",
+        lines(f"{TRAIN}/history.csv", lambda text: text.replace("\n1,", "\n1,1,")),
+        "history.csv",
+        r"a row has more or fewer cells",
+    ),
+    (
+        "a column twice",
+        lines(f"{TRAIN}/history.csv", lambda text: text.replace("preference_loss", "loss", 1)),
+        "history.csv",
+        r"a column is there twice",
+    ),
+    (
+        "a column missing",
+        lines(f"{TRAIN}/history.csv", lambda text: text.replace("preference_loss", "other", 1)),
+        "history.csv",
+        r"has no column preference_loss",
+    ),
+    (
+        "without its header",
+        lines(f"{TRAIN}/history.csv", lambda text: text.partition("\n")[2]),
+        "history.csv",
+        r"not the 120 steps",
+    ),
+    ("NUL", wrote(f"{TRAIN}/history.csv", b"step,loss\n1,\0\n"), "history.csv", r"not what a stage wrote"),
+    (
+        "a huge name",
+        wrote(f"{TRAIN}/history.csv", "step," + "x" * 200_000 + "\n1,2\n"),
+        "history.csv",
+        r"field larger than field limit",
+    ),
+    (
+        "its header alone",
+        lines(f"{TRAIN}/evaluation.csv", lambda text: text.partition("\n")[0]),
+        "evaluation.csv",
+        r"does not end at step 81, as summary\.json says",
+    ),
+    ("a list", wrote(f"{EVAL}/suites.json", "[]"), "suites.json", r"expected an object, found '\[\]'"),
+    ("a suite of nothing", wrote(f"{EVAL}/suites.json", '{"nous": null}'), "suites.json", r"`nous`: "),
+    (
+        "a suite without models",
+        wrote(f"{EVAL}/suites.json", '{"nous": {"title": "a", "models": {}}}'),
+        "suites.json",
+        r"`nous` says nothing of base",
+    ),
+]
+PIPELINES = [  # dvc.yaml; what the line says of it
+    ("gone", gone("dvc.yaml"), r"no such file; run this from the root of the repository$"),
+    ("empty", wrote("dvc.yaml", ""), r"expected a mapping of keys, found NoneType$"),
+    ("in conflict", replaced("dvc.yaml", "stages:\n", "<<<<<<< HEAD\nstages:\n"), r"not valid YAML: "),
+    *(
+        (
+            text,
+            wrote("dvc.yaml", text),
+            r"`stages` must map each stage to its keys, and its `params` be a list; see `git diff dvc\.yaml`$",
+        )
+        for text in (
+            "plots: []\n",
+            "stages: [subset]\n",
+            "stages: {subset: }\n",
+            "stages: {subset: {params: }}\n",
+            "stages: {subset: {params: seed}}\n",
+        )
+    ),
+]
+HELD_OUT: list[tuple[str, Change, str]] = [  # what evaluate is to ask, by its task
+    (
+        "plain",
+        wrote("data/raw/plain.jsonl", '{"split": "test", "question"'),
+        r"data/raw/plain\.jsonl: not what fetch_data wrote .*" + REMAKE,
+    ),
+    (
+        "plain",
+        wrote("data/raw/plain.jsonl", '{"question": "a", "answer": "b"}\n'),
+        r"data/raw/plain\.jsonl: not what fetch_data wrote \(KeyError\('split'\)\); " + REMAKE,
+    ),
+    ("plain", wrote("data/raw/plain.jsonl", "1\n"), r"data/raw/plain\.jsonl: not what fetch_data wrote .*" + REMAKE),
+    (
+        "plain",
+        wrote("data/raw/plain.jsonl", b"\xff\n"),
+        r"data/raw/plain\.jsonl: not what fetch_data wrote \(UnicodeDecodeError.*" + REMAKE,
+    ),
+    (
+        "instructions",
+        wrote("data/raw/questions.parquet", "x"),
+        r"data/raw/questions\.parquet: not a readable Parquet file .*" + REMAKE,
+    ),
+    (
+        "instructions",
+        wrote("data/raw/questions.parquet", parquet()),
+        r"data/raw/questions\.parquet: has no column `id`, but question, .*" + REMAKE,
+    ),
+    ("preference", packed_file("data/subset/test.parquet"), r"data/subset/test\.parquet: .*dvc repro"),
+]
+TOOLS: list[tuple[str, Change, str, str]] = [  # a tool with arguments or files that it cannot take
+    (
+        "check-params of nobody",
+        nothing,
+        "tools.check_params --profile nobody",
+        r"^check-params: params\.yaml: `profile: nobody` names no entry of `profiles`; choose one of cpu$",
+    ),
+    ("chat without files", nothing, "tools.chat", r"^chat: models/gguf/\*\.gguf: no such file; run: make repro$"),
+    (
+        "chat outside its folder",
+        wrote(GGUF, "x"),
+        "tools.chat --gguf ../gguf/f16",
+        r"^chat: models/gguf/\.\./gguf/f16\.gguf: no such file; choose one of f16$",
+    ),
+    (
+        "chat without a base",
+        both(wrote(GGUF, "x"), gone("models/base")),
+        "tools.chat",
+        r"^chat: models/base: no model there; run: make repro$",
+    ),
+    (
+        "sweep over nothing",
+        nothing,
+        "tools.sweep --betas ,",
+        r"^sweep: --betas: '' is not a number above 0; write them like ",
+    ),
+    ("sweep over infinity", nothing, "tools.sweep --betas inf", r"^sweep: --betas: 'inf' is not a number above 0"),
+    ("sweep outside a repository", nothing, "tools.sweep --seeds=1", r"^sweep: .* is not a git repository; clone it"),
+    (
+        "review outside a repository",
+        nothing,
+        "tools.review --base main",
+        r"^review: `main` is no commit, branch, tag or experiment here",
+    ),
+    (
+        "verify with hashes in a list",
+        wrote("reports/hashes.json", "[]"),
+        "tools.verify",
+        r"^verify: reports/hashes\.json: holds '\[\]'; expected an object; `git checkout reports/hashes\.json` brings it back$",
+    ),
+    (
+        "verify with hashes cut",
+        wrote("reports/hashes.json", '{"cpu": '),
+        "tools.verify",
+        r"^verify: reports/hashes\.json: not valid JSON .*; `git checkout reports/hashes\.json` brings it back$",
+    ),
+    (
+        "repro of profiles in a list",
+        param("/profiles", [1]),
+        "tools.repro --profile a40",
+        r"^repro: --profile a40: no such profile in params\.yaml; choose one of 1$",
+    ),
+    (
+        "repro of suites in a number",
+        param("evaluate.suites", 7),
+        "tools.repro",
+        r"^repro: params\.yaml: `data\.decontaminate` and `evaluate\.suites` have to be lists; .*check_params",
+    ),
+    (
+        "recipe of nothing",
+        wrote("base-merge.yaml", "{}"),
+        "tools.merge_base",
+        r"^merge-base: base-merge\.yaml: `seed`: Field required$",
+    ),
+    (
+        "publish under no name",
+        nothing,
+        "tools.publish --repo a/b/c",
+        r"^publish: REPO=a/b/c: not a repository of the Hub; expected owner/name$",
+    ),
+    (
+        "publish without git",
+        nothing,
+        "tools.publish --repo a/b",
+        r"^publish: this folder has no commit, or git is not installed; ",
+    ),
+    (
+        "verify without git",
+        wrote("reports/hashes.json", '{"cpu": {}}'),
+        "tools.verify",
+        r"^verify: this folder is no clone, or git is not installed; ",
+    ),
+    ("sweep without git", nothing, "tools.sweep --seeds 1", r"^sweep: git is not installed; run: apt-get install git$"),
+]
+PLAIN: list[tuple[str, str, str]] = [  # my-data/plain.jsonl
+    ("a list of numbers", "[1]", r"plain\.jsonl: row 0 is '1'; expected an object"),
+    (
+        "an unknown split",
+        '{"split": "dev", "question": "a", "answer": "b"}',
+        r"plain\.jsonl, row 0: `split` is 'dev'; expected one of train, validation, test$",
+    ),
+]
+QUESTION = {"id": "1", "topic": "tea", "kind": "lowercase", "constraint": "{}", "question": "Q?", "split": "test"}
 ROWS = [
     *(
-        Row(f"params {key}={value!r}", param(key, value), "subset", f"^subset: params\\.yaml: .*{said}")
+        Row(f"params {key}={value!r:.40}", param(key, value), "subset", f"^subset: params\\.yaml: .*{said}")
         for key, value, said in PARAMS
     ),
     *(
-        Row(f"params.yaml of {name}", wrote("params.yaml", text), "train", f"^train: params\\.yaml: .*{said}")
+        Row(f"params.yaml: {name}", wrote("params.yaml", text), "train", f"^train: params\\.yaml: .*{said}")
         for name, text, said in TEXTS
+    ),
+    *(Row(f"dvc.yaml: {name!r}", change, "subset", f"^subset: dvc\\.yaml: {said}") for name, change, said in PIPELINES),
+    *(
+        Row(
+            f"rows: {name}",
+            wrote("my-data/train.jsonl", text),
+            "fetch_data",
+            f"^fetch_data: my-data/train\\.jsonl{said}",
+        )
+        for name, text, said in JSONL
+    ),
+    *(
+        Row(f"{file}: {name}", instead(file, content), "fetch_data", f"^fetch_data: my-data/{file}.*{said}")
+        for name, file, content, said in FILES
+    ),
+    Row(
+        "rows in two files",
+        lambda root: shutil.copy(root / "my-data/train.jsonl", root / "my-data/train.json"),
+        "fetch_data",
+        r"^fetch_data: my-data: train\.jsonl and train\.json are both split train; keep one$",
     ),
     Row(
         "rows cut",
@@ -264,53 +1247,71 @@ ROWS = [
         "fetch_data",
         r"^fetch_data: my-data/test\.jsonl: not a readable jsonl file \(line 4: ",
     ),
-    Row(
-        "adapter of another rank",
-        keyed("models/adapter/adapter_config.json", "r", 8),
-        "merge",
-        r"^merge: models/adapter: .* is of rank 4, and adapter_config\.json says 8; ",
+    *(
+        Row(f"plain.jsonl: {name}", wrote("my-data/plain.jsonl", text), "fetch_data", f"^fetch_data: my-data/{said}")
+        for name, text, said in PLAIN
     ),
     Row(
-        "base: header beyond the file",
-        wrote("models/base/model.safetensors", b"\xff" * 16),
-        "tokenize",
-        r"^tokenize: models/base/model\.safetensors: .*delete the folder and run `dvc repro`$",
+        "two questions of one id",
+        wrote("my-data/questions.parquet", parquet(lambda rows: pa.Table.from_pylist([QUESTION] * 2))),
+        "fetch_data",
+        r"^fetch_data: my-data/questions\.parquet: two questions have the id '1'; .* give each its own$",
+    ),
+    *(Row(name, change, program, said) for name, change, program, said in BETWEEN),
+    *(Row(name, change, program, said) for name, change, program, said in MODELS),
+    *(Row(f"adapter: {name}", change, "merge", said) for name, change, said in ADAPTERS),
+    *(
+        Row(
+            f"GGUF {name}",
+            change,
+            "evaluate",
+            r"^evaluate: models/gguf/f16\.gguf: llama\.cpp cannot load it; .*`dvc repro quantize`",
+        )
+        for name, change in GGUFS
+    ),
+    *(
+        Row(
+            f"held out: {task} {number}",
+            both(param("evaluate.tasks", [task]), change),
+            "evaluate",
+            f"^evaluate: {said}",
+            with_gguf=True,
+        )
+        for number, (task, change, said) in enumerate(HELD_OUT)
+    ),
+    *(
+        Row(f"{file}: {name}", change, "report", rf"^report: .*/{file}: .*{said}.*run `dvc repro")
+        for name, change, file, said in REPORTS
     ),
     Row(
         "merged.jsonl cut",
-        cut("data/evaluation/merged.jsonl"),
+        cut(f"{EVAL}/merged.jsonl"),
         "report",
-        r"^report: data/evaluation/merged\.jsonl: not what a stage wrote \(.*\); delete it and run `dvc repro`$",
+        r"^report: data/evaluation/merged\.jsonl: not what a stage wrote \(.*\); " + REMAKE,
     ),
-    Row(
-        "history.csv with text",
-        wrote("reports/train/history.csv", "step,loss\n1,low\n"),
-        "report",
-        r"^report: reports/train/history\.csv: not what a stage wrote",
-    ),
-    Row(
-        "recipe cut",
-        wrote("base-merge.yaml", "seed: [1"),
-        "tools.merge_base",
-        r"^merge-base: base-merge\.yaml: not valid YAML: ",
-    ),
-    Row(
-        "GGUF type that is none",
-        wrote("models/gguf/f16.gguf", "x"),
-        "tools.chat --gguf Q9",
-        r"^chat: models/gguf/Q9\.gguf: no such file; choose one of f16$",
+    *(
+        Row(name, change, program, said, {"PATH": "/nowhere"} if "without git" in name else {})
+        for name, change, program, said in TOOLS
     ),
 ]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_a_bad_input_is_refused_in_one_line_and_leaves_the_rest_alone(
-    row: Row, project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    row: Row,
+    project: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(project)
+    if row.with_gguf or row.name.startswith("GGUF"):
+        shutil.copy(request.getfixturevalue("gguf_file"), project / GGUF)
     row.change(project)
     before = contents(project)
     capfd.readouterr()
+    for name, value in row.environment.items():
+        monkeypatch.setenv(name, value)
     code, last = run(row.program, monkeypatch)
     said = capfd.readouterr().err + last
     lines = [line for line in said.splitlines() if line and not PROGRESS.fullmatch(line)]
@@ -318,3 +1319,11 @@ def test_a_bad_input_is_refused_in_one_line_and_leaves_the_rest_alone(
     assert len(lines) == 1, said
     assert re.search(row.said, lines[0]), lines[0]
     assert contents(project) == before
+
+
+@pytest.mark.parametrize(
+    "lock", ["[", "[]", "", "stages: [1]", "stages: {a: }", "stages: {a: {outs: [{path: x}]}}", "\0"]
+)
+def test_a_lock_that_dvc_did_not_write_is_named_with_the_way_back(lock: str) -> None:
+    with pytest.raises(UserError, match=r"(?s)^dvc\.lock: not what DVC writes .*; `git checkout dvc\.lock` brings"):
+        verify.outs(lock)
