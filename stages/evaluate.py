@@ -282,7 +282,7 @@ def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase, pairs: Held
         (chosen, _), (rejected, _) = (score(rows, ids) for rows, ids in zip(both, answers[i], strict=True))
         return chosen - rejected
 
-    trained = PeftModel.from_pretrained(load_base(BASE, loaded.base), str(ADAPTER))
+    trained = PeftModel.from_pretrained(load_base(BASE, loaded.base), str(ADAPTER), local_files_only=True)
     expected = dict(logits(trained.get_base_model()))
     del trained
     release()

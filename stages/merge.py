@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 from hermes import params
 from hermes.artifacts import complete_folder, sha256_file, write_json
 from hermes.console import UserError
-from hermes.data.chat_text import end_of_answer
+from hermes.data.chat_text import end_of_answer, rendered
 from hermes.model.adapter_merge import Merger, read_config
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
@@ -53,7 +53,7 @@ def check_adapter_fits(adapter: Path, base: Path) -> None:
 def generation_config(base: Path) -> GenerationConfig:
     """The base's, or where it has none what its config.json says; and it ends an answer also where the chat template ends one."""
     if (base / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(base)
+        config = GenerationConfig.from_pretrained(base, local_files_only=True)
     else:
         config = GenerationConfig.from_model_config(
             AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
@@ -72,8 +72,8 @@ def check_companions(base: Path, merged: Path) -> None:
         UserError: something differs; names it.
     """
     ours, theirs = map(load_tokenizer, (merged, base))
-    probes = [t.apply_chat_template(PROBE, return_dict=False) for t in (ours, theirs)]
-    written = GenerationConfig.from_pretrained(merged).to_dict()
+    probes = [t(rendered(t, PROBE), add_special_tokens=False)["input_ids"] for t in (ours, theirs)]
+    written = GenerationConfig.from_pretrained(merged, local_files_only=True).to_dict()
     for name, left, right in (
         ("chat template", ours.chat_template, theirs.chat_template),
         ("ids of a probe conversation", *probes),

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hermes.artifacts import complete_file, sha256_folder
 from hermes.console import UserError
-from hermes.data.chat_text import ends_of_answer
+from hermes.data.chat_template import check_bounded
+from hermes.data.chat_text import ends_of_answer, rendered
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
 from hermes.model.tokenizer import load_tokenizer
@@ -71,8 +72,8 @@ class Conversation:
 
     def prompt(self, turns: list[dict[str, str]]) -> list[int]:
         """The token ids of these turns up to where the answer begins."""
-        ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return list(ids)
+        text = rendered(self.tokenizer, turns, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def base_gguf() -> Path:
@@ -163,6 +164,7 @@ def main() -> None:
     console = Console(highlight=False)
     files = {f"tuned ({tuned.stem})": tuned, "base (bf16)": base_gguf()}
     tokenizer = load_tokenizer(MERGED)
+    check_bounded(tokenizer)
     with ExitStack() as stack:
         conversations = {
             heading: Conversation(stack.enter_context(open_gguf(path, tokenizer)), tokenizer)

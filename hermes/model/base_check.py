@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hermes.artifacts import read_object, scratch_folder, write_json
 from hermes.console import UserError
+from hermes.data.chat_template import check_bounded
 from hermes.data.chat_text import end_of_answer
 from hermes.model import gguf_files
 from hermes.model.adapter_merge import PLAIN
@@ -105,6 +106,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
             "copy it to `model.chat_template` with a fixed date"
         )
     try:
+        check_bounded(tokenizer)
         end_of_answer(tokenizer)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -219,7 +221,7 @@ def check_base(folder: Path) -> None:
         text = config.get_text_config()
         assert text is config or text.model_type, "its `text_config` names no `model_type`"
         if (folder / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(folder)
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever the libraries raise about the files of others
         raise UserError(f"{folder}: is not a readable model ({type(error).__name__}: {error})") from None
     if text is not config:

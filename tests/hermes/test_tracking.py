@@ -148,6 +148,7 @@ def test_a_training_that_fails_sends_nothing_and_its_error_stays(tmp_path: Path)
 def test_an_address_that_is_none_turns_it_off_in_one_line(tmp_path: Path) -> None:
     workspace(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_BASE_URL": "nonsense"}
-    done = subprocess.run([sys.executable, "-c", LOGS], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)  # fmt: skip
+    command = [sys.executable, "-c", LOGS]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stderr.startswith("W&B is off: ")
     assert done.stderr.count("\n") == 1

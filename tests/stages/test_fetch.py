@@ -1071,6 +1071,15 @@ def test_a_chat_template_that_renders_no_conversation_is_refused(
     assert not Path("models/base").exists()
 
 
+def test_a_chat_template_without_an_end_is_refused(workplace: Path, tiny_model_folder: Path) -> None:
+    Path("mine").symlink_to(tiny_model_folder)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    choose("model", "./mine", None, chat_template=loop)
+    with pytest.raises(UserError, match=r"^params\.yaml: `model\.chat_template`: chat template: takes more than 5 s"):
+        fetch_model.main()
+    assert not Path("models/base").exists()
+
+
 OWN = CHAT_TEMPLATE.replace("You are a helpful assistant", "You are terse")
 OTHER = CHAT_TEMPLATE.replace("You are a helpful assistant", "You are verbose")
 
