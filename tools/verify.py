@@ -219,6 +219,8 @@ def verify(root: Path, profile: str, stage: str | None) -> int:
         raise UserError(
             f"{HASHES}: has no hashes of the profile {profile}; `python -m tools.verify --record` keeps those of a run"
         )
+    if stage is not None and stage not in known["stages"]:  # DVC would take one that begins with a dash for an option
+        raise UserError(f"no stage {stage}; choose one of {', '.join(known['stages'])}")
     if doctor.git(root, "status", "--porcelain"):
         print("verify: changes that are not committed are left out", file=sys.stderr)
     with only_one("verify") as lock, Relay() as relay:

@@ -107,7 +107,17 @@ def test_other_bits_are_told_by_file_and_number_and_the_clone_stays(
     assert (clone / "report.json").is_file()
 
 
+@pytest.mark.parametrize("stage", ["nonsense", "--help", "-f", ""])
+def test_what_is_no_stage_is_refused_before_anything_is_built(stage: str, project: Path) -> None:
+    with pytest.raises(UserError, match=r"^no stage .*; choose one of first"):
+        verify.verify(project, "cpu", stage)
+    assert not list((project / verify.SCRATCH).glob("verify-*"))
+
+
 def test_a_rebuild_that_fails_leaves_no_clone(project: Path) -> None:
+    known = read_json(verify.HASHES)
+    known["cpu"]["stages"]["nonsense"] = {}
+    verify.HASHES.write_text(json.dumps(known))
     assert verify.verify(project, "cpu", "nonsense") == 255
     assert not list((project / verify.SCRATCH).glob("verify-*"))
 
