@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from hermes.console import UserError, printable
+from hermes.console import UserError, escape_libraries, printable, warn
 from hermes.settings import experiment
 
 TIMINGS = Path("timings")
@@ -42,16 +42,17 @@ def run_tool(name: str, main: Callable[[], int | None], hint: str = "") -> None:
 
     `HERMES_TRACEBACK=1` shows the traceback of a mistake too. Where `main` returns an exit code, the process ends with it.
     """
+    escape_libraries()
     try:
         code = main()
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)
+        warn(f"{name}: interrupted; run the same command again to go on")
         sys.exit(130)
     except Exception as error:
         if isinstance(error, UserError) and not os.environ.get("HERMES_TRACEBACK"):
             sys.exit(f"{name}: {printable(str(error))}{hint}")
-        traceback.print_exc()
-        sys.exit(f"{name}: {type(error).__name__}, see the traceback above{hint}")
+        warn(*traceback.format_exc().splitlines())
+        sys.exit(printable(f"{name}: {type(error).__name__}, see the traceback above{hint}"))
     if code:
         sys.exit(code)
 
@@ -73,4 +74,4 @@ def record_timing(name: str, started: datetime, seconds: float) -> None:
         TIMINGS.mkdir(exist_ok=True)
         (TIMINGS / f"{name}.json").write_text(json.dumps(record | {"commit": commit}, indent=2) + "\n")
     except OSError as error:
-        print(f"{name}: done, but its time is not recorded: {error}", file=sys.stderr)
+        warn(f"{name}: done, but its time is not recorded: {error}")

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
 from hermes.evaluation.held_out import HeldOut, read_held_out
@@ -101,7 +101,7 @@ def run_suites(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, n
     runs = benchmarks.runs(settings.suites)
     folders: dict[str, Path] = {}
     for name in names if runs else ():
-        print(f"suites on {name}", flush=True)
+        say(f"suites on {name}")
         folders[name] = scratch_folder("suites") / run_benchmarks.folder_name(path_of(name), settings)
         run_benchmarks.run_all(
             runs, folders[name], partial(opened, path_of(name), settings, tokenizer), settings.context
@@ -340,7 +340,7 @@ def main() -> None:
     exact = Exact.of(settings, tokenizer, held_out["preference"]) if compared else None
     summaries, rows, apart = {}, {}, {}
     for name in names:
-        print(f"evaluating {name}", flush=True)
+        say(f"evaluating {name}")
         summaries[name], rows[name], apart[name] = evaluate_model(name, settings, tokenizer, held_out, exact)
     del exact
     pairs = {name: summaries[name].pop("pairs", []) for name in names}

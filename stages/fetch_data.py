@@ -31,7 +31,7 @@ from huggingface_hub import metadata_load
 
 from hermes import hub, params
 from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json, write_parquet
-from hermes.console import UserError, progress
+from hermes.console import UserError, progress, say
 from hermes.data.decontamination import FILE, write_questions
 from hermes.data.misfits import Misfit, write_misfits
 from hermes.data.pairs import PARTS, holds_messages, standard_batches, standard_schema
@@ -69,7 +69,7 @@ def common_schema(schemas: list[pa.Schema], where: str) -> pa.Schema:
 
     common = [pa.field(field.name, field.type) for field in schemas[0] if all(has(other, field) for other in schemas)]
     if odd := sorted({name for schema in schemas for name in schema.names} - {field.name for field in common}):
-        print(f"fetch_data: {where}: the files differ in {', '.join(odd)}, which is left out", flush=True)
+        say(f"fetch_data: {where}: the files differ in {', '.join(odd)}, which is left out")
     return pa.schema(common)
 
 
@@ -95,7 +95,7 @@ def standardize(sources: list[Path], target: Path, settings: Source, where: str)
     schema = common_schema([standard_schema(found, settings, where) for found, _ in tables], where)
     for found, _ in tables:
         if why := context_left_out(found, settings):
-            print(f"fetch_data: {where}: its column `context` {why}, and is left out", flush=True)
+            say(f"fetch_data: {where}: its column `context` {why}, and is left out")
             break
     with complete_file(target) as temporary:
         if len(sources) == 1 and is_standard(sources[0], tables[0][0], settings):

@@ -48,7 +48,7 @@ from hermes.artifacts import (
     sha256_folder,
     write_json,
 )
-from hermes.console import UserError, progress
+from hermes.console import UserError, progress, say
 from hermes.model.base import load_base, set_determinism
 from hermes.model.base_check import check_adapter
 from hermes.model.tokenizer import load_tokenizer
@@ -176,10 +176,7 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
     steps = s.max_steps or math.ceil(s.epochs * math.ceil(math.ceil(pairs / s.batch_size) / s.accumulation))
     if s.warmup_steps >= steps:
         reached = s.learning_rate * (steps - 1) / s.warmup_steps
-        print(
-            f"train: the warm-up of {s.warmup_steps} steps outlasts the {steps} steps; the rate reaches {reached:.3g}",
-            flush=True,
-        )
+        say(f"train: the warm-up of {s.warmup_steps} steps outlasts the {steps} steps; the rate reaches {reached:.3g}")
     try:
         config = DPOConfig(
             output_dir=str(output),

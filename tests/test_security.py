@@ -76,6 +76,23 @@ def test_a_chat_template_is_rendered_in_one_place(module: str) -> None:
     assert not found or module == "hermes/data/chat_template.py"
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_what_is_shown_is_escaped(module: str) -> None:
+    """Names of columns, profiles, files and tokens come from others, and hermes.console spells out what steers a terminal."""
+    if module in (
+        "hermes/console.py",
+        "tools/doctor.py",
+    ):  # doctor runs without packages, and escapes its checks itself
+        return
+    for name, call in calls(MODULES[module]):
+        assert name not in ("print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exc"), (
+            module,
+            call.lineno,
+        )
+        if name == "sys.exit" and any(isinstance(node, ast.JoinedStr) for node in ast.walk(call)):
+            assert "printable(" in ast.unparse(call), (module, call.lineno)
+
+
 def test_the_scan_finds_what_it_looks_for(tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
     path.write_text(

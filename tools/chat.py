@@ -23,7 +23,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from hermes.artifacts import complete_file, sha256_folder
-from hermes.console import UserError
+from hermes.console import UserError, escaped, printable, warn
 from hermes.data.chat_template import check_bounded
 from hermes.data.chat_text import ends_of_answer, rendered
 from hermes.model.gguf import GgufModel
@@ -82,7 +82,7 @@ def base_gguf() -> Path:
         raise UserError(f"{BASE}: no model there; run: make repro")
     path = SCRATCH / f"base-{sha256_folder(BASE)[:16]}.gguf"
     if not path.is_file():
-        print("chat: converting the base, once", file=sys.stderr)
+        warn("chat: converting the base, once")
         with complete_file(path) as temporary:
             convert(BASE, temporary, "bf16")
     return path
@@ -119,7 +119,7 @@ def side_by_side(answers: dict[str, str]) -> Table:
     """The answers in columns of equal width, {heading: answer}; what would steer the terminal is left out of them."""
     table = Table(expand=True)
     for heading in answers:
-        table.add_column(heading, ratio=1, overflow="fold")
+        table.add_column(Text(printable(heading)), ratio=1, overflow="fold")
     shown = ("".join(c for c in answer if c.isprintable() or c == "\n") for answer in answers.values())
     table.add_row(*map(Text, shown))  # Text: an answer's [brackets] are no markup
     return table
@@ -147,11 +147,11 @@ def chat(conversations: dict[str, Conversation], is_terminal: bool, console: Con
             console.print("a new conversation")
             continue
         if not is_terminal:
-            console.print(Text(f"you> {question}"))
+            console.print(Text(escaped(f"you> {question}")))
         try:
             answer(question, conversations, console)
         except UserError as error:
-            console.print(Text(str(error)))
+            console.print(Text(printable(str(error))))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 
 from hermes import hub
 from hermes.artifacts import open_parquet, read_json, sha256_file, write_json
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.pages import published_run
 from hermes.run import run_tool
 
@@ -105,7 +105,7 @@ def compare() -> list[str]:
 
 
 def main() -> None:
-    print("\n".join(compare()))
+    say(*compare())
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ class Check(NamedTuple):
         return not self.mend
 
     def __str__(self) -> str:
-        line = f"{self.name}: {self.finding}"
-        return f"ok       {line}" if self.ok else f"PROBLEM  {line}; {self.mend}"
+        line = f"{self.name}: {self.finding}" + ("" if self.ok else f"; {self.mend}")
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # hermes.console needs packages
+        return f"{'ok      ' if self.ok else 'PROBLEM '} {shown}"
 
 
 class Gpu(NamedTuple):

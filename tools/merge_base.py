@@ -26,7 +26,7 @@ from pydantic import PositiveInt, ValidationError, model_validator
 
 from hermes import hub, params
 from hermes.artifacts import complete_file, complete_folder, scratch_folder, sha256_file, write_json
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.run import run_tool
 from hermes.settings.sources import is_folder
 from stages import fetch_model
@@ -97,7 +97,7 @@ def resolve(path: Path = RECIPE) -> None:
             commit = HfApi().model_info(found[2]).sha
         except hub.ERRORS as error:
             raise hub.failure(error, found[2], "main") from None
-        print(f"{path}: {found[2]}@{commit}")
+        say(f"{path}: {found[2]}@{commit}")
         return f"{found[1]}{commit}"
 
     with complete_file(path) as temporary:
@@ -145,7 +145,7 @@ def main() -> None:
         }
         write_json(target / "manifest.json", manifest)
     shutil.rmtree(scratch_folder("base-merge"), ignore_errors=True)
-    print(
+    say(
         f"{OUTPUT}: merged; `source: ./{OUTPUT}` and `revision: null` in the `model` section of a profile take it as its base. "
         "Where they do already: `.venv/bin/dvc repro --force fetch_model`, since DVC does not watch that folder"
     )

@@ -26,7 +26,7 @@ from transformers import AutoConfig
 
 from hermes import hub
 from hermes.artifacts import open_parquet, read_json
-from hermes.console import UserError, printable
+from hermes.console import UserError, printable, say
 from hermes.model import llama3
 from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import UBATCH
@@ -449,7 +449,7 @@ def main() -> None:
         return
     text, why = plan(given.profile, given.gpu)
     if text and not given.quiet:
-        print(text)
+        say(*text.split("\n"))
     if given.disk and not why:
         found, mend = room(Path.cwd(), disk(load(given.profile)) - held(Path.cwd()))
         why = mend and f"{found}; {mend}"

@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hermes import hub
 from hermes.artifacts import complete_folder, read_json, scratch_folder, sha256_file
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.pages.render import render
 from hermes.pages.results import Inputs, Row, read_inputs
 from hermes.params import read_yaml
@@ -265,13 +265,13 @@ def main() -> None:
         check_name(options.repo, terms)
         files = assemble(folder, options.repo, commit, terms)
     for file in files:
-        print(f"{file['size']:>14,}  {file['sha256']}  {file['path']}")
-    print(f"card: {folder / CARD}")
+        say(f"{file['size']:>14,}  {file['sha256']}  {file['path']}")
+    say(f"card: {folder / CARD}")
     if options.push:
-        print(f"pushed: {push(folder, options.repo, commit)}")
+        say(f"pushed: {push(folder, options.repo, commit)}")
     else:
         total = sum(file["size"] for file in files)
-        print(
+        say(
             f"{len(files) + 1} files, {total / 1e9:.2f} GB, would become {options.repo}; nothing is pushed without PUSH=1"
         )
 

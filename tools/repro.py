@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hermes import hub, params
 from hermes.artifacts import read_json
-from hermes.console import UserError
+from hermes.console import UserError, say, warn
 from hermes.evaluation import benchmarks
 from hermes.run import run_tool
 from tools import compare_published, doctor, provenance, verify
@@ -122,7 +122,7 @@ def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ())
     """Runs `dvc repro` with the arguments `rest` under a profile, or `dvc exp run` with changed values; DVC's exit code."""
     with only_one("repro") as lock, Relay() as relay:
         if put_back():
-            print(f"repro: {params.PARAMS} is as it was before a run that was killed", file=sys.stderr)
+            warn(f"repro: {params.PARAMS} is as it was before a run that was killed")
         with selected(profile):
             if uses_gpu():
                 check_cuda()
@@ -169,13 +169,13 @@ def main() -> int:
     code = repro(arguments.profile, rest, arguments.set_param)
     if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
         lines = against_the_commit()
-        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *lines, sep="\n")
+        say("", headline(read_json(METRICS)), f"report: {REPORT}", *lines)
         if LOCK.is_file() and (
             len(lines) != 1 or not provenance.PROVENANCE.is_file()
         ):  # others than the committed results
             provenance.write(["make", "repro", *(f"PROFILE={name}" for name in [arguments.profile] if name)])
         for line in beside_the_published():
-            print(line)
+            say(line)
     return code
 
 

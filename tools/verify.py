@@ -16,7 +16,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 
 from hermes.artifacts import read_object, write_json
-from hermes.console import UserError
+from hermes.console import UserError, say, warn
 from hermes.params import PARAMS, read_yaml, selected_profile
 from hermes.run import TIMINGS, run_tool
 from tools import doctor, machine
@@ -90,7 +89,7 @@ def record(root: Path) -> None:
     profile = selected_profile(read_yaml(root / PARAMS))
     known[profile] = {"made_on": machine.facts(), "stages": files_of(root)}
     write_json(root / HASHES, known)
-    print(f"{HASHES}: {sum(map(len, known[profile]['stages'].values()))} files of the profile {profile}")
+    say(f"{HASHES}: {sum(map(len, known[profile]['stages'].values()))} files of the profile {profile}")
 
 
 def numbers(path: Path) -> dict[str, float]:
@@ -192,14 +191,14 @@ def compare(root: Path, clone: Path, known: dict[str, Any]) -> bool:
     found, same = files_of(clone, ran), True
     for stage, files in found.items():
         lines = compare_stage(root, clone, known["stages"].get(stage, {}), files)
-        print(
+        say(
             f"{stage}: {'the same bits' if not lines else f'{len(lines)} of {len(files)} files differ'} ({len(files)} files)"
         )
         for line in lines[:SHOWN]:
-            print(f"  {line}")
+            say(f"  {line}")
         same &= not lines
     apart = machine.differences(machine.facts(), known["made_on"])
-    print("machine: " + ("; ".join(apart) if apart else "as the one that made the committed results"))
+    say("machine: " + ("; ".join(apart) if apart else "as the one that made the committed results"))
     return same
 
 
@@ -222,7 +221,7 @@ def verify(root: Path, profile: str, stage: str | None) -> int:
     if stage is not None and stage not in known["stages"]:  # DVC would take one that begins with a dash for an option
         raise UserError(f"no stage {stage}; choose one of {', '.join(known['stages'])}")
     if doctor.git(root, "status", "--porcelain"):
-        print("verify: changes that are not committed are left out", file=sys.stderr)
+        warn("verify: changes that are not committed are left out")
     with only_one("verify") as lock, Relay() as relay:
         clone = clone_of(root, profile)
         command = [*DVC, "repro", "--force", "--no-run-cache", *([stage] if stage else [])]
@@ -234,7 +233,7 @@ def verify(root: Path, profile: str, stage: str | None) -> int:
     if rebuilt:
         shutil.rmtree(clone)
     else:
-        print(f"the rebuilt results stay in {clone.relative_to(root)}")
+        say(f"the rebuilt results stay in {clone.relative_to(root)}")
     return int(not rebuilt)
 
 

@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 
 from hermes.artifacts import complete_file, sha256_file, sha256_folder, write_json
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.evaluation import suite_tasks
 from hermes.evaluation.benchmarks import Run
 from hermes.evaluation.chat_models import ChatModel, Ids, TokenizedModel
@@ -204,7 +204,7 @@ def run_all(
         model = SuiteModel(chat, context)
         while waiting:
             run, task = waiting.pop(0)
-            print(f"  {run.label}, {len(waiting)} to go", flush=True)
+            say(f"  {run.label}, {len(waiting)} to go")
             result, rows = run_task(run, task, model)
             write_rows(folder / f"{run.label}.jsonl.gz", rows)
             write_json(folder / f"{run.label}.json", result)

@@ -4,7 +4,6 @@ It refuses and shapes no output, so no stage depends on it.
 """
 
 import shutil
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from hermes.artifacts import read_object, scratch_folder, write_json
-from hermes.console import UserError
+from hermes.console import UserError, warn
 from hermes.data.chat_template import check_bounded
 from hermes.data.chat_text import end_of_answer
 from hermes.model import gguf_files
@@ -145,10 +144,9 @@ def check_gguf(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             raise UserError(f"{folder}: no GGUF file can be made of it ({error}); {MEND}") from None
     off = float((found - expected).square().mean().sqrt() / expected.std())
     if not off < NOTICED:
-        print(
+        warn(
             f"{folder}: llama.cpp computes its first layers otherwise: logits are {100 * off:.1f} % of their deviation off; "
-            "the report says how far off each GGUF file is",
-            file=sys.stderr,
+            "the report says how far off each GGUF file is"
         )
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import patch_environment
 
 from hermes import params
 from hermes.artifacts import scratch_folder
-from hermes.console import printable
+from hermes.console import printable, warn
 from hermes.settings.untracked import TrackingSettings
 
 SECONDS = 20
@@ -110,4 +110,4 @@ def later(folder: Path) -> str:
 
 def say(text: str) -> None:
     """One line for the terminal."""
-    print(f"W&B {printable(text)}", file=sys.stderr, flush=True)
+    warn(f"W&B {printable(text)}")
