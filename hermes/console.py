@@ -1,6 +1,8 @@
 """How a program meets the person who runs it: one-line errors and progress."""
 
 import logging
+import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -9,6 +11,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+SECRET = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)|\bhf_[A-Za-z0-9]{20,}")  # who asks, in an address; a token of the Hub
 LAYOUT = warnings.formatwarning
 
 
@@ -47,8 +51,14 @@ def progress(items: Iterable[T], description: str, unit: str = "it") -> "tqdm[T]
 
 
 def escaped(text: str) -> str:
-    """A text in which what would steer a terminal is spelt out: control characters, direction marks and ends of lines."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """A text in which what would steer a terminal is spelt out: control characters, direction marks and ends of lines.
+
+    Tokens and passwords are left out, as errors of libraries hold addresses.
+    """
+    for name in SECRETS:
+        if value := os.environ.get(name):
+            text = text.replace(value, "***")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in SECRET.sub("***", text))
 
 
 def printable(text: str) -> str:

@@ -237,13 +237,15 @@ def fetch_hub(settings: Source, target: Path) -> tuple[Misfits, dict[str, Any]]:
     """
     source, revision = settings.source, str(settings.revision)
     listed = hub.list_files(source, revision, "dataset")
-    files = split_files(source, revision, settings.config)
+    files, known = split_files(source, revision, settings.config), {file.path for file in listed}
     for name in settings.splits.values():
         if name not in files:
             raise UserError(f"{source}@{revision}: has no split {name}; it has {', '.join(sorted(files))}")
         for file in files[name]:
             if not PurePosixPath(file).name.endswith(ENDINGS):
                 raise UserError(f"{source}@{revision}: {file} is not one of {', '.join(ENDINGS)}")
+            if file not in known:  # its card may name an address, or a file of this machine
+                raise UserError(f"{source}@{revision}: split {name} is {file}, which is no file of its; choose another")
     wanted = {CARD, *(file for name in settings.splits.values() for file in files[name])}
     folder = hub.download(source, revision, "dataset", [file for file in listed if file.path in wanted])
     misfits: Misfits = {}

@@ -79,6 +79,19 @@ def refuse_code(folder: Path, source: str) -> None:
             )
 
 
+def refuse_other_files(folder: Path) -> None:
+    """Refuses an index that looks for weights elsewhere than beside it.
+
+    Raises:
+        UserError: names the file.
+    """
+    for path in sorted(folder.glob("*.index.json")):
+        places = read_object(path, BROKEN).get("weight_map")
+        for name in places.values() if isinstance(places, dict) else ():
+            if not isinstance(name, str) or "/" in name or not hub.stays_inside(name):
+                raise UserError(f"{path.name}: names the file {name!r}, which is not beside it; {BROKEN}")
+
+
 def fetch_hub(source: str, commit: str, target: Path) -> tuple[str, dict[str, str]]:
     """Downloads a model repository at one commit into `target`; returns the commit and the hashes of its large files.
 
@@ -155,6 +168,7 @@ def main() -> None:
                 manifest |= {key: value for key, value in made.items() if key in MADE}
         else:
             manifest["revision"], hashes = fetch_hub(settings.source, str(settings.revision), target)
+        refuse_other_files(target)
         if settings.chat_template is not None:
             write_template(target, settings.chat_template)
         elif (target / TEMPLATES[0]).is_file():

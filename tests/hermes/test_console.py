@@ -82,3 +82,33 @@ def test_a_check_of_the_doctor_steers_nothing() -> None:
     for check in (doctor.Check("params", EVIL), doctor.Check("params", "x", EVIL)):
         assert SPELT in str(check)
         assert not steers(str(check))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "401 for https://user:SECRET@host/x",
+        "Bearer SECRET",
+        "the token hf_abcdefghijklmnopqrstuvwxyz0123 is invalid",
+        "HTTPError(url='https://SECRET@host')",
+    ],
+)
+def test_tokens_and_passwords_are_left_out(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "SECRET")
+    console.say(text)
+    console.warn(text)
+    with pytest.raises(SystemExit) as ended:
+        run_tool("tool", lambda: (_ for _ in ()).throw(console.UserError(text)))
+    found = capsys.readouterr()
+    said = found.out + found.err + str(ended.value)
+    assert said.count("***") == 3
+    assert "SECRET" not in said
+    assert "hf_abc" not in said
+
+
+def test_addresses_and_mentions_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "tests/tiny@0123 from https://host/a@b and me@example.org; hf_token, hf_bf16"
+    console.say(text)
+    assert capsys.readouterr().out == f"{text}\n"

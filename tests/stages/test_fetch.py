@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hermes import hub as hermes_hub
 from hermes import params
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
@@ -1069,6 +1070,68 @@ def test_a_chat_template_that_renders_no_conversation_is_refused(
     ):
         fetch_model.main()
     assert not Path("models/base").exists()
+
+
+@pytest.mark.parametrize("path", ["../x.parquet", "/tmp/x.parquet", "data/../../x.parquet", "..", "a\0b.parquet"])
+def test_a_listed_file_outside_of_the_repository_is_refused(workplace: Path, hub: str, path: str) -> None:
+    Hub.repositories["datasets/tests/outside"] = {"train.csv": b"a,b\n1,2\n", path: b"question\nx\n"}
+    choose("data", "tests/outside", COMMIT, {"train": "train"})
+    said = complaint(run("fetch_data", hub), "fetch_data")
+    assert f"lists {path!r}, which is no file of its folder" in said.replace("\\\\", "\\")
+    assert not Path("data/raw").exists()
+
+
+@pytest.mark.parametrize("path", ["..", "../x", "/x", "a/../../x", "", "a\0"])
+def test_a_path_that_leaves_its_folder_is_known(path: str) -> None:
+    assert not hermes_hub.stays_inside(path)
+
+
+@pytest.mark.parametrize("path", ["x", "a/b.parquet", "a..b/c", "..a"])
+def test_a_path_that_stays_is_known(path: str) -> None:
+    assert hermes_hub.stays_inside(path)
+
+
+def test_a_card_that_names_a_file_of_this_machine_reads_none(workplace: Path, hub: str) -> None:
+    secret = workplace / "secret.csv"
+    secret.write_text("question,chosen,rejected\nprivate,a,b\n")
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {secret}\n---\n"
+    Hub.repositories["datasets/tests/reaching"] = {"README.md": card.encode(), "train.csv": b"a\n1\n"}
+    choose("data", "tests/reaching", COMMIT, {"train": "train"})
+    said = complaint(run("fetch_data", hub), "fetch_data")
+    assert "private" not in said
+    assert not Path("data/raw").exists()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/x.safetensors", "..", "", 5])
+def test_an_index_that_names_weights_elsewhere_is_refused(workplace: Path, tiny_model_folder: Path, name: Any) -> None:
+    shutil.copytree(tiny_model_folder, "mine")
+    Path("mine/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    choose("model", "./mine", None)
+    with pytest.raises(UserError, match=r"^model\.safetensors\.index\.json: names the file .*, which is not beside it"):
+        fetch_model.main()
+    assert not Path("models/base").exists()
+
+
+def test_no_token_and_no_password_is_said_where_the_hub_refuses(
+    workplace: Path, hub: str, no_network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "hf_" + "canary" * 6
+    monkeypatch.setenv("HF_TOKEN", token)
+    Hub.gated.add("models/tests/tiny")
+    choose("model", "tests/tiny", COMMIT)
+    for endpoint in (hub, no_network):
+        for address in (
+            endpoint,
+            endpoint.replace("://", f"://someone:{token}@"),
+            endpoint.replace("://", "://someone:s3cret@"),
+        ):
+            done = run("fetch_model", address)
+            assert complaint(done, "fetch_model")
+            assert token not in done.stdout + done.stderr
+            assert "s3cret" not in done.stdout + done.stderr
+    Hub.gated.clear()
+    written = [path for path in workplace.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert not written
 
 
 def test_a_chat_template_without_an_end_is_refused(workplace: Path, tiny_model_folder: Path) -> None:
