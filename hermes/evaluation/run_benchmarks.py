@@ -40,6 +40,7 @@ CODE = (
     "training/packing",
     "training/row_attention",
     "training/answer_scores",
+    "data/chat_template",
     "data/chat_text",
     "data/prefixes",
 )
