@@ -28,7 +28,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from hermes import params
-from hermes.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json
+from hermes.artifacts import check_together, complete_file, complete_folder, read_json, scratch_folder, write_json
 from hermes.console import UserError
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
@@ -43,8 +43,8 @@ from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.evaluate import EvaluateSettings
 
+RAW, SUBSET, ADAPTER = Path("data/raw"), Path("data/subset"), Path("models/adapter")
 BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
-ADAPTER = Path("models/adapter")
 OUTPUT, TASKS = Path("data/evaluation"), Path(__file__).parent.parent / "hermes/evaluation/tasks"
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
@@ -324,6 +324,7 @@ def divergence(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, 
 def main() -> None:
     loaded = params.load(Params)
     settings = loaded.evaluate
+    check_together(RAW, SUBSET, BASE, ADAPTER, MERGED, GGUF)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
     set_determinism(settings.threads)

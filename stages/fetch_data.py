@@ -30,7 +30,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import metadata_load
 
 from hermes import hub, params
-from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json, write_parquet
+from hermes.artifacts import complete_file, complete_folder, open_parquet, write_manifest, write_parquet
 from hermes.console import UserError, progress
 from hermes.data.decontamination import FILE, write_questions
 from hermes.data.misfits import Misfit, write_misfits
@@ -351,9 +351,8 @@ def main() -> None:
             **on_the_hub,
             **({"mixed_with": mixed} if mixed else {}),
             **({"suites": suites} if suites else {}),
-            "files": {path.name: sha256_file(path) for path in sorted(target.iterdir())},
         }
-        write_json(target / "manifest.json", manifest)
+        write_manifest(target, **manifest)
 
 
 if __name__ == "__main__":

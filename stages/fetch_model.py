@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from hermes import hub, params
-from hermes.artifacts import complete_folder, read_object, sha256_file, write_json
+from hermes.artifacts import MANIFEST, complete_folder, read_object, write_json, write_manifest
 from hermes.console import UserError
 from hermes.run import run_stage
 from hermes.settings.model import ModelSettings
@@ -137,8 +137,8 @@ def main() -> None:
         elif is_folder(settings.source):
             folder = Path(settings.source)
             fetch_folder(folder, target)
-            if (folder / "manifest.json").is_file():  # as `make base` leaves one
-                made = read_object(folder / "manifest.json", BROKEN)
+            if (folder / MANIFEST).is_file():  # as `make base` leaves one
+                made = read_object(folder / MANIFEST, BROKEN)
                 manifest |= {key: value for key, value in made.items() if key in MADE}
         else:
             manifest["revision"], hashes = fetch_hub(settings.source, str(settings.revision), target)
@@ -148,9 +148,7 @@ def main() -> None:
             only_template(target, (target / TEMPLATES[0]).read_text())
         for name in (TEMPLATES[0], "tokenizer_config.json"):
             hashes.pop(name, None)  # they may be others now
-        files = sorted(target.iterdir())
-        manifest["files"] = {path.name: hashes.get(path.name) or sha256_file(path) for path in files}
-        write_json(target / "manifest.json", manifest)
+        write_manifest(target, hashes, **manifest)
 
 
 if __name__ == "__main__":

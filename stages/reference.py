@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hermes import params
-from hermes.artifacts import complete_folder, open_parquet, write_parquet
+from hermes.artifacts import check_together, complete_folder, open_parquet, write_manifest, write_parquet
 from hermes.console import UserError, progress
 from hermes.model.base import load_base, set_determinism
 from hermes.model.tokenizer import load_tokenizer
@@ -74,6 +74,7 @@ def read_pairs(split: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     loaded = params.load(Params)
+    made_from = check_together(BASE, TOKENS)
     set_determinism(loaded.base.threads)
     pairs = {split: read_pairs(split) for split in SPLITS}
     how = choose_forward(BASE, [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in pairs["train"]])
@@ -91,6 +92,7 @@ def main() -> None:
             ]
             check_finite(scored, f"{TOKENS}/{split}.parquet")
             write_parquet(target / f"{split}.parquet", pa.Table.from_pylist(scored, schema=SCHEMA))
+        write_manifest(target, made_from=made_from)
 
 
 if __name__ == "__main__":

@@ -40,13 +40,14 @@ from trl import DPOConfig, DPOTrainer
 
 from hermes import params
 from hermes.artifacts import (
+    check_together,
     complete_file,
     complete_folder,
     open_parquet,
     scratch_folder,
     sha256_file,
-    sha256_folder,
     write_json,
+    write_manifest,
 )
 from hermes.console import UserError, progress
 from hermes.model.base import load_base, set_determinism
@@ -146,11 +147,11 @@ def load_pairs(split: str) -> Dataset:
     return concatenate_datasets([ids, Dataset.from_dict(sums)], axis=1)
 
 
-def run_key(loaded: Params) -> str:
-    """A hash of everything the trained adapter depends on, to name its scratch folder."""
+def run_key(loaded: Params, made_from: dict[str, str]) -> str:
+    """A hash of everything the trained adapter depends on, to name its scratch folder; `made_from` are those of the folders."""
     code = [module.__file__ for name, module in sys.modules.items() if name.startswith(("hermes.", "stages."))]
     files = {Path(file) for file in (*code, __file__, PACKAGES) if file}
-    hashes = [sha256_folder(folder) for folder in (TOKENS, REFERENCE, BASE)] + sorted(map(sha256_file, files))
+    hashes = [*made_from.values(), *sorted(map(sha256_file, files))]
     inputs = json.dumps([loaded.model_dump(mode="json"), hashes], sort_keys=True)
     return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
@@ -354,8 +355,8 @@ def summarize(trainer: TrackedDPOTrainer, pairs: int, trained: int, difference: 
     }
 
 
-def run(loaded: Params, scratch: Path) -> None:
-    """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports."""
+def run(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
+    """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports; `made_from` as `run_key`."""
     tokenizer = load_tokenizer(BASE)
     main = distributed.is_main(loaded.train.processes)
     with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
@@ -384,10 +385,11 @@ def run(loaded: Params, scratch: Path) -> None:
     write_json(REPORTS / "summary.json", summarize(trainer, len(load_pairs("train")), trained, difference))
     with complete_folder(ADAPTER) as folder:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_adapter(model, folder, sha256_file(BASE / "manifest.json"), gathered)
+        save_adapter(model, folder, made_from[BASE.as_posix()], gathered)
+        write_manifest(folder, made_from=made_from)
 
 
-def run_alone(loaded: Params, scratch: Path) -> None:
+def run_alone(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
     """`run` where nobody else writes the same adapter or the same run's checkpoints, which are removed at its end.
 
     Of several processes the first one sees to that.
@@ -396,13 +398,13 @@ def run_alone(loaded: Params, scratch: Path) -> None:
         UserError: somebody else does.
     """
     if not distributed.is_main(loaded.train.processes):
-        run(loaded, scratch)
+        run(loaded, scratch, made_from)
         return
     scratch.parent.mkdir(parents=True, exist_ok=True)
     ADAPTER.parent.mkdir(exist_ok=True)
     try:
         with FileLock(f"{ADAPTER}.lock", timeout=0), FileLock(f"{scratch}.lock", timeout=0):
-            run(loaded, scratch)
+            run(loaded, scratch, made_from)
             shutil.rmtree(scratch, ignore_errors=True)
     except Timeout as error:
         raise UserError(f"{error.lock_file}: another training is running; wait for it or stop it") from None
@@ -414,10 +416,11 @@ def main() -> None:
     if s.processes > 1 and not distributed.is_launched():
         distributed.launch(s.processes, s.distribution, threads, "stages.train")
         return
+    made_from = check_together(BASE, TOKENS, REFERENCE)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     set_determinism(threads)
-    run_alone(loaded, scratch_folder("train") / run_key(loaded))
+    run_alone(loaded, scratch_folder("train") / run_key(loaded, made_from), made_from)
     PartialState().destroy_process_group()
 
 

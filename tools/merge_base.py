@@ -25,7 +25,7 @@ from mergekit.options import MergeOptions
 from pydantic import PositiveInt, ValidationError, model_validator
 
 from hermes import hub, params
-from hermes.artifacts import complete_file, complete_folder, scratch_folder, sha256_file, write_json
+from hermes.artifacts import complete_file, complete_folder, scratch_folder, write_manifest
 from hermes.console import UserError
 from hermes.run import run_tool
 from hermes.settings.sources import is_folder
@@ -138,12 +138,8 @@ def main() -> None:
     recipe = read_recipe()
     with complete_folder(OUTPUT) as target:
         merge(recipe, target)
-        manifest = {
-            "recipe": recipe.model_dump(),
-            "versions": {name: version(name) for name in ("mergekit", "safetensors", "torch", "transformers")},
-            "files": {path.name: sha256_file(path) for path in sorted(target.iterdir())},
-        }
-        write_json(target / "manifest.json", manifest)
+        versions = {name: version(name) for name in ("mergekit", "safetensors", "torch", "transformers")}
+        write_manifest(target, recipe=recipe.model_dump(), versions=versions)
     shutil.rmtree(scratch_folder("base-merge"), ignore_errors=True)
     print(
         f"{OUTPUT}: merged; `source: ./{OUTPUT}` and `revision: null` in the `model` section of a profile take it as its base. "

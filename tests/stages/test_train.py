@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOTrainer
 
 from hermes import params
-from hermes.artifacts import sha256_file, sha256_folder, write_parquet
+from hermes.artifacts import check_together, sha256_file, sha256_folder, write_manifest, write_parquet
 from hermes.console import UserError
 from hermes.model.base import load_base
 from hermes.settings.base import BaseSettings
@@ -78,6 +78,7 @@ def workspace(tmp_path: Path, byte_model_folder: Path, monkeypatch: pytest.Monke
             for i in range(count)
         ]
         write_parquet(tmp_path / f"data/tokens/{split}.parquet", pa.Table.from_pylist(rows, schema=schema()))
+    write_manifest(train.TOKENS, made_from=check_together(train.BASE))
     write_reference(FP32)
     return tmp_path
 
@@ -90,6 +91,11 @@ def write_reference(base: BaseSettings) -> None:
         with reference.open_parquet(reference.TOKENS / f"{split}.parquet") as file:
             rows = reference.score(model, file.read().to_pylist(), collate)
         write_parquet(reference.OUTPUT / f"{split}.parquet", pa.Table.from_pylist(rows, schema=reference.SCHEMA))
+    write_manifest(reference.OUTPUT, made_from=check_together(train.BASE, train.TOKENS))
+
+
+def made_from() -> dict[str, str]:
+    return check_together(train.BASE, train.TOKENS, train.REFERENCE)
 
 
 def with_train(**changes: object) -> train.Params:
@@ -97,7 +103,7 @@ def with_train(**changes: object) -> train.Params:
 
 
 def run(loaded: train.Params, scratch: str = "scratch") -> list[dict[str, float]]:
-    train.run(loaded, Path(scratch))
+    train.run(loaded, Path(scratch), made_from())
     lines = (train.REPORTS / "history.csv").read_text().splitlines()
     return [dict(zip(lines[0].split(","), map(float, line.split(",")), strict=True)) for line in lines[1:]]
 
@@ -175,17 +181,19 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
 
 
 def test_other_code_never_resumes_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = train.run_key(PARAMS)
-    assert train.run_key(PARAMS) == key
+    key = train.run_key(PARAMS, made_from())
+    assert train.run_key(PARAMS, made_from()) == key
+    for folder in made_from():
+        assert train.run_key(PARAMS, made_from() | {folder: "0" * 64}) != key
     changed = workspace / "packages.yaml"
     changed.write_text("torch: 0.0\n")
     monkeypatch.setattr(train, "PACKAGES", changed)
-    assert train.run_key(PARAMS) != key
+    assert train.run_key(PARAMS, made_from()) != key
 
 
 def test_one_folder_is_trained_in_by_one_process(workspace: Path) -> None:
     with FileLock(f"{train.ADAPTER}.lock"), pytest.raises(UserError, match="another training is running"):
-        train.run_alone(PARAMS, Path("scratch"))
+        train.run_alone(PARAMS, Path("scratch"), made_from())
 
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
@@ -367,7 +375,7 @@ def test_a_history_that_holds_no_number_is_refused_by_its_step(
     with pytest.raises(
         UserError, match=rf"^{name} is {value} at step 2; lower train\.learning_rate, train\.sft_weight or beta$"
     ):
-        train.run(PARAMS, tmp_path / "scratch")
+        train.run(PARAMS, tmp_path / "scratch", {})
     assert not train.ADAPTER.exists()
 
 
@@ -400,6 +408,8 @@ def test_a_base_that_gives_no_number_is_refused_by_the_reference(
     tensors = load_file(base / "model.safetensors")
     tensors[name][0, 0] = math.nan
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(base)
+    write_manifest(train.TOKENS, made_from=check_together(base.relative_to(workspace)))
     loaded = reference.Params(base=FP32, reference=ReferenceSettings(batch_size=8))
     monkeypatch.setattr(params, "load", lambda _: loaded)
     monkeypatch.setattr(reference, "set_determinism", lambda _: None)
