@@ -143,7 +143,7 @@ def main() -> None:
     shutil.rmtree(scratch_folder("base-merge"), ignore_errors=True)
     print(
         f"{OUTPUT}: merged; `source: ./{OUTPUT}` and `revision: null` in the `model` section of a profile take it as its base. "
-        "Where they do already: `.venv/bin/dvc repro --force fetch_model`, since DVC does not watch that folder"
+        "Where they do already, `make repro` sees that it is another one"
     )
 
 

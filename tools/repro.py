@@ -8,6 +8,8 @@
 DVC reads the profile from params.yaml, so another one has to stand there while DVC runs. It must not stay: the next
 plain `dvc repro` would start the big run. So the file's bytes are kept in .scratch first and put back at the end,
 however the run ended; after a kill -9 the next start puts them back. The exit code is DVC's.
+
+A folder that the profile names as its source is no dependency in dvc.yaml. Where it has changed, its stage runs first (tools/sources.py).
 """
 
 import argparse
@@ -25,7 +27,7 @@ from hermes.artifacts import read_json
 from hermes.console import UserError
 from hermes.evaluation import benchmarks
 from hermes.run import run_tool
-from tools import compare_published, doctor, provenance, verify
+from tools import compare_published, doctor, provenance, sources, verify
 from tools.dvc_runs import DVC, Relay, environment, only_one
 from tools.profiles import put_back, selected
 
@@ -128,6 +130,8 @@ def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ())
                 check_cuda()
                 check_plan(profile)
             prepare_suites("train" if "train" in rest else "evaluate")
+            if code := sources.fetch_changed(relay, lock, *({"--dry", "-n"} & {*rest})):
+                return code
             verb = ["exp", "run", *(f"--set-param={change}" for change in changes)] if changes else ["repro"]
             return relay.run([*DVC, *verb, *rest], lock)
 

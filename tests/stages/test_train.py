@@ -318,7 +318,8 @@ def test_gradients_before_and_after_an_evaluation_are_bit_equal_in_nf4(workspace
 
 def test_the_adapter_is_canonical(workspace: Path) -> None:
     run(PARAMS)
-    assert sorted(path.name for path in train.ADAPTER.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    assert sorted(path.name for path in train.ADAPTER.iterdir()) == names
     config = json.loads((train.ADAPTER / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(SETTINGS.lora_modules)
     assert config["base_model_name_or_path"].startswith("sha256:")
@@ -443,6 +444,7 @@ def test_a_batch_split_by_accumulation_takes_the_same_steps(workspace: Path) -> 
     for folder in (train.TOKENS, train.REFERENCE):  # 20 pairs: the last step of an epoch has 4 of 8
         table = pq.read_table(folder / "train.parquet").slice(0, 20)
         write_parquet(folder / "train.parquet", table)
+        write_manifest(folder)
     runs, adapters = [], []
     for batch_size, accumulation in ((8, 1), (1, 8)):
         settings = {"batch_size": batch_size, "accumulation": accumulation, "evaluations": 0, "sft_weight": 0.0}
