@@ -1001,7 +1001,7 @@ def test_a_folder_is_a_data_set_too_with_or_without_held_out_questions(workplace
     choose("data", "./mine", None, {"train": "test"})
     fetch_data.main()
     read = json.loads(Path("data/raw/manifest.json").read_text())["source_files"]
-    wanted = {"plain.jsonl", "questions.parquet", "test.parquet", "validation.parquet"}  # train.parquet plays no part
+    wanted = {"plain.jsonl", "questions.parquet", "test.parquet"}  # the others play no part
     assert read == {name: sha256_file(Path("mine") / name) for name in wanted}
     names = ["manifest.json", "plain.jsonl", "questions.parquet", *(f"{split}.parquet" for split in sorted(SPLITS))]
     assert sorted(path.name for path in Path("data/raw").iterdir()) == names
