@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from hermes import bits
 from hermes.console import UserError, printable
 from hermes.settings import experiment
 
@@ -27,7 +28,7 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
     """
 
     def checked() -> None:
-        experiment.check()
+        bits.check(experiment.check().bits)
         main()
 
     started = datetime.now(UTC)

@@ -14,9 +14,11 @@ from transformers import AutoConfig, GenerationConfig
 
 from hermes import params
 from hermes.artifacts import complete_folder, sha256_file, write_json
+from hermes.bits import Bits
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model.adapter_merge import Merger, read_config
+from hermes.model.base import as_computed
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
@@ -30,6 +32,7 @@ WEIGHTS = {"manifest.json", "model.safetensors.index.json", "merge.json"}
 class Params(params.Params):
     """Parameters of merge."""
 
+    bits: Bits
     base: BaseSettings
     merge: MergeSettings
 
@@ -91,7 +94,7 @@ def main() -> None:
         raise UserError("params.yaml: `merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
     check_adapter_fits(ADAPTER, BASE)
     with complete_folder(MERGED) as target:
-        merger = Merger(BASE, ADAPTER, settings.base, loaded.base)
+        merger = Merger(BASE, ADAPTER, settings.base, as_computed(loaded.base, loaded.bits))
         merger.write(target, shard)
         write_json(target / "merge.json", {"base": settings.base, **merger.rounding.summary()})
         for path in sorted(BASE.iterdir()):

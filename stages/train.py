@@ -48,8 +48,9 @@ from hermes.artifacts import (
     sha256_folder,
     write_json,
 )
+from hermes.bits import Bits
 from hermes.console import UserError, progress
-from hermes.model.base import load_base, set_determinism
+from hermes.model.base import as_computed, load_base, set_determinism
 from hermes.model.base_check import check_adapter
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
@@ -80,6 +81,7 @@ EVALUATION = ("loss", "preference_loss", "rewards/margins", "rewards/accuracies"
 class Params(params.Params, Science):
     """Parameters of train."""
 
+    bits: Bits
     base: BaseSettings
     train: TrainSettings
 
@@ -270,7 +272,7 @@ def build_trainer(
     check_adapter(BASE, s)
     pairs = zip(*(train[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
     how = choose_forward(BASE, list(pairs))
-    model = load_base(BASE, loaded.base, sharded=s.distribution == "fsdp")
+    model = load_base(BASE, as_computed(loaded.base, loaded.bits), sharded=s.distribution == "fsdp")
     try:
         trainer = (DealtDPOTrainer if s.processes > 1 else TrackedDPOTrainer)(
             model,

@@ -107,9 +107,10 @@ def of_python(root: Path, lock: str) -> Iterator[Check]:
     yield Check("packages", few(wrong) or f"all {len(pinned)} as locked", mend)
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
     yield Check("compiler", compiler or "no C++ compiler", "" if compiler else "run: apt-get install build-essential")
-    is_fast = re.search(r"\b(avx512bw|bf16)\b", read(Path("/proc/cpuinfo")))
-    slow = "no bfloat16, which goes through float32 and takes several times as long"
-    yield Check("cpu", "multiplies bfloat16" if is_fast else slow)
+    flags = set(read(Path("/proc/cpuinfo")).split())
+    fast, portable = "`bits: portable`, and `bits: avx512`, which is faster", "`bits: portable`"
+    none = "no AVX2: results are computed, but their bits are not those of other CPUs"
+    yield Check("cpu", fast if "avx512_bf16" in flags else portable if "avx2" in flags else none)
 
 
 def folder_of(package: str) -> Path:

@@ -55,7 +55,9 @@ SETTINGS = train.TrainSettings(
     processes=1,
     distribution="ddp",
 )
-PARAMS = train.Params(seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0, base=FP32, train=SETTINGS)
+PARAMS = train.Params(
+    seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0, bits="portable", base=FP32, train=SETTINGS
+)
 
 
 @pytest.fixture
@@ -400,7 +402,7 @@ def test_a_base_that_gives_no_number_is_refused_by_the_reference(
     tensors = load_file(base / "model.safetensors")
     tensors[name][0, 0] = math.nan
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    loaded = reference.Params(base=FP32, reference=ReferenceSettings(batch_size=8))
+    loaded = reference.Params(bits="portable", base=FP32, reference=ReferenceSettings(batch_size=8))
     monkeypatch.setattr(params, "load", lambda _: loaded)
     monkeypatch.setattr(reference, "set_determinism", lambda _: None)
     before = sha256_folder(reference.OUTPUT)

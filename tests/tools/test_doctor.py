@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hermes import bits
 from hermes.artifacts import write_json
-from hermes.model import bf16_on_cpu
 from tools import disk, doctor, plan, profiles
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,8 @@ def test_a_good_clone_is_fine_and_says_what_it_is(clone: Path) -> None:
     }
     assert found["branch"].finding == "main"
     assert found["params"].finding == "as committed, profile: cpu"
-    assert (found["cpu"].finding == "multiplies bfloat16") is bf16_on_cpu.has_bfloat16()
+    assert ("avx512" in found["cpu"].finding) is bits.can("avx512")
+    assert ("portable" in found["cpu"].finding) is bits.can("portable")
 
 
 def test_the_exit_status_and_the_last_line_say_whether_anything_is_wrong(
