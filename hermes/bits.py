@@ -43,19 +43,25 @@ def can(bits: str) -> bool:
     return platform.machine() in ("x86_64", "AMD64") and cpu_flags() >= NEEDED[bits]
 
 
+def set_variables(chosen: str) -> None:
+    """Sets the variables of a value of `bits` for what this process loads and starts."""
+    for name, value in VARIABLES[chosen].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    CHOSEN.append(chosen)
+
+
 def choose(stage: str) -> None:
-    """Sets the variables for a stage of this process; what is wrong with params.yaml is told later, when all of it is checked."""
+    """The same for a stage; what is wrong with params.yaml is told later, when all of it is checked."""
     chosen: object = "portable"
     if stage in CHOOSE:
         try:
             chosen = read_yaml(PARAMS).get("bits")
         except UserError:
             return
-    for name, value in VARIABLES.get(str(chosen), {}).items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    CHOSEN.append(str(chosen))
+    if chosen in VARIABLES:
+        set_variables(str(chosen))
 
 
 def check(bits: str) -> None:
