@@ -47,7 +47,7 @@ def test_a_check_fails_where_what_it_checks_is_broken_and_a_run_cut_short_leaves
     assert code == pytest.ExitCode.INTERRUPTED, "\n".join(printed)
     verdicts = {line["name"]: line["verdict"] for line in record["lines"]}
     assert {name for name, verdict in verdicts.items() if verdict != "fail"} == {"paging", "memory[4 layers of 8B]"}
-    assert len(verdicts) == 13
+    assert len(verdicts) == 15
     assert record["left"] == ["two processes[ddp]", "two processes[fsdp]"]
     findings = {line["name"]: line["finding"] for line in record["lines"]}
     assert "attention_math" in findings["attention kernel"]
