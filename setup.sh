@@ -110,9 +110,9 @@ refuse_altered() { # ends the script where pip refused a file by its hash
 
 # llama.cpp computes with what it is compiled for: on x86-64 with AVX2 and what came with it, on any of these CPUs the same, so that a
 # file's answers have the same bits (hermes/bits.py). A compiler joins no product with a sum by itself, since compilers differ in that.
-portable_flags() {
-    [ "$(uname -m)" != x86_64 ] || ! grep -qw avx2 /proc/cpuinfo 2>/dev/null ||
-        echo "-DGGML_NATIVE=off -DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-contract=off"
+portable_flags() { # nothing where a CPU has no AVX2 (Linux names it in /proc/cpuinfo), which then computes as it can
+    ! grep -qw avx2 /proc/cpuinfo 2>/dev/null ||
+        echo "-DGGML_NATIVE=off -DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-contract=off "
 }
 
 step() { # step "what it does" command...: one line on success, the log's end on failure
@@ -197,7 +197,7 @@ mkdir .venv
 step_log=$("$python" -m venv .venv 2>&1) || die "$python -m venv failed: $(printf %s "$step_log" | tail -n 1)"
 sed -n '/^llama-cpp-python==/,/[^\\]$/p' requirements.lock >.venv/llama.lock # the pin and its hash
 step "installing what packages are built with" pip -r requirements-build.lock
-CMAKE_ARGS="$(portable_flags) ${CMAKE_ARGS:-}"
+CMAKE_ARGS="$(portable_flags)${CMAKE_ARGS:-}"
 export CMAKE_ARGS
 built=${XDG_CACHE_HOME:-$HOME/.cache}/hermes-dpo # pip does not tell one build from another, so each kind has a cache of its own
 case $device in
@@ -214,6 +214,7 @@ cuda)
         pip --no-binary llama-cpp-python --cache-dir "$built/pip-portable" -r .venv/llama.lock
     ;;
 esac
+unset CMAKE_ARGS
 lock=requirements-cuda.lock
 [ "$torch_lock" = "$lock" ] || ! install_cpu_torch || lock=requirements.lock
 step "installing $packages packages (about 4 minutes)" pip -r "$lock"

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -10,12 +11,35 @@ import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 
 from hermes import bits
 from hermes.console import UserError, printable
 from hermes.settings import experiment
 
 TIMINGS = Path("timings")
+
+
+class Stopped(BaseException):
+    """A signal asks this process to end. It is no Exception, so that no library takes it for an error of its own.
+
+    Args:
+        number: the signal.
+        kept: what the next run goes on from, in words.
+    """
+
+    def __init__(self, number: int, kept: str = "") -> None:
+        super().__init__(number)
+        self.number, self.kept = number, kept
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """A handler of signals that ends the process.
+
+    Raises:
+        Stopped: always.
+    """
+    raise Stopped(number)
 
 
 def run_stage(name: str, main: Callable[[], None]) -> None:
@@ -33,6 +57,8 @@ def run_stage(name: str, main: Callable[[], None]) -> None:
 
     started = datetime.now(UTC)
     clock = time.monotonic()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
     hint = " [earlier outputs: .venv/bin/dvc checkout && git checkout reports]"
     run_tool(name, checked, hint if "DVC_ROOT" in os.environ else "")
     record_timing(name, started, time.monotonic() - clock)
@@ -45,9 +71,11 @@ def run_tool(name: str, main: Callable[[], int | None], hint: str = "") -> None:
     """
     try:
         code = main()
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as error:
+        number, kept = (error.number, error.kept) if isinstance(error, Stopped) else (signal.SIGINT, "")
+        how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        print(f"{name}: {how}{kept}; run the same command again to go on", file=sys.stderr)
+        sys.exit(128 + number)
     except Exception as error:
         if isinstance(error, UserError) and not os.environ.get("HERMES_TRACEBACK"):
             sys.exit(f"{name}: {printable(str(error))}{hint}")

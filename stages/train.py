@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -53,7 +54,7 @@ from hermes.console import UserError, progress
 from hermes.model.base import as_computed, load_base, set_determinism
 from hermes.model.base_check import check_adapter
 from hermes.model.tokenizer import load_tokenizer
-from hermes.run import run_stage
+from hermes.run import Stopped, run_stage, stop
 from hermes.settings.base import BaseSettings
 from hermes.settings.train import Science, TrainSettings
 from hermes.training import distributed
@@ -235,6 +236,41 @@ class EvaluationSteps(TrainerCallback):
         control.should_evaluate = done // steps > (done - self.evaluations) // steps
 
 
+class CheckpointAndStop(TrainerCallback):
+    """On SIGTERM or Ctrl-C ends training behind the running step, with a checkpoint; a second signal ends it at once.
+
+    A rented GPU that is taken back sends SIGTERM and waits for half a minute; a step takes some seconds.
+
+    Raises:
+        Stopped: training was ended.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            stop(number, frame)
+        self.received = number
+        print("train: ending behind this step; once more ends it at once", file=sys.stderr, flush=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self.receive)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.received is not None and state.global_step < state.max_steps:
+            raise Stopped(self.received, f" behind step {state.global_step} of {state.max_steps}, which is kept")
+
+
 class ProgressAndTracking(TrainerCallback):
     """A progress bar with the latest preference loss, which begins at ln 2, and the same numbers to W&B where that is on."""
 
@@ -361,7 +397,10 @@ def run(loaded: Params, scratch: Path) -> None:
     tokenizer = load_tokenizer(BASE)
     main = distributed.is_main(loaded.train.processes)
     with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
-        trainer = build_trainer(loaded, scratch, tokenizer, [ProgressAndTracking(tracking)] if main else [])
+        # Several processes are told at once, but not in the same step: they end at once, and go on from the last checkpoint.
+        stopping = [CheckpointAndStop()] if loaded.train.processes == 1 else []
+        callbacks = [*stopping, *([ProgressAndTracking(tracking)] if main else [])]
+        trainer = build_trainer(loaded, scratch, tokenizer, callbacks)
         trained = sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad)
         state = torch.get_rng_state()
         difference = reference_difference(trainer)
