@@ -56,7 +56,7 @@ def check_adapter_fits(adapter: Path, base: Path) -> None:
 def generation_config(base: Path) -> GenerationConfig:
     """The base's, or where it has none what its config.json says; and it ends an answer also where the chat template ends one."""
     if (base / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(base)
+        config = GenerationConfig.from_pretrained(base, local_files_only=True)
     else:
         config = GenerationConfig.from_model_config(
             AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
@@ -76,7 +76,7 @@ def check_companions(base: Path, merged: Path) -> None:
     """
     ours, theirs = map(load_tokenizer, (merged, base))
     probes = [t.apply_chat_template(PROBE, return_dict=False) for t in (ours, theirs)]
-    written = GenerationConfig.from_pretrained(merged).to_dict()
+    written = GenerationConfig.from_pretrained(merged, local_files_only=True).to_dict()
     for name, left, right in (
         ("chat template", ours.chat_template, theirs.chat_template),
         ("ids of a probe conversation", *probes),
