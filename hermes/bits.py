@@ -5,8 +5,8 @@ torch, oneDNN and MKL choose kernels by what a CPU has, and other kernels add in
     portable    AVX2, which x86-64 CPUs have since about 2015, and float32: the types that every one of them multiplies
     avx512      AVX-512 with products of bfloat16; AMX, which newer CPUs have besides, stays unused
 
-The libraries read variables of the environment when they are loaded, so `choose` comes before them (stages/__init__.py), and `check`
-asks afterwards what they took. llama.cpp is compiled for AVX2 whatever `bits` says (setup.sh). On a GPU `bits` concerns what its CPU does.
+The libraries read variables of the environment when they are loaded, so `choose` comes before them (stages/__init__.py). Afterwards
+hermes/model/base.py asks them what they took. llama.cpp is compiled for AVX2 whatever `bits` says (setup.sh). On a GPU `bits` concerns what its CPU does.
 """
 
 import os
@@ -60,7 +60,7 @@ def choose(stage: str) -> None:
             chosen = read_yaml(PARAMS).get("bits")
         except UserError:
             return
-    if chosen in VARIABLES:
+    if str(chosen) in VARIABLES:
         set_variables(str(chosen))
 
 

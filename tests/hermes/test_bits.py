@@ -78,7 +78,7 @@ def test_a_mistake_in_params_yaml_is_left_to_the_check_of_all_of_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
-    for text in ("bits: fast\n", "bits: [", "seed: 1\n", None):
+    for text in ("bits: fast\n", "bits: [", "bits: [portable]\n", "bits: {}\n", "seed: 1\n", None):
         Path("params.yaml").unlink(missing_ok=True)
         if text is not None:
             Path("params.yaml").write_text(text)
