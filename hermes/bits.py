@@ -6,7 +6,8 @@ torch, oneDNN and MKL choose kernels by what a CPU has, and other kernels add in
     avx512      AVX-512 with products of bfloat16; AMX, which newer CPUs have besides, stays unused
 
 The libraries read variables of the environment when they are loaded, so `choose` comes before them (stages/__init__.py). Afterwards
-hermes/model/base.py asks them what they took. llama.cpp is compiled for AVX2 whatever `bits` says (setup.sh). On a GPU `bits` concerns what its CPU does.
+hermes/model/base.py asks them what they took. llama.cpp is compiled for AVX2 whatever `bits` says (setup.sh). On a GPU `bits` concerns
+what its CPU does.
 """
 
 import os
