@@ -94,8 +94,7 @@ sweep: setup
 
 ## make verify              rebuild the committed results, compare bits  make verify STAGE=train QUICK=1
 verify: setup
-	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call option,BITS,--bits=) \
-		$(call switch,QUICK,--quick)
+	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call option,BITS,--bits=) $(call switch,QUICK,--quick)
 
 ## make chat                talk to the trained model
 chat: setup

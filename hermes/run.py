@@ -101,17 +101,20 @@ def lack(error: BaseException | None) -> str | None:
         number = getattr(error, "errno", None)
         if found := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", said):
             number = number or int(found[1] or found[2])
-        where = getattr(error, "filename", None) or Path.cwd()
+        named = getattr(error, "filename", None)
+        where = named or Path.cwd()
         if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in said:
             free = shutil.disk_usage(Path.cwd()).free / 2**30
             return f"{where}: no space left ({free:.1f} GiB free here); free some and run the same command again, it goes on"
         if number == errno.EFBIG:
             return f"{where}: the file would be larger than this process may write; raise `ulimit -f` and run the same command again"
-        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if number == errno.EROFS:
             return f"{where}: {os.strerror(number)}; make it writable and run the same command again"
+        if named and number in (errno.EACCES, errno.EPERM):
+            return f"{where}: {os.strerror(number)}; give this user the right to it and run the same command again"
         if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in said for words in NO_MEMORY):
             return f"not enough memory ({said[:200] or type(error).__name__}); `make plan` says what a run needs"
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 

@@ -60,7 +60,7 @@ def test_a_folder_that_is_not_writable_is_named(tmp_path: Path) -> None:
     code, lines = run("raise PermissionError(13, 'no', PATH)", tmp_path)  # root may write anywhere
     assert (code, lines) == (
         1,
-        [f"tool: {tmp_path}: Permission denied; make it writable and run the same command again"],
+        [f"tool: {tmp_path}: Permission denied; give this user the right to it and run the same command again"],
     )
 
 
@@ -84,6 +84,11 @@ def test_an_error_behind_another_is_found_and_an_unknown_one_is_not() -> None:
     error = RuntimeError("could not save")
     error.__cause__ = OSError(28, "No space left on device", "here")
     assert str(lack(error)).startswith("here: no space left")
+    error.__context__, error.__cause__, error.__suppress_context__ = error.__cause__, None, False
+    assert str(lack(error)).startswith("here: no space left")
+    error.__suppress_context__ = True  # `from None`
+    assert lack(error) is None
+    assert lack(PermissionError(13, "a socket, of no name")) is None
     assert lack(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert lack(RuntimeError("shapes differ")) is None
     assert lack(FileNotFoundError(2, "No such file or directory", "x")) is None
