@@ -237,23 +237,25 @@ class EvaluationSteps(TrainerCallback):
 
 
 class CheckpointAndStop(TrainerCallback):
-    """On SIGTERM or Ctrl-C ends training behind the running step, with a checkpoint; a second signal ends it at once.
+    """On SIGTERM or Ctrl-C ends training behind the running step, with a checkpoint; the same signal again ends it at once.
 
-    A rented GPU that is taken back sends SIGTERM and waits for half a minute; a step takes some seconds.
+    A rented GPU that is taken back sends SIGTERM and waits for half a minute; a step takes some seconds, an evaluation between two steps
+    may take longer. `make` passes SIGTERM on as Ctrl-C, so that one stop may arrive as both.
 
     Raises:
         Stopped: training was ended.
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received: list[int] = []
         self.previous: dict[int, Any] = {}
 
     def receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if number in self.received:
             stop(number, frame)
-        self.received = number
-        print("train: ending behind this step; once more ends it at once", file=sys.stderr, flush=True)
+        if not self.received:
+            print("train: ending behind this step; once more ends it at once", file=sys.stderr, flush=True)
+        self.received.append(number)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -261,14 +263,14 @@ class CheckpointAndStop(TrainerCallback):
                 self.previous[number] = signal.signal(number, self.receive)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received is not None:
+        if self.received:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if self.received is not None and state.global_step < state.max_steps:
-            raise Stopped(self.received, f" behind step {state.global_step} of {state.max_steps}, which is kept")
+        if self.received and state.global_step < state.max_steps:
+            raise Stopped(self.received[0], f" behind step {state.global_step} of {state.max_steps}, which is kept")
 
 
 class ProgressAndTracking(TrainerCallback):
