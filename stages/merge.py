@@ -18,7 +18,7 @@ from hermes.bits import Bits
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model.adapter_merge import Merger, read_config
-from hermes.model.base import as_computed
+from hermes.model.base import as_computed, check_instructions
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
@@ -89,6 +89,7 @@ def check_companions(base: Path, merged: Path) -> None:
 
 def main() -> None:
     loaded = params.load(Params)
+    check_instructions()
     settings, shard = loaded.merge, parse_size(loaded.merge.max_shard_size)
     if settings.base == "nf4" and loaded.base.quantization != "nf4":
         raise UserError("params.yaml: `merge.base: nf4` needs `base.quantization: nf4`, which training would have used")

@@ -14,8 +14,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from hermes import bits
-from hermes.bits import Bits
+from hermes.bits import CHOSEN, Bits, can
 from hermes.console import UserError
 from hermes.settings.base import BaseSettings
 
@@ -44,8 +43,8 @@ def check_instructions() -> None:
     Raises:
         RuntimeError: it is something else.
     """
-    chosen = bits.CHOSEN[-1] if bits.CHOSEN else None
-    if chosen is None or not bits.can(chosen):
+    chosen = CHOSEN[-1] if CHOSEN else None
+    if chosen is None or not can(chosen):
         return
     found = torch.backends.cpu.get_cpu_capability(), bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if found != (("AVX512", True) if chosen == "avx512" else ("AVX2", False)):
