@@ -228,10 +228,13 @@ def clone_of(root: Path, profile: str, bits: str) -> Path:
 
 def verify(root: Path, profile: str, bits: str, stage: str | None) -> int:
     """Rebuilds and compares; 0 where all is the same, 1 where something differs, DVC's exit code where it fails."""
-    known = (read_object(root / HASHES) if (root / HASHES).is_file() else {}).get(profile, {}).get(bits)
+    recorded = read_object(root / HASHES) if (root / HASHES).is_file() else {}
+    known = recorded.get(profile, {}).get(bits)
     if known is None:
+        others = ", ".join(f"{name} with BITS={value}" for name in sorted(recorded) for value in sorted(recorded[name]))
         raise UserError(
-            f"{HASHES}: has no hashes of the profile {profile} with `bits: {bits}`; `python -m tools.verify --record` keeps those of a run"
+            f"{HASHES}: has no hashes of the profile {profile} with `bits: {bits}` to compare with; it has {others or 'none'}; "
+            "after `make repro`, `.venv/bin/python -m tools.verify --record` keeps those of your run"
         )
     if doctor.git(root, "status", "--porcelain"):
         print("verify: changes that are not committed are left out", file=sys.stderr)
