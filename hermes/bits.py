@@ -2,7 +2,7 @@
 
 torch, oneDNN and MKL choose kernels by what a CPU has, and other kernels add in another order. `bits` of params.yaml chooses instead:
 
-    portable    AVX2, which x86-64 CPUs have since about 2015, and float32: the types that every one of them multiplies
+    portable    AVX2, which most x86-64 CPUs have since about 2015, and float32, which all of them multiply
     avx512      AVX-512 with products of bfloat16; AMX, which newer CPUs have besides, stays unused
 
 The libraries read variables of the environment when they are loaded, so `choose` comes before them (stages/__init__.py). Afterwards

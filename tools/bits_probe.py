@@ -3,7 +3,7 @@
     python -m tools.bits_probe            (make doctor runs it)
 
 The operations are those of a training step on small random numbers, with the instructions that `bits` of params.yaml names. The hashes
-were made on AMD CPUs. Exit code 0: all are the same; 1: some are not, and `make verify` will say how far the results are apart.
+were made on one AMD CPU with AVX-512. Exit code 0: all are the same; 1: some are not, and `make verify` says how far results are apart.
 """
 
 import argparse
