@@ -12,7 +12,7 @@ takes.repro := PROFILE
 takes.train := PROFILE BETA LOSS SEED
 takes.sweep := BETAS SEEDS
 takes.review := BASE HEAD
-takes.verify := STAGE QUICK
+takes.verify := STAGE QUICK BITS
 takes.plan := PROFILE GPU
 takes.rehearse := PROFILE LAYERS PAIRS
 takes.base := RESOLVE
@@ -94,7 +94,7 @@ sweep: setup
 
 ## make verify              rebuild the committed results, compare bits  make verify STAGE=train QUICK=1
 verify: setup
-	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call switch,QUICK,--quick)
+	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call option,BITS,--bits=) $(call switch,QUICK,--quick)
 
 ## make chat                talk to the trained model
 chat: setup

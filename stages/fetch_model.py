@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from hermes import hub, params
 from hermes.artifacts import MANIFEST, complete_folder, read_object, sha256_file, write_json, write_manifest
 from hermes.console import UserError
+from hermes.data.chat_text import bounded
+from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.model import ModelSettings
 from hermes.settings.sources import is_folder
@@ -47,9 +49,16 @@ def fetch_embedded(target: Path) -> str:
     if not (folder / EMBEDDED_FILE).is_file():
         raise UserError(f"{folder / EMBEDDED_FILE}: the embedded model is missing; run `make setup`")
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        folder,
+        gguf_file=EMBEDDED_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        trust_remote_code=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=EMBEDDED_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, gguf_file=EMBEDDED_FILE, local_files_only=True, trust_remote_code=False
+    )
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -122,7 +131,8 @@ def write_template(folder: Path, template: str) -> None:
     """
     only_template(folder, template)
     try:
-        AutoTokenizer.from_pretrained(folder).apply_chat_template(PROBE, tokenize=False)
+        with bounded():
+            load_tokenizer(folder).apply_chat_template(PROBE, tokenize=False)
     except Exception as error:  # whatever a template's expressions raise
         raise UserError(
             f"params.yaml: `model.chat_template` does not render a conversation ({type(error).__name__}: {error})"

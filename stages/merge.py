@@ -14,9 +14,11 @@ from transformers import AutoConfig, GenerationConfig
 
 from hermes import params
 from hermes.artifacts import MANIFEST, check_together, complete_folder, write_json, write_manifest
+from hermes.bits import Bits
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer
 from hermes.model.adapter_merge import Merger
+from hermes.model.base import as_computed, check_instructions
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
@@ -30,6 +32,7 @@ WEIGHTS = {MANIFEST, "model.safetensors.index.json", "merge.json"}
 class Params(params.Params):
     """Parameters of merge."""
 
+    bits: Bits
     base: BaseSettings
     merge: MergeSettings
 
@@ -37,7 +40,7 @@ class Params(params.Params):
 def generation_config(base: Path) -> GenerationConfig:
     """The base's, or where it has none what its config.json says; and it ends an answer also where the chat template ends one."""
     if (base / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(base)
+        config = GenerationConfig.from_pretrained(base, local_files_only=True)
     else:
         config = GenerationConfig.from_model_config(
             AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
@@ -57,7 +60,7 @@ def check_companions(base: Path, merged: Path) -> None:
     """
     ours, theirs = map(load_tokenizer, (merged, base))
     probes = [t.apply_chat_template(PROBE, return_dict=False) for t in (ours, theirs)]
-    written = GenerationConfig.from_pretrained(merged).to_dict()
+    written = GenerationConfig.from_pretrained(merged, local_files_only=True).to_dict()
     for name, left, right in (
         ("chat template", ours.chat_template, theirs.chat_template),
         ("ids of a probe conversation", *probes),
@@ -70,12 +73,13 @@ def check_companions(base: Path, merged: Path) -> None:
 
 def main() -> None:
     loaded = params.load(Params)
+    check_instructions()
     settings, shard = loaded.merge, parse_size(loaded.merge.max_shard_size)
     if settings.base == "nf4" and loaded.base.quantization != "nf4":
         raise UserError("params.yaml: `merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
     made_from = check_together(BASE, ADAPTER)
     with complete_folder(MERGED) as target:
-        merger = Merger(BASE, ADAPTER, settings.base, loaded.base)
+        merger = Merger(BASE, ADAPTER, settings.base, as_computed(loaded.base, loaded.bits))
         merger.write(target, shard)
         write_json(target / "merge.json", {"base": settings.base, **merger.rounding.summary()})
         for path in sorted(BASE.iterdir()):

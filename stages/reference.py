@@ -16,8 +16,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hermes import params
 from hermes.artifacts import check_together, complete_folder, open_parquet, write_manifest, write_parquet
+from hermes.bits import Bits
 from hermes.console import UserError, progress
-from hermes.model.base import load_base, set_determinism
+from hermes.model.base import as_computed, load_base, set_determinism
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
@@ -33,6 +34,7 @@ SCHEMA = pa.schema([("chosen_logps", pa.list_(pa.float32())), ("rejected_logps",
 class Params(params.Params):
     """Parameters of reference."""
 
+    bits: Bits
     base: BaseSettings
     reference: ReferenceSettings
 
@@ -78,7 +80,7 @@ def main() -> None:
     set_determinism(loaded.base.threads)
     pairs = {split: read_pairs(split) for split in SPLITS}
     how = choose_forward(BASE, [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in pairs["train"]])
-    model = load_base(BASE, loaded.base)
+    model = load_base(BASE, as_computed(loaded.base, loaded.bits))
     share_prefix(model, how)
     size = loaded.reference.batch_size
     collate = DataCollatorForPreference(pad_token_id=load_tokenizer(BASE).pad_token_id or 0)

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -49,11 +50,12 @@ from hermes.artifacts import (
     write_json,
     write_manifest,
 )
+from hermes.bits import Bits
 from hermes.console import UserError, progress
-from hermes.model.base import load_base, set_determinism
+from hermes.model.base import as_computed, load_base, set_determinism
 from hermes.model.base_check import check_adapter
 from hermes.model.tokenizer import load_tokenizer
-from hermes.run import run_stage
+from hermes.run import Stopped, run_stage, stop
 from hermes.settings.base import BaseSettings
 from hermes.settings.train import Science, TrainSettings
 from hermes.training import distributed
@@ -81,6 +83,7 @@ EVALUATION = ("loss", "preference_loss", "rewards/margins", "rewards/accuracies"
 class Params(params.Params, Science):
     """Parameters of train."""
 
+    bits: Bits
     base: BaseSettings
     train: TrainSettings
 
@@ -234,6 +237,43 @@ class EvaluationSteps(TrainerCallback):
         control.should_evaluate = done // steps > (done - self.evaluations) // steps
 
 
+class CheckpointAndStop(TrainerCallback):
+    """On SIGTERM or Ctrl-C ends training behind the running step, with a checkpoint; the same signal again ends it at once.
+
+    A rented GPU that is taken back sends SIGTERM and waits for half a minute; a step takes some seconds, an evaluation between two steps
+    may take longer. `make` passes SIGTERM on as Ctrl-C, so that one stop may arrive as both.
+
+    Raises:
+        Stopped: training was ended.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.previous: dict[int, Any] = {}
+
+    def receive(self, number: int, frame: Any) -> None:
+        if number in self.received:
+            stop(number, frame)
+        if not self.received:
+            print("train: ending behind this step; once more ends it at once", file=sys.stderr, flush=True)
+        self.received.append(number)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self.receive)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.received and state.global_step < state.max_steps:
+            raise Stopped(self.received[0], f" behind step {state.global_step} of {state.max_steps}, which is kept")
+
+
 class ProgressAndTracking(TrainerCallback):
     """A progress bar with the latest preference loss, which begins at ln 2, and the same numbers to W&B where that is on."""
 
@@ -271,7 +311,7 @@ def build_trainer(
     check_adapter(BASE, s)
     pairs = zip(*(train[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
     how = choose_forward(BASE, list(pairs))
-    model = load_base(BASE, loaded.base, sharded=s.distribution == "fsdp")
+    model = load_base(BASE, as_computed(loaded.base, loaded.bits), sharded=s.distribution == "fsdp")
     try:
         trainer = (DealtDPOTrainer if s.processes > 1 else TrackedDPOTrainer)(
             model,
@@ -360,7 +400,10 @@ def run(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
     tokenizer = load_tokenizer(BASE)
     main = distributed.is_main(loaded.train.processes)
     with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
-        trainer = build_trainer(loaded, scratch, tokenizer, [ProgressAndTracking(tracking)] if main else [])
+        # Several processes are told at once, but not in the same step: they end at once, and go on from the last checkpoint.
+        stopping = [CheckpointAndStop()] if loaded.train.processes == 1 else []
+        callbacks = [*stopping, *([ProgressAndTracking(tracking)] if main else [])]
+        trainer = build_trainer(loaded, scratch, tokenizer, callbacks)
         trained = sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad)
         state = torch.get_rng_state()
         difference = reference_difference(trainer)

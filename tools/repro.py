@@ -13,6 +13,7 @@ A folder that the profile names as its source is no dependency in dvc.yaml. Wher
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -144,13 +145,20 @@ def beside_the_published() -> list[str]:
         return [f"not compared with the published pairs: {error}; make compare-published does it later"]
 
 
-def against_the_commit() -> list[str]:
-    """How many outs have the committed bits, and how to get the committed results back where this run's are others."""
-    committed = doctor.git(Path.cwd(), "show", f"HEAD:{LOCK}")
+def against_the_commit(profile: str | None = None) -> list[str]:
+    """How many outs have the committed bits, and how to get the committed results back where this run's are others.
+
+    The committed bits are those of reports/hashes.json for the profile that ran, the selected one unless named, and these `bits`; or
+    else those of dvc.lock.
+    """
+    committed, hashes = (doctor.git(Path.cwd(), "show", f"HEAD:{path}") for path in (LOCK, verify.HASHES))
     if committed is None or not LOCK.is_file():
         return []
+    selected_profile, bits = verify.selected(params.read_yaml(params.PARAMS))
+    known = json.loads(hashes or "{}").get(profile or selected_profile, {}).get(bits)
     found = verify.outs(LOCK.read_text())
-    wanted = {(stage, path): md5 for stage, paths in verify.outs(committed).items() for path, md5 in paths.items()}
+    outs = known["outs"] if known else verify.outs(committed)
+    wanted = {(stage, path): md5 for stage, paths in outs.items() for path, md5 in paths.items()}
     other = [(stage, path) for (stage, path), md5 in wanted.items() if found.get(stage, {}).get(path) != md5]
     lines = [f"{len(wanted) - len(other)} of {len(wanted)} outs have the committed bits"]
     if other:
@@ -172,7 +180,7 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     code = repro(arguments.profile, rest, arguments.set_param)
     if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
-        lines = against_the_commit()
+        lines = against_the_commit(arguments.profile)
         print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *lines, sep="\n")
         if LOCK.is_file() and (
             len(lines) != 1 or not provenance.PROVENANCE.is_file()

@@ -1,12 +1,19 @@
 """Chat text and its ids: templates, the prompt's ids, and where an answer ends."""
 
-from collections.abc import Sequence
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hermes.console import UserError
 
+STATM = Path("/proc/self/statm")  # pages of this process, the first number all that it may touch
+SECONDS, MEMORY = 10, 2 * 2**30  # of a conversation in a chat template
 Ids = list[int]
 Messages = Sequence[dict[str, str]]
 
@@ -57,6 +64,36 @@ def dense(text: str) -> str:
     return "".join(text.split())
 
 
+@contextmanager
+def bounded() -> Iterator[None]:
+    """So much time and memory, and no more. Jinja's sandbox keeps a template of others from the machine, but not from loops in loops.
+
+    Outside the main thread time has no bound, since signals reach that one alone.
+
+    Raises:
+        TimeoutError, MemoryError: it took more.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it takes more than {SECONDS} s")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(STATM.read_text().split()[0]) * resource.getpagesize() if STATM.exists() else None
+    if taken is not None and (soft == resource.RLIM_INFINITY or taken + MEMORY < soft):
+        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, hard))
+    in_time = threading.current_thread() is threading.main_thread()
+    if in_time:
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        if in_time:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> str:
     """The chat template's text of a conversation.
 
@@ -64,13 +101,14 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generat
         UserError: the template refuses it; gives its reason.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        with bounded():
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
     except Exception as error:  # whatever the expressions of a template raise
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
-            f"chat template: refuses the turns {roles} ({error}); use another template or leave them out"
+            f"chat template: refuses the turns {roles} ({str(error) or type(error).__name__}); use another template or leave them out"
         ) from None
     return str(text)
 

@@ -219,7 +219,7 @@ def check_base(folder: Path) -> None:
         text = config.get_text_config()
         assert text is config or text.model_type, "its `text_config` names no `model_type`"
         if (folder / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(folder)
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever the libraries raise about the files of others
         raise UserError(f"{folder}: is not a readable model ({type(error).__name__}: {error})") from None
     if text is not config:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import MagicMock
@@ -24,6 +26,7 @@ from hermes import params
 from hermes.artifacts import check_together, sha256_file, sha256_folder, write_manifest, write_parquet
 from hermes.console import UserError
 from hermes.model.base import load_base
+from hermes.run import run_tool
 from hermes.settings.base import BaseSettings
 from hermes.settings.reference import ReferenceSettings
 from hermes.settings.train import LossType
@@ -55,7 +58,9 @@ SETTINGS = train.TrainSettings(
     processes=1,
     distribution="ddp",
 )
-PARAMS = train.Params(seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0, base=FP32, train=SETTINGS)
+PARAMS = train.Params(
+    seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0, bits="portable", base=FP32, train=SETTINGS
+)
 
 
 @pytest.fixture
@@ -178,6 +183,31 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     assert train.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-50")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-50"]
     assert train.last_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "interrupted")])
+def test_a_signal_ends_training_behind_the_step_and_the_next_run_has_the_same_bits(
+    number: int, said: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, adapter = run(PARAMS), sha256_file(train.ADAPTER / "adapter_model.safetensors")
+    before, compute = signal.getsignal(number), train.TrackedDPOTrainer._compute_loss
+
+    def signalled(self: Any, *arguments: Any) -> Any:
+        if self.state.global_step == 2 and self.model.training:
+            for one in (number, signal.SIGINT + signal.SIGTERM - number):  # and what make adds to it
+                os.kill(os.getpid(), one)
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(train.TrackedDPOTrainer, "_compute_loss", signalled)
+    with pytest.raises(SystemExit) as ended:
+        run_tool("train", lambda: train.run(PARAMS, Path("stopped"), made_from()))
+    assert ended.value.code == 128 + number
+    assert f"train: {said} behind step 3 of 6, which is kept; run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+    assert [path.name for path in Path("stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    monkeypatch.setattr(train.TrackedDPOTrainer, "_compute_loss", compute)
+    assert run(PARAMS, "stopped") == expected
+    assert sha256_file(train.ADAPTER / "adapter_model.safetensors") == adapter
 
 
 def test_other_code_never_resumes_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +441,7 @@ def test_a_base_that_gives_no_number_is_refused_by_the_reference(
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     write_manifest(base)
     write_manifest(train.TOKENS, made_from=check_together(base.relative_to(workspace)))
-    loaded = reference.Params(base=FP32, reference=ReferenceSettings(batch_size=8))
+    loaded = reference.Params(bits="portable", base=FP32, reference=ReferenceSettings(batch_size=8))
     monkeypatch.setattr(params, "load", lambda _: loaded)
     monkeypatch.setattr(reference, "set_determinism", lambda _: None)
     before = sha256_folder(reference.OUTPUT)
