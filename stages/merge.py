@@ -13,10 +13,12 @@ from pathlib import Path
 from transformers import AutoConfig, GenerationConfig
 
 from hermes import params
-from hermes.artifacts import complete_folder, sha256_file, write_json
+from hermes.artifacts import MANIFEST, check_together, complete_folder, write_json, write_manifest
+from hermes.bits import Bits
 from hermes.console import UserError
 from hermes.data.chat_text import end_of_answer, rendered
-from hermes.model.adapter_merge import Merger, read_config
+from hermes.model.adapter_merge import Merger
+from hermes.model.base import as_computed, check_instructions
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
@@ -24,30 +26,15 @@ from hermes.settings.merge import MergeSettings, parse_size
 
 BASE, ADAPTER, MERGED = Path("models/base"), Path("models/adapter"), Path("models/merged")
 PROBE = [{"role": "user", "content": "Hello, world! naïve café 123"}, {"role": "assistant", "content": "Yes."}]
-WEIGHTS = {"manifest.json", "model.safetensors.index.json", "merge.json"}
+WEIGHTS = {MANIFEST, "model.safetensors.index.json", "merge.json"}
 
 
 class Params(params.Params):
     """Parameters of merge."""
 
+    bits: Bits
     base: BaseSettings
     merge: MergeSettings
-
-
-def check_adapter_fits(adapter: Path, base: Path) -> None:
-    """Refuses an adapter that was trained on another base.
-
-    Raises:
-        UserError: the base named by the adapter is not this one.
-    """
-    trained_on, found = (
-        read_config(adapter)["base_model_name_or_path"],
-        f"sha256:{sha256_file(base / 'manifest.json')}",
-    )
-    if trained_on != found:
-        raise UserError(
-            f"{adapter}: was trained on base {trained_on[:19]}…, {base} is {found[:19]}…; run `dvc repro train`"
-        )
 
 
 def generation_config(base: Path) -> GenerationConfig:
@@ -86,12 +73,13 @@ def check_companions(base: Path, merged: Path) -> None:
 
 def main() -> None:
     loaded = params.load(Params)
+    check_instructions()
     settings, shard = loaded.merge, parse_size(loaded.merge.max_shard_size)
     if settings.base == "nf4" and loaded.base.quantization != "nf4":
         raise UserError("params.yaml: `merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
-    check_adapter_fits(ADAPTER, BASE)
+    made_from = check_together(BASE, ADAPTER)
     with complete_folder(MERGED) as target:
-        merger = Merger(BASE, ADAPTER, settings.base, loaded.base)
+        merger = Merger(BASE, ADAPTER, settings.base, as_computed(loaded.base, loaded.bits))
         merger.write(target, shard)
         write_json(target / "merge.json", {"base": settings.base, **merger.rounding.summary()})
         for path in sorted(BASE.iterdir()):
@@ -99,6 +87,7 @@ def main() -> None:
                 shutil.copyfile(path, target / path.name)
         generation_config(BASE).save_pretrained(target)
         check_companions(BASE, target)
+        write_manifest(target, made_from=made_from)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ OPTIONS = {
         "SEED": "--set-param=seed=",
     },
     "sweep": {"BETAS": "--betas=", "SEEDS": "--seeds="},
-    "verify": {"STAGE": "--stage="},
+    "verify": {"STAGE": "--stage=", "BITS": "--bits="},
     "review": {"BASE": "--base=", "HEAD": "--head="},
     "plan": {"PROFILE": "--profile=", "GPU": "--gpu="},
     "rehearse": {"PROFILE": "--profile=", "LAYERS": "--layers=", "PAIRS": "--pairs="},

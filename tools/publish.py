@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hermes import hub
-from hermes.artifacts import complete_folder, read_json, scratch_folder, sha256_file
+from hermes.artifacts import MANIFEST, complete_folder, read_json, scratch_folder, sha256_file
 from hermes.console import UserError, say
 from hermes.pages.render import render
 from hermes.pages.results import Inputs, Row, read_inputs
@@ -104,6 +104,7 @@ def artifacts() -> Iterator[tuple[str, Path]]:
     """The place in the release and here of every artifact in it; a UserError where one is missing."""
     for place, folder in FOLDERS.items():
         found = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        found = [path for path in found if path.name != MANIFEST]  # which names folders that a release has not
         if not any(path.suffix in (".safetensors", ".gguf") for path in found):
             raise UserError(f"{folder}: holds no weights; run `make repro`, or `.venv/bin/dvc checkout`")
         for path in found:

@@ -38,7 +38,6 @@ from hermes import params
 from hermes.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json, write_parquet
 from hermes.console import UserError, printable, say
 from hermes.model import llama3
-from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import GgufModel
 from hermes.model.llama3 import Shape
 from hermes.model.safetensors_stream import DTYPES, PIECE, Stored, write_folder
@@ -235,7 +234,7 @@ def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, 
     return {
         "profile": profile,
         "cores": os.cpu_count(),
-        "has_bfloat16": has_bfloat16(),
+        "bits": params.read_yaml(params.PARAMS)["bits"],
         "shape": vars(shape),
         "weights": weights_of(shape),
         "pairs": pairs,

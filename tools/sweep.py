@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hermes.console import UserError, say, warn
 from hermes.run import run_tool
-from tools import doctor
+from tools import doctor, sources
 from tools.dvc_runs import DVC, Relay, dvc, only_one
 
 # What an experiment may be given. Python, YAML 1.2 and git, where it is part of a name, read these alike.
@@ -57,6 +57,7 @@ def check_repository(root: Path) -> None:
 def sweep(wanted: Mapping[str, str]) -> int:
     """Runs and compares the experiments (name: assignment); 1 where one failed or could not be compared, else a signal's 128 + number."""
     check_repository(Path.cwd())
+    sources.refuse_changed()
     with only_one("sweep") as lock, Relay() as relay:
         existing, succeeded = dvc("exp", "list", "--name-only").split(), []
         for number, (name, assignment) in enumerate(wanted.items(), start=1):

@@ -67,7 +67,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generat
     except Exception as error:  # whatever the expressions of a template raise
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
-            f"chat template: refuses the turns {roles} ({error}); use another template or leave them out"
+            f"chat template: refuses the turns {roles} ({str(error) or type(error).__name__}); use another template or leave them out"
         ) from None
 
 

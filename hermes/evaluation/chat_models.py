@@ -294,13 +294,15 @@ class GgufChat(ChatModel):
 
 
 @contextlib.contextmanager
-def opened(path: Path, batching: Batching, tokenizer: PreTrainedTokenizerBase) -> Iterator[ChatModel]:
-    """A model for lm-eval, a folder in Transformers and bfloat16, a file in llama.cpp; its weights are gone afterwards."""
+def opened(
+    path: Path, batching: Batching, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> Iterator[ChatModel]:
+    """A model for lm-eval, a folder in Transformers and `dtype`, a file in llama.cpp; its weights are gone afterwards."""
     if path.is_file():
         with GgufModel(path, batching.threads, batching.slots, batching.context, share_beginning=True) as model:
             yield GgufChat(model, tokenizer, batching.max_new_tokens)
         return
-    chat = HuggingFaceChat(load(path, torch.bfloat16), tokenizer, batching.max_new_tokens, batching.batch_size)
+    chat = HuggingFaceChat(load(path, dtype), tokenizer, batching.max_new_tokens, batching.batch_size)
     try:
         yield chat
     finally:

@@ -113,7 +113,7 @@ def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
                     pairs.append(row)
             forged = file.metadata.num_rows - len(pairs)
         if forged:
-            say(f"evaluate: {forged} pairs of {split} hold special tokens and are left out")
+            say(f"evaluation: {forged} pairs of {split} hold special tokens and are left out")
         if not pairs:
             raise UserError(f"{path}: all of its pairs hold special tokens, so that none can be asked")
         found["preference"] = HeldOut.of(pairs, tokenizer, ("chosen", "rejected"), str(path))

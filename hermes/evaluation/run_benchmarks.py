@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
@@ -29,12 +30,12 @@ from hermes.settings.evaluate import Batching
 ROOT, NOUS = Path(__file__).parents[2], "hermes/evaluation/tasks/nous"
 # The modules and the lock that results depend on; what else these import shapes no number. A suite reaches a result through its run alone.
 CODE = (
+    "bits",
     "evaluation/run_benchmarks",
     "evaluation/suite_tasks",
     "evaluation/chat_models",
     "model/gguf",
     "model/base",
-    "model/bf16_on_cpu",
     "training/exactness",
     "training/shared_prefix",
     "training/packing",
@@ -165,8 +166,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             file.write(json.dumps(one, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
 
 
-def folder_name(model: Path, batching: Batching) -> str:
-    """A hash of all that the results of a model depend on beside the task: its bits, the batches, code and package versions.
+def folder_name(model: Path, batching: Batching, dtype: torch.dtype) -> str:
+    """A hash of all that the results of a model depend on beside the task: its bits and type, the batches, code and package versions.
 
     A suite's tasks say themselves how long an answer may be, so `max_new_tokens` is not among it.
     """
@@ -177,6 +178,7 @@ def folder_name(model: Path, batching: Batching) -> str:
     versions = read_yaml(ROOT / "packages.yaml")
     inputs = {
         "model": sha256_folder(model) if model.is_dir() else sha256_file(model),
+        "dtype": str(dtype),
         "batching": batching.model_dump(include=set(Batching.model_fields) - {"max_new_tokens"}),
         "files": {file: sha256_file(ROOT / file) for file in files},
         "packages": {name: versions[name] for name in packages},

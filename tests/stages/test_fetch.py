@@ -1001,6 +1001,9 @@ def test_a_folder_is_a_data_set_too_with_or_without_held_out_questions(workplace
     fetch_data.EMBEDDED.rename("mine")
     choose("data", "./mine", None, {"train": "test"})
     fetch_data.main()
+    read = json.loads(Path("data/raw/manifest.json").read_text())["source_files"]
+    wanted = {"plain.jsonl", "questions.parquet", "test.parquet"}  # the others play no part
+    assert read == {name: sha256_file(Path("mine") / name) for name in wanted}
     names = ["manifest.json", "plain.jsonl", "questions.parquet", *(f"{split}.parquet" for split in sorted(SPLITS))]
     assert sorted(path.name for path in Path("data/raw").iterdir()) == names
     assert sha256_file(Path("data/raw/train.parquet")) == sha256_file(Path("mine/test.parquet"))
@@ -1023,7 +1026,8 @@ def test_a_folder_is_a_model_too(workplace: Path, tiny_model_folder: Path) -> No
     choose("model", "./mine", None)
     fetch_model.main()
     manifest = json.loads(Path("models/base/manifest.json").read_text())
-    assert manifest == {"source": "./mine", "revision": "local", "files": wanted}
+    read = wanted | {"manifest.json": sha256_file(tiny_model_folder / "manifest.json")}
+    assert manifest == {"source": "./mine", "revision": "local", "files": wanted, "source_files": read}
     choose("model", "./nothing", None)
     with pytest.raises(UserError, match="holds no safetensors model"):
         fetch_model.main()
