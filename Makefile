@@ -1,65 +1,68 @@
 # A thin front: DVC owns the graph (dvc.yaml), Python does the work (stages/). Nothing here is a second graph.
 # A comment that starts with two hashes is a line of `make help`.
 
+# What the command line sets, looked at before anything is; `override` keeps that, and `make -e`, from what this file sets.
+override GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v)) $(if $(filter command,$(origin v)),v)
 .DEFAULT_GOAL := help
 .SUFFIXES:
-SHELL := /bin/sh
-PY := .venv/bin/python
-DVC := .venv/bin/dvc
+override SHELL := /bin/sh
+override .SHELLFLAGS := -c
+override PY := .venv/bin/python
+override DVC := .venv/bin/dvc
 
 # What each target takes beside DEVICE and PYTHON, which are set-up's; what it cannot do without (one of these), and an example.
-takes.repro := PROFILE
-takes.train := PROFILE BETA LOSS SEED
-takes.sweep := BETAS SEEDS
-takes.review := BASE HEAD
-takes.verify := STAGE QUICK
-takes.plan := PROFILE GPU
-takes.rehearse := PROFILE LAYERS PAIRS
-takes.base := RESOLVE
-takes.publish := REPO PROFILE LICENCE PUSH
-takes.bench := FULL
-takes.doctor := PROFILE
-needs.sweep := BETAS SEEDS
-needs.review := BASE
-needs.publish := REPO
-example.sweep := BETAS=0.05,0.1,0.2
-example.review := BASE=main
-example.publish := REPO=owner/name
-SWITCHES := RESOLVE PUSH FULL QUICK
-SETUP := DEVICE PYTHON
-SPLIT := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder # of tests, a file to each free core
+override takes.repro := PROFILE
+override takes.train := PROFILE BETA LOSS SEED
+override takes.sweep := BETAS SEEDS
+override takes.review := BASE HEAD
+override takes.verify := STAGE QUICK BITS
+override takes.plan := PROFILE GPU
+override takes.rehearse := PROFILE LAYERS PAIRS
+override takes.base := RESOLVE
+override takes.publish := REPO PROFILE LICENCE PUSH
+override takes.bench := FULL
+override takes.doctor := PROFILE
+override needs.sweep := BETAS SEEDS
+override needs.review := BASE
+override needs.publish := REPO
+override example.sweep := BETAS=0.05,0.1,0.2
+override example.review := BASE=main
+override example.publish := REPO=owner/name
+override SWITCHES := RESOLVE PUSH FULL QUICK
+override SETUP := DEVICE PYTHON
+override SPLIT := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder # of tests, a file to each free core
 
 # Everything is checked here, before anything is set up. A value of the environment counts for set-up alone, so that a SEED that happens
 # to be there changes no run; it is mentioned where the target could have taken it from the command line.
-GOALS := $(or $(MAKECMDGOALS),help)
-GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
-comma := ,
-space := $(subst ,, )
-define newline
+override GOALS := $(or $(value MAKECMDGOALS),help)
+override comma := ,
+override space := $(subst ,, )
+override define newline
 
 
 endef
-taken = $(takes.$1) $(if $(filter help,$1),,$(SETUP))
-listed = $(or $(subst $(space),$2,$(strip $1)),no variable)
-refuse = $(error make $1 does not take $2; it takes $(call listed,$(call taken,$1),$(comma) ))
-miss = $(error make $1 needs $(call listed,$(needs.$1), or ); for example: make $1 $(example.$1))
-check_goal = $(foreach v,$(filter-out $(call taken,$1),$(GIVEN)),$(call refuse,$1,$v)) \
+override taken = $(takes.$1) $(if $(filter help,$1),,$(SETUP))
+override listed = $(or $(subst $(space),$2,$(strip $1)),no variable)
+override refuse = $(error make $1 does not take $2; it takes $(call listed,$(call taken,$1),$(comma) ))
+override miss = $(error make $1 needs $(call listed,$(needs.$1), or ); for example: make $1 $(example.$1))
+override check_goal = $(foreach v,$(filter-out $(call taken,$1),$(GIVEN)),$(call refuse,$1,$v)) \
 	$(if $(needs.$1),$(if $(filter $(needs.$1),$(GIVEN)),,$(call miss,$1))) \
 	$(foreach v,$(takes.$1),$(if $(filter environment,$(origin $v)),$(warning $v of the environment is not used; write: make $1 $v=...)))
-check_value = $(if $(strip $(value $1)),,$(error $1 is empty; give it a value or leave it out)) \
+override check_value = $(if $(strip $(value $1)),,$(error $1 is empty; give it a value or leave it out)) \
 	$(if $(findstring $(newline),$(value $1)),$(error $1 has more than one line)) \
 	$(if $(filter $1,$(SWITCHES)),$(if $(filter-out 1,$(value $1)),$(error $1 is 1 or is left out)))
-ignored := $(foreach goal,$(GOALS),$(call check_goal,$(goal))) $(foreach v,$(GIVEN),$(call check_value,$v))
+override ignored := $(foreach goal,$(GOALS),$(call check_goal,$(goal))) $(foreach v,$(GIVEN),$(call check_value,$v))
 
 # From here on a value is plain text, which make does not expand. `quote` makes one shell word of it, and `option` an option that
 # cannot be taken for another: $(call option,PROFILE,--profile=) is --profile='...' where PROFILE is given, and nothing where it is not.
 $(foreach v,$(GIVEN),$(eval override $v := $$(value $v)))
-MAKEOVERRIDES :=
+override MAKEOVERRIDES :=
 $(foreach v,$(filter $(SETUP),$(GIVEN)),$(eval export $v))
 unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH
-quote = '$(subst ','\'',$1)'
-option = $(if $(filter $1,$(GIVEN)),$2$(call quote,$($1)))
-switch = $(if $(filter $1,$(GIVEN)),$2)
+unexport taken listed refuse miss check_goal check_value # make would expand one that the environment has, for a recipe
+override quote = '$(subst ','\'',$1)'
+override option = $(if $(filter $1,$(GIVEN)),$2$(call quote,$($1)))
+override switch = $(if $(filter $1,$(GIVEN)),$2)
 
 .PHONY: help setup checked repro train sweep verify experiments review chat report collect plan rehearse compare-published base publish bench \
 	test test-all test-slow lint format doctor gpu-check
@@ -94,7 +97,7 @@ sweep: setup
 
 ## make verify              rebuild the committed results, compare bits  make verify STAGE=train QUICK=1
 verify: setup
-	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call switch,QUICK,--quick)
+	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call option,BITS,--bits=) $(call switch,QUICK,--quick)
 
 ## make chat                talk to the trained model
 chat: setup

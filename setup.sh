@@ -108,6 +108,13 @@ refuse_altered() { # ends the script where pip refused a file by its hash
         die "the file that came for $pin has none of the hashes in the locks; $LOG names it; see \"Change a package\" in CONTRIBUTING.md"
 }
 
+# llama.cpp computes with what it is compiled for: on x86-64 with AVX2 and what came with it, on any of these CPUs the same, so that a
+# file's answers have the same bits (hermes/bits.py). A compiler joins no product with a sum by itself, since compilers differ in that.
+portable_flags() { # nothing where a CPU has no AVX2 (Linux names it in /proc/cpuinfo), which then computes as it can
+    ! grep -qw avx2 /proc/cpuinfo 2>/dev/null ||
+        echo "-DGGML_NATIVE=off -DCMAKE_C_FLAGS=-ffp-contract=off -DCMAKE_CXX_FLAGS=-ffp-contract=off "
+}
+
 step() { # step "what it does" command...: one line on success, the log's end on failure
     say "$1 ..."
     shift
@@ -190,20 +197,24 @@ mkdir .venv
 step_log=$("$python" -m venv .venv 2>&1) || die "$python -m venv failed: $(printf %s "$step_log" | tail -n 1)"
 sed -n '/^llama-cpp-python==/,/[^\\]$/p' requirements.lock >.venv/llama.lock # the pin and its hash
 step "installing what packages are built with" pip -r requirements-build.lock
+CMAKE_ARGS="$(portable_flags)${CMAKE_ARGS:-}"
+export CMAKE_ARGS
+built=${XDG_CACHE_HOME:-$HOME/.cache}/hermes-dpo # pip does not tell one build from another, so each kind has a cache of its own
 case $device in
-cuda) # pip does not tell a CUDA build from a CPU one, so each has a cache of its own
-    CUDACXX=$(find_nvcc) CMAKE_ARGS="-DGGML_CUDA=on ${CMAKE_ARGS:-}"
-    export CUDACXX CMAKE_ARGS
+cuda)
+    CUDACXX=$(find_nvcc) CMAKE_ARGS="-DGGML_CUDA=on $CMAKE_ARGS"
+    export CUDACXX
     step "compiling $llama with CUDA on $cpus CPUs (many times what its CPU build takes; at once if pip still has it)" \
-        pip --no-binary llama-cpp-python --cache-dir "${XDG_CACHE_HOME:-$HOME/.cache}/hermes-dpo/pip-cuda" -r .venv/llama.lock
+        pip --no-binary llama-cpp-python --cache-dir "$built/pip-cuda-portable" -r .venv/llama.lock
     ;;
 *)
     [ "$device" = cpu ] ||
         say "warning: no nvcc, so GGUF files will be evaluated on the CPU; install the CUDA toolkit, then run ./setup.sh again"
     step "compiling $llama on $cpus CPUs (about $((10 / cpus + 1)) minutes; at once if pip still has it)" \
-        pip -r .venv/llama.lock
+        pip --no-binary llama-cpp-python --cache-dir "$built/pip-portable" -r .venv/llama.lock
     ;;
 esac
+unset CMAKE_ARGS
 lock=requirements-cuda.lock
 [ "$torch_lock" = "$lock" ] || ! install_cpu_torch || lock=requirements.lock
 step "installing $packages packages (about 4 minutes)" pip -r "$lock"

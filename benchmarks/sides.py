@@ -61,7 +61,7 @@ def hermes_pairs(count: int) -> list[Pair]:
     119 prompt tokens and 150 an answer on average, standard deviations of 0.8 and 0.7 in the logarithm, at most 512 a part.
     """
     random = np.random.default_rng(0)
-    eos = AutoTokenizer.from_pretrained(BASE).eos_token_id
+    eos = AutoTokenizer.from_pretrained(BASE, local_files_only=True, trust_remote_code=False).eos_token_id
 
     def ids(mean: float, deviation: float) -> list[int]:
         length = int(np.clip(random.lognormal(np.log(mean) - deviation**2 / 2, deviation), 4, 512))
@@ -122,7 +122,12 @@ def train_ours(mix: str, pairs: int) -> Result:
         del model
         for split in ("train", "validation"):
             write_parquet(reference.OUTPUT / f"{split}.parquet", pa.Table.from_pylist(scored, schema=reference.SCHEMA))
-        trainer = train.build_trainer(loaded, Path("scratch"), AutoTokenizer.from_pretrained(train.BASE), [])
+        trainer = train.build_trainer(
+            loaded,
+            Path("scratch"),
+            AutoTokenizer.from_pretrained(train.BASE, local_files_only=True, trust_remote_code=False),
+            [],
+        )
         trainer.args.save_strategy = SaveStrategy.NO  # a checkpoint at the end is no part of a step
         answers = count_answers(trainer)
         started = time.perf_counter()
@@ -157,7 +162,11 @@ def train_trl(mix: str, pairs: int, quantized: bool, checkpointing: bool, precom
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        BASE, dtype=torch.bfloat16, quantization_config=quantization if quantized else None
+        BASE,
+        dtype=torch.bfloat16,
+        quantization_config=quantization if quantized else None,
+        local_files_only=True,
+        trust_remote_code=False,
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -198,7 +207,7 @@ def train_trl(mix: str, pairs: int, quantized: bool, checkpointing: bool, precom
             model,
             args=config,
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(BASE),
+            processing_class=AutoTokenizer.from_pretrained(BASE, local_files_only=True, trust_remote_code=False),
             peft_config=LoraConfig(
                 r=s.lora_rank,
                 lora_alpha=s.lora_alpha,
@@ -221,7 +230,9 @@ def matrix_peak(rows: int, seconds: float) -> Result:
     `layers` and `head` are multiply-adds times two of one token through every linear layer, and through the output matrix.
     """
     torch.set_num_threads(settings()[1].base.threads)
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        BASE, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+    )
     linear = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in name]
     shapes = [tuple(weight.shape) for weight in linear]
     products = [
@@ -245,7 +256,12 @@ def zero_reference_trainer(loaded: train.Params, pairs: int) -> train.TrackedDPO
     zeros = [{"chosen_logps": [0.0], "rejected_logps": [0.0]}] * pairs
     for split in ("train", "validation"):
         write_parquet(reference.OUTPUT / f"{split}.parquet", pa.Table.from_pylist(zeros, schema=reference.SCHEMA))
-    return train.build_trainer(loaded, Path("scratch"), AutoTokenizer.from_pretrained(train.BASE), [])
+    return train.build_trainer(
+        loaded,
+        Path("scratch"),
+        AutoTokenizer.from_pretrained(train.BASE, local_files_only=True, trust_remote_code=False),
+        [],
+    )
 
 
 def step_profile(mix: str, pairs: int, operations: int = 10) -> Result:
@@ -289,7 +305,7 @@ def forward_backward(prompt: int, answer: int, pairs: int, repetitions: int) -> 
 
 def evaluation_pairs(count: int) -> list[tuple[str, str]]:
     """Prompts in the chat template, each with an answer, of held-out pairs."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True, trust_remote_code=False)
     rows = pq.read_table(ROOT / "data/subset/test.parquet", columns=["question", "chosen", "rejected"]).to_pylist()
     found = []
     for row in rows[: count // 2]:
@@ -301,7 +317,7 @@ def evaluation_pairs(count: int) -> list[tuple[str, str]]:
 def score_ours(file: str, answers: int) -> Result:
     """Log-likelihoods of answers through the evaluation's own model."""
     loaded = settings()[1]
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True, trust_remote_code=False)
     torch.set_num_threads(loaded.base.threads)
     with GgufModel(Path(file), loaded.base.threads, slots=64, context=512, share_beginning=True) as model:
         chat = GgufChat(model, tokenizer, max_new_tokens=96)
@@ -351,7 +367,7 @@ def score_http(file: str, answers: int) -> Result:
 def generate(file: str, prompts: int, slots: int) -> Result:
     """Greedy answers of a GGUF file to held-out questions, `slots` at a time."""
     loaded = settings()[1]
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True, trust_remote_code=False)
     with GgufModel(Path(file), loaded.base.threads, slots, context=512, share_beginning=True) as model:
         chat = GgufChat(model, tokenizer, max_new_tokens=96)
         asked = [chat.tok_encode(prompt) for prompt, _ in evaluation_pairs(2 * prompts)[::2]]

@@ -7,7 +7,7 @@ so that there is no second copy. HF_TOKEN opens gated repositories, HF_ENDPOINT 
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from huggingface_hub import HfApi, RepoFile, hf_hub_url
@@ -51,13 +51,23 @@ def list_files(source: str, revision: str, kind: Kind) -> list[RepoFile]:
     """All files of a repository at a commit, with their sizes and hashes.
 
     Raises:
-        UserError: the Hub cannot give it; says why.
+        UserError: the Hub cannot give it, says why; or it lists a file outside of it.
     """
     try:
         tree = HfApi().list_repo_tree(source, revision=revision, repo_type=kind, recursive=True)
-        return [entry for entry in tree if isinstance(entry, RepoFile)]
+        files = [entry for entry in tree if isinstance(entry, RepoFile)]
     except ERRORS as error:
         raise failure(error, source, revision) from None
+    for file in files:
+        if not stays_inside(file.path):
+            raise UserError(f"{source}@{revision}: lists {file.path!r}, which is no file of its folder; choose another")
+    return files
+
+
+def stays_inside(path: str) -> bool:
+    """Whether a path that others name lies in the folder that it is joined to."""
+    parts = PurePosixPath(path)
+    return bool(parts.parts) and not parts.is_absolute() and ".." not in parts.parts and "\0" not in path
 
 
 def why_closed(source: str, kind: Kind) -> Exception | None:

@@ -19,6 +19,7 @@ from hermes.console import UserError
 
 PARAMS, PIPELINE = Path("params.yaml"), Path("dvc.yaml")
 SHOWN = 120  # characters of a value that a message quotes
+NAME = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 DIGITS = re.compile(r"\d{4301}")  # more than Python makes a number of
 UNTRACKED = {"profile", "profiles", "collect", "wandb"}  # top-level keys that shape no stage's output by themselves
 
@@ -129,13 +130,17 @@ def selected_profile(tree: dict[str, Any], path: Path = PARAMS) -> str:
     """The name of the profile that params.yaml selects.
 
     Raises:
-        UserError: there is no such profile.
+        UserError: there is no such profile, or one has a name that is no plain word.
     """
     profile, profiles = tree.get("profile"), tree.get("profiles")
     if not isinstance(profiles, dict) or not all(isinstance(body, dict) for body in profiles.values()):
         raise UserError(f"{path}: `profiles` must map each profile's name to its sections")
-    if odd := [name for name in profiles if not isinstance(name, str)]:
-        raise UserError(f"{path}: the profile {odd[0]} has a name that is no text; write it in quotes")
+    for name in profiles:  # it stands in pages, files and commands
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UserError(
+                f"{path}: the profile {str(name)[:SHOWN]!r} has a name that is no text (write it in quotes), or has other characters than "
+                "letters, digits, `_`, `-` and `.`"
+            )
     if not isinstance(profile, str) or profile not in profiles:
         raise UserError(
             f"{path}: `profile: {profile}` names no entry of `profiles`; choose one of {', '.join(sorted(profiles))}"

@@ -14,7 +14,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from hermes import params
-from hermes.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json
-from hermes.console import UserError
+from hermes.artifacts import check_together, complete_file, complete_folder, read_json, scratch_folder, write_json
+from hermes.bits import Bits
+from hermes.console import UserError, say
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
 from hermes.evaluation.held_out import HeldOut, read_held_out
@@ -37,23 +39,25 @@ from hermes.evaluation.intervals import paired_gain
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
-from hermes.model.base import load, load_base, release, set_determinism
+from hermes.model.base import as_computed, compute_type, load, load_base, release, set_determinism
 from hermes.model.gguf import GgufModel
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
 from hermes.settings.evaluate import EvaluateSettings
 
+RAW, SUBSET, ADAPTER = Path("data/raw"), Path("data/subset"), Path("models/adapter")
 BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
-ADAPTER = Path("models/adapter")
 OUTPUT, TASKS = Path("data/evaluation"), Path(__file__).parent.parent / "hermes/evaluation/tasks"
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
+Opener = Callable[[Path], AbstractContextManager[ChatModel]]
 
 
 class Params(params.Params):
     """Parameters of evaluate."""
 
+    bits: Bits
     base: BaseSettings
     evaluate: EvaluateSettings
 
@@ -93,7 +97,7 @@ def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
     ]
 
 
-def run_suites(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> dict[str, Path]:
+def run_suites(settings: EvaluateSettings, dtype: torch.dtype, open_model: Opener, names: list[str]) -> dict[str, Path]:
     """The folder of each model with the results and logs of all tasks of the suites; nothing where there are no suites.
 
     Raises:
@@ -102,11 +106,9 @@ def run_suites(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase, n
     runs = benchmarks.runs(settings.suites)
     folders: dict[str, Path] = {}
     for name in names if runs else ():
-        print(f"suites on {name}", flush=True)
-        folders[name] = scratch_folder("suites") / run_benchmarks.folder_name(path_of(name), settings)
-        run_benchmarks.run_all(
-            runs, folders[name], partial(opened, path_of(name), settings, tokenizer), settings.context
-        )
+        say(f"suites on {name}")
+        folders[name] = scratch_folder("suites") / run_benchmarks.folder_name(path_of(name), settings, dtype)
+        run_benchmarks.run_all(runs, folders[name], partial(open_model, path_of(name)), settings.context)
         benchmarks.check_questions(suite_results(runs, folders))
     return folders
 
@@ -182,7 +184,7 @@ def preferences(model: ChatModel, pairs: HeldOut) -> Answers:
 def evaluate_model(
     name: str,
     settings: EvaluateSettings,
-    tokenizer: PreTrainedTokenizerBase,
+    open_model: Opener,
     held_out: dict[str, HeldOut],
     exact: "Exact | None",
 ) -> tuple[dict[str, Any], Answers, dict[str, float | int]]:
@@ -194,7 +196,7 @@ def evaluate_model(
     """
     summary: dict[str, Any] = {"model": name}
     rows: Answers = []
-    with opened(path_of(name), settings, tokenizer) as model:
+    with open_model(path_of(name)) as model:
         if "instructions" in settings.tasks:
             rows = grade_answers(write_answers(model, settings), model.finished)
             summary |= {"strict": strict_summary(rows), "failures": failures(rows)}
@@ -272,7 +274,7 @@ def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase, pairs: Held
     Over both answers of held-out pairs: the divergence as above; the mean difference of the preference margins, log p(chosen) -
     log p(rejected) in nats; and the share of pairs that both prefer alike. `rounding` is what stages/merge.py says of the merge.
     """
-    settings = loaded.evaluate
+    settings, base = loaded.evaluate, as_computed(loaded.base, loaded.bits)
     prompts, answers = pairs.first(settings.divergence_pairs, answers=2)
 
     def logits(model: Any) -> Iterator[tuple[int, list[torch.Tensor]]]:
@@ -283,7 +285,7 @@ def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase, pairs: Held
         (chosen, _), (rejected, _) = (score(rows, ids) for rows, ids in zip(both, answers[i], strict=True))
         return chosen - rejected
 
-    trained = PeftModel.from_pretrained(load_base(BASE, loaded.base), str(ADAPTER))
+    trained = PeftModel.from_pretrained(load_base(BASE, base), str(ADAPTER), local_files_only=True)
     expected = dict(logits(trained.get_base_model()))
     del trained
     release()
@@ -295,8 +297,8 @@ def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase, pairs: Held
 
     result: dict[str, dict[str, Any]] = {}
     for onto in ("bf16", "nf4") if loaded.base.quantization == "nf4" else ("bf16",):
-        merger = Merger(BASE, ADAPTER, onto, loaded.base)
-        model = load(BASE, torch.bfloat16)
+        merger = Merger(BASE, ADAPTER, onto, base)
+        model = load(BASE, compute_type(loaded.bits))
         for stored in merger.tensors:
             if (weight := merger.weight(stored)) is not None:
                 model.get_parameter(stored.name).data.copy_(weight)
@@ -325,6 +327,7 @@ def divergence(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, 
 def main() -> None:
     loaded = params.load(Params)
     settings = loaded.evaluate
+    check_together(RAW, SUBSET, BASE, ADAPTER, MERGED, GGUF)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
     set_determinism(settings.threads)
@@ -340,13 +343,15 @@ def main() -> None:
         ):  # a damaged one is found before hours of others
             pass
     held_out = read_held_out(settings, tokenizer)
-    folders = run_suites(settings, tokenizer, names)
+    dtype = compute_type(loaded.bits)
+    open_model = partial(opened, batching=settings, tokenizer=tokenizer, dtype=dtype)
+    folders = run_suites(settings, dtype, open_model, names)
     compared = settings.divergence_pairs > 0
     exact = Exact.of(settings, tokenizer, held_out["preference"]) if compared else None
     summaries, rows, apart = {}, {}, {}
     for name in names:
-        print(f"evaluating {name}", flush=True)
-        summaries[name], rows[name], apart[name] = evaluate_model(name, settings, tokenizer, held_out, exact)
+        say(f"evaluating {name}")
+        summaries[name], rows[name], apart[name] = evaluate_model(name, settings, open_model, held_out, exact)
     del exact
     pairs = {name: summaries[name].pop("pairs", []) for name in names}
     comparison = {}

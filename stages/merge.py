@@ -13,11 +13,12 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from hermes import params
-from hermes.artifacts import complete_folder, sha256_file, write_json
+from hermes.artifacts import MANIFEST, check_together, complete_folder, write_json, write_manifest
+from hermes.bits import Bits
 from hermes.console import UserError
-from hermes.data.chat_text import end_of_answer
-from hermes.model.adapter_merge import Merger, read_config
-from hermes.model.base import load_config
+from hermes.data.chat_text import end_of_answer, rendered
+from hermes.model.adapter_merge import Merger
+from hermes.model.base import as_computed, check_instructions, load_config
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
@@ -25,37 +26,22 @@ from hermes.settings.merge import MergeSettings, parse_size
 
 BASE, ADAPTER, MERGED = Path("models/base"), Path("models/adapter"), Path("models/merged")
 PROBE = [{"role": "user", "content": "Hello, world! naïve café 123"}, {"role": "assistant", "content": "Yes."}]
-WEIGHTS = {"manifest.json", "model.safetensors.index.json", "merge.json"}
+WEIGHTS = {MANIFEST, "model.safetensors.index.json", "merge.json"}
 
 
 class Params(params.Params):
     """Parameters of merge."""
 
+    bits: Bits
     base: BaseSettings
     merge: MergeSettings
-
-
-def check_adapter_fits(adapter: Path, base: Path) -> None:
-    """Refuses an adapter that was trained on another base.
-
-    Raises:
-        UserError: the base named by the adapter is not this one.
-    """
-    trained_on, found = (
-        read_config(adapter)["base_model_name_or_path"],
-        f"sha256:{sha256_file(base / 'manifest.json')}",
-    )
-    if trained_on != found:
-        raise UserError(
-            f"{adapter}: was trained on base {trained_on[:19]}…, {base} is {found[:19]}…; run `dvc repro train`"
-        )
 
 
 def generation_config(base: Path) -> GenerationConfig:
     """The base's, or where it has none what its config.json says; and it ends an answer also where the chat template ends one."""
     if (base / "generation_config.json").is_file():
         try:
-            config = GenerationConfig.from_pretrained(base)
+            config = GenerationConfig.from_pretrained(base, local_files_only=True)
         except Exception as error:  # whatever Transformers raises about a damaged one
             raise UserError(
                 f"{base}: its generation_config.json cannot be read ({error}); delete it and run `dvc repro`"
@@ -76,8 +62,8 @@ def check_companions(base: Path, merged: Path) -> None:
         UserError: something differs; names it.
     """
     ours, theirs = map(load_tokenizer, (merged, base))
-    probes = [t.apply_chat_template(PROBE, return_dict=False) for t in (ours, theirs)]
-    written = GenerationConfig.from_pretrained(merged).to_dict()
+    probes = [t(rendered(t, PROBE), add_special_tokens=False)["input_ids"] for t in (ours, theirs)]
+    written = GenerationConfig.from_pretrained(merged, local_files_only=True).to_dict()
     for name, left, right in (
         ("chat template", ours.chat_template, theirs.chat_template),
         ("ids of a probe conversation", *probes),
@@ -90,12 +76,13 @@ def check_companions(base: Path, merged: Path) -> None:
 
 def main() -> None:
     loaded = params.load(Params)
+    check_instructions()
     settings, shard = loaded.merge, parse_size(loaded.merge.max_shard_size)
     if settings.base == "nf4" and loaded.base.quantization != "nf4":
         raise UserError("params.yaml: `merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
-    check_adapter_fits(ADAPTER, BASE)
+    made_from = check_together(BASE, ADAPTER)
     with complete_folder(MERGED) as target:
-        merger = Merger(BASE, ADAPTER, settings.base, loaded.base)
+        merger = Merger(BASE, ADAPTER, settings.base, as_computed(loaded.base, loaded.bits))
         merger.write(target, shard)
         write_json(target / "merge.json", {"base": settings.base, **merger.rounding.summary()})
         for path in sorted(BASE.iterdir()):
@@ -103,6 +90,7 @@ def main() -> None:
                 shutil.copyfile(path, target / path.name)
         generation_config(BASE).save_pretrained(target)
         check_companions(BASE, target)
+        write_manifest(target, made_from=made_from)
 
 
 if __name__ == "__main__":

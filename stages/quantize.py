@@ -15,7 +15,7 @@ import numpy as np
 from gguf import GGUFReader, ReaderTensor, dequantize
 
 from hermes import params
-from hermes.artifacts import complete_folder, sha256_file, write_json
+from hermes.artifacts import check_together, complete_folder, sha256_file, write_json, write_manifest
 from hermes.console import progress
 from hermes.model.gguf_files import check_vocabulary, convert, metadata, quantize
 from hermes.model.tokenizer import load_tokenizer
@@ -80,6 +80,7 @@ def weight_change(file: GGUFReader, source: GGUFReader) -> dict[str, float]:
 
 def main() -> None:
     settings = params.load(Params).quantize
+    made_from = check_together(MERGED)
     tokenizer = load_tokenizer(MERGED)
     report: dict[str, Any] = {}
     with complete_folder(OUTPUT) as folder:
@@ -96,6 +97,8 @@ def main() -> None:
         found = metadata(source)
         found.pop("template")
         write_json(folder / "quantize.json", {"files": report, "metadata": found})
+        hashes = {f"{kind}.gguf": described["sha256"] for kind, described in report.items()}
+        write_manifest(folder, hashes, made_from=made_from)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hermes import params
-from hermes.artifacts import complete_folder, open_parquet, write_parquet
+from hermes.artifacts import check_together, complete_folder, open_parquet, write_manifest, write_parquet
+from hermes.bits import Bits
 from hermes.console import UserError, progress
-from hermes.model.base import load_base, set_determinism
+from hermes.model.base import as_computed, load_base, set_determinism
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
@@ -33,6 +34,7 @@ SCHEMA = pa.schema([("chosen_logps", pa.list_(pa.float32())), ("rejected_logps",
 class Params(params.Params):
     """Parameters of reference."""
 
+    bits: Bits
     base: BaseSettings
     reference: ReferenceSettings
 
@@ -74,10 +76,11 @@ def read_pairs(split: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     loaded = params.load(Params)
+    made_from = check_together(BASE, TOKENS)
     set_determinism(loaded.base.threads)
     pairs = {split: read_pairs(split) for split in SPLITS}
     how = choose_forward(BASE, [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in pairs["train"]])
-    model = load_base(BASE, loaded.base)
+    model = load_base(BASE, as_computed(loaded.base, loaded.bits))
     share_prefix(model, how)
     size = loaded.reference.batch_size
     collate = DataCollatorForPreference(pad_token_id=load_tokenizer(BASE).pad_token_id or 0)
@@ -91,6 +94,7 @@ def main() -> None:
             ]
             check_finite(scored, f"{TOKENS}/{split}.parquet")
             write_parquet(target / f"{split}.parquet", pa.Table.from_pylist(scored, schema=SCHEMA))
+        write_manifest(target, made_from=made_from)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hermes import params
-from hermes.artifacts import complete_file, complete_folder, open_parquet, write_json
+from hermes.artifacts import check_together, complete_file, complete_folder, open_parquet, write_json, write_manifest
 from hermes.console import UserError, progress
 from hermes.data.decontamination import FILE, Questions
 from hermes.data.misfits import UNDECIDED, Misfit, check_turns, read_misfits
@@ -310,6 +310,7 @@ def copy_rows(source: Path, target: Path, kept: list[int]) -> None:
 
 def main() -> None:
     settings = params.load(Params).subset
+    made_from = check_together(RAW)
     held_out: set[bytes] = set()
     report: dict[str, Any] = {}
     suites = Questions(RAW / FILE) if (RAW / FILE).is_file() else None
@@ -322,6 +323,7 @@ def main() -> None:
                 copy_rows(source, target / source.name, kept)
         if "train" not in report:
             raise UserError(f"{RAW}: has no train.parquet; run `dvc repro fetch_data`")
+        write_manifest(target, made_from=made_from)
     write_json(REPORT, report)
 
 

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.ahead import check_ahead
-from hermes.artifacts import complete_folder, open_parquet, write_json, write_parquet
+from hermes.artifacts import check_together, complete_folder, open_parquet, write_json, write_manifest, write_parquet
 from hermes.console import UserError, progress
 from hermes.data.chat_text import (
     Forged,
@@ -226,6 +226,7 @@ def tokenize_split(
 
 def main() -> None:
     settings = params.load(Params).tokenize
+    hashes = check_together(BASE, SUBSET)
     check_base(BASE)
     tokenizer = load_tokenizer(BASE)
     if settings.template is not None and tokenizer.eos_token_id is None:
@@ -246,6 +247,8 @@ def main() -> None:
                 max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs),
             )
             write_parquet(target / source.name, pa.Table.from_pylist(pairs, schema=schema()))
+        # Nothing reads the subset beside the tokens, and another one of the same ids makes no later stage stale.
+        write_manifest(target, made_from={BASE.as_posix(): hashes[BASE.as_posix()]})
     write_json(REPORT, report)
 
 

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -40,19 +41,21 @@ from trl import DPOConfig, DPOTrainer
 
 from hermes import params
 from hermes.artifacts import (
+    check_together,
     complete_file,
     complete_folder,
     open_parquet,
     scratch_folder,
     sha256_file,
-    sha256_folder,
     write_json,
+    write_manifest,
 )
-from hermes.console import UserError, progress
-from hermes.model.base import load_base, set_determinism
+from hermes.bits import Bits
+from hermes.console import UserError, progress, say, warn
+from hermes.model.base import as_computed, load_base, set_determinism
 from hermes.model.base_check import check_adapter
 from hermes.model.tokenizer import load_tokenizer
-from hermes.run import run_stage
+from hermes.run import Stopped, run_stage, stop
 from hermes.settings.base import BaseSettings
 from hermes.settings.train import Science, TrainSettings
 from hermes.training import distributed
@@ -80,6 +83,7 @@ EVALUATION = ("loss", "preference_loss", "rewards/margins", "rewards/accuracies"
 class Params(params.Params, Science):
     """Parameters of train."""
 
+    bits: Bits
     base: BaseSettings
     train: TrainSettings
 
@@ -147,11 +151,11 @@ def load_pairs(split: str) -> Dataset:
     return concatenate_datasets([ids, Dataset.from_dict(sums)], axis=1)
 
 
-def run_key(loaded: Params) -> str:
-    """A hash of everything the trained adapter depends on, to name its scratch folder."""
+def run_key(loaded: Params, made_from: dict[str, str]) -> str:
+    """A hash of everything the trained adapter depends on, to name its scratch folder; `made_from` are those of the folders."""
     code = [module.__file__ for name, module in sys.modules.items() if name.startswith(("hermes.", "stages."))]
     files = {Path(file) for file in (*code, __file__, PACKAGES) if file}
-    hashes = [sha256_folder(folder) for folder in (TOKENS, REFERENCE, BASE)] + sorted(map(sha256_file, files))
+    hashes = [*made_from.values(), *sorted(map(sha256_file, files))]
     inputs = json.dumps([loaded.model_dump(mode="json"), hashes], sort_keys=True)
     return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
@@ -177,10 +181,7 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
     steps = s.max_steps or math.ceil(s.epochs * math.ceil(math.ceil(pairs / s.batch_size) / s.accumulation))
     if s.warmup_steps >= steps:
         reached = s.learning_rate * (steps - 1) / s.warmup_steps
-        print(
-            f"train: the warm-up of {s.warmup_steps} steps outlasts the {steps} steps; the rate reaches {reached:.3g}",
-            flush=True,
-        )
+        say(f"train: the warm-up of {s.warmup_steps} steps outlasts the {steps} steps; the rate reaches {reached:.3g}")
     try:
         config = DPOConfig(
             output_dir=str(output),
@@ -234,6 +235,43 @@ class EvaluationSteps(TrainerCallback):
         control.should_evaluate = done // steps > (done - self.evaluations) // steps
 
 
+class CheckpointAndStop(TrainerCallback):
+    """On SIGTERM or Ctrl-C ends training behind the running step, with a checkpoint; the same signal again ends it at once.
+
+    A rented GPU that is taken back sends SIGTERM and waits for half a minute; a step takes some seconds, an evaluation between two steps
+    may take longer. `make` passes SIGTERM on as Ctrl-C, so that one stop may arrive as both.
+
+    Raises:
+        Stopped: training was ended.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.previous: dict[int, Any] = {}
+
+    def receive(self, number: int, frame: Any) -> None:
+        if number in self.received:
+            stop(number, frame)
+        if not self.received:
+            warn("train: ending behind this step; once more ends it at once")
+        self.received.append(number)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self.receive)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.received and state.global_step < state.max_steps:
+            raise Stopped(self.received[0], f" behind step {state.global_step} of {state.max_steps}, which is kept")
+
+
 class ProgressAndTracking(TrainerCallback):
     """A progress bar with the latest preference loss, which begins at ln 2, and the same numbers to W&B where that is on."""
 
@@ -271,7 +309,7 @@ def build_trainer(
     check_adapter(BASE, s)
     pairs = zip(*(train[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
     how = choose_forward(BASE, list(pairs))
-    model = load_base(BASE, loaded.base, sharded=s.distribution == "fsdp")
+    model = load_base(BASE, as_computed(loaded.base, loaded.bits), sharded=s.distribution == "fsdp")
     try:
         trainer = (DealtDPOTrainer if s.processes > 1 else TrackedDPOTrainer)(
             model,
@@ -355,12 +393,15 @@ def summarize(trainer: TrackedDPOTrainer, pairs: int, trained: int, difference: 
     }
 
 
-def run(loaded: Params, scratch: Path) -> None:
-    """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports."""
+def run(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
+    """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports; `made_from` as `run_key`."""
     tokenizer = load_tokenizer(BASE)
     main = distributed.is_main(loaded.train.processes)
     with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
-        trainer = build_trainer(loaded, scratch, tokenizer, [ProgressAndTracking(tracking)] if main else [])
+        # Several processes are told at once, but not in the same step: they end at once, and go on from the last checkpoint.
+        stopping = [CheckpointAndStop()] if loaded.train.processes == 1 else []
+        callbacks = [*stopping, *([ProgressAndTracking(tracking)] if main else [])]
+        trainer = build_trainer(loaded, scratch, tokenizer, callbacks)
         trained = sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad)
         state = torch.get_rng_state()
         difference = reference_difference(trainer)
@@ -385,10 +426,11 @@ def run(loaded: Params, scratch: Path) -> None:
     write_json(REPORTS / "summary.json", summarize(trainer, len(load_pairs("train")), trained, difference))
     with complete_folder(ADAPTER) as folder:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_adapter(model, folder, sha256_file(BASE / "manifest.json"), gathered)
+        save_adapter(model, folder, made_from[BASE.as_posix()], gathered)
+        write_manifest(folder, made_from=made_from)
 
 
-def run_alone(loaded: Params, scratch: Path) -> None:
+def run_alone(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
     """`run` where nobody else writes the same adapter or the same run's checkpoints, which are removed at its end.
 
     Of several processes the first one sees to that.
@@ -397,13 +439,13 @@ def run_alone(loaded: Params, scratch: Path) -> None:
         UserError: somebody else does.
     """
     if not distributed.is_main(loaded.train.processes):
-        run(loaded, scratch)
+        run(loaded, scratch, made_from)
         return
     scratch.parent.mkdir(parents=True, exist_ok=True)
     ADAPTER.parent.mkdir(exist_ok=True)
     try:
         with FileLock(f"{ADAPTER}.lock", timeout=0), FileLock(f"{scratch}.lock", timeout=0):
-            run(loaded, scratch)
+            run(loaded, scratch, made_from)
             shutil.rmtree(scratch, ignore_errors=True)
     except Timeout as error:
         raise UserError(f"{error.lock_file}: another training is running; wait for it or stop it") from None
@@ -415,10 +457,11 @@ def main() -> None:
     if s.processes > 1 and not distributed.is_launched():
         distributed.launch(s.processes, s.distribution, threads, "stages.train")
         return
+    made_from = check_together(BASE, TOKENS, REFERENCE)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     set_determinism(threads)
-    run_alone(loaded, scratch_folder("train") / run_key(loaded))
+    run_alone(loaded, scratch_folder("train") / run_key(loaded, made_from), made_from)
     PartialState().destroy_process_group()
 
 

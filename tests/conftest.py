@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 from hermes.artifacts import sha256_file, write_json
-from hermes.model import bf16_on_cpu, gguf_files
+from hermes.model import gguf_files
 from hermes.params import read_yaml
 from stages.fetch_model import EMBEDDED_FILE, EMBEDDED_PACKAGE
 
 ROOT = Path(__file__).resolve().parent.parent
-bf16_on_cpu.fit_to_cpu()  # as every stage with a model does
 
 SPECIAL = {
     "unk_token": "<|endoftext|>",

@@ -196,7 +196,7 @@ def test_stage_tracks_the_packages_that_shape_its_output(stage: str) -> None:
 
 
 def test_reference_depends_on_neither_beta_nor_loss_nor_learning_rate() -> None:
-    assert expected_params("reference") == {"profiles.${profile}.base", "profiles.${profile}.reference"}
+    assert expected_params("reference") == {"bits", "profiles.${profile}.base", "profiles.${profile}.reference"}
 
 
 def test_report_module_is_a_dependency_of_report_alone() -> None:

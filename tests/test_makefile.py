@@ -20,7 +20,7 @@ OPTIONS = {
         "SEED": "--set-param=seed=",
     },
     "sweep": {"BETAS": "--betas=", "SEEDS": "--seeds="},
-    "verify": {"STAGE": "--stage="},
+    "verify": {"STAGE": "--stage=", "BITS": "--bits="},
     "review": {"BASE": "--base=", "HEAD": "--head="},
     "plan": {"PROFILE": "--profile=", "GPU": "--gpu="},
     "rehearse": {"PROFILE": "--profile=", "LAYERS": "--layers=", "PAIRS": "--pairs="},
@@ -36,6 +36,15 @@ SWITCHES = {
 NEEDED = {"sweep": "BETAS=0.1", "review": "BASE=main", "publish": "REPO=a/b"}
 VARIABLES = {name for taken in (*OPTIONS.values(), *SWITCHES.values()) for name in taken} | {"DEVICE", "PYTHON"}
 TARGETS = re.findall(r"^## make ([a-z-]+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+# What the Makefile sets for itself, and what make and its functions use.
+OWN = sorted(
+    {
+        *re.findall(r"^(?:override )?(?:define )?([\w.]+) *(?::?=|$)", (ROOT / "Makefile").read_text(), re.MULTILINE),
+        *re.findall(r"\$\(foreach (\w+),", (ROOT / "Makefile").read_text()),
+        *("SHELL", ".SHELLFLAGS", ".DEFAULT_GOAL", ".RECIPEPREFIX", "MAKECMDGOALS", "MAKEOVERRIDES", "MAKE", "CURDIR"),
+    }
+    - {"endef"}
+)
 HOSTILE = [
     "$(shell touch ran)",
     "${shell touch ran}",
@@ -109,6 +118,33 @@ def test_a_value_arrives_as_it_was_typed_and_runs_nothing(target: str, name: str
         assert f"{OPTIONS[target][name]}{value}" in words("seen")
         assert len(words("seen")) == 3 + len(others) + (target == "train")
         assert not Path("ran").exists()
+
+
+def test_the_makefiles_own_variables_are_known_to_the_tests() -> None:
+    assert {"GIVEN", "GOALS", "PY", "check_value", "comma", "newline", "quote", "takes.repro", "v", "goal"} <= set(OWN)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_variable_of_the_makefiles_own_is_refused_and_runs_nothing(name: str, checkout: Path) -> None:
+    for value in ("$(shell touch ran)", "x $(shell touch ran) y", "1"):
+        said = refused(make("repro", f"{name}={value}"))
+        assert "does not take" in said
+        assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", [*sorted({*OWN, *VARIABLES} - {"MAKECMDGOALS"}), "HOME", "ANYTHING"])
+def test_a_variable_of_the_environment_runs_nothing_and_changes_no_check(name: str, checkout: Path) -> None:
+    expected = ["-m", "tools.repro", "--profile=a40"]
+    for flags in ([], ["-e"]):
+        done = make(*flags, "repro", "PROFILE=a40", **{name: "$(shell touch ran)"})
+        assert (done.returncode, words("seen")) == (0, expected), done.stderr
+        assert not Path("ran").exists()
+
+
+def test_goals_of_the_environment_run_nothing(checkout: Path) -> None:
+    refused(make("repro", "PROFILE=a40", MAKECMDGOALS="$(shell touch ran)"))
+    assert make(MAKECMDGOALS="$(shell touch ran)").returncode in (0, 2)
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("target", ["repro", "train", "sweep", "report", "plan", "rehearse", "publish", "bench"])

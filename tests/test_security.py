@@ -20,9 +20,7 @@ RUNS_TEXT = {
     "torch.load",
     "torch.hub.load",
 }
-# Loads that name no folder of a user: the package's own GGUF, and a folder that fetch_model has just filled without code.
-CHECKED_BEFORE = {("stages/fetch_model.py", "AutoModelForCausalLM"), ("stages/fetch_model.py", "AutoTokenizer")}
-LOADERS = {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "AutoModel", "AutoProcessor"}
+CODELESS = {"GenerationConfig", "PeftModel"}  # these have no `trust_remote_code` to say no to
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
@@ -53,18 +51,46 @@ def test_a_module_reads_no_pickle_and_runs_no_text(module: str) -> None:
         assert keyword(call, "trust_remote_code") in (None, "False"), (module, name, call.lineno)
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_model_or_tokenizer_is_loaded_without_code_of_its_own(module: str) -> None:
-    for name, call in calls(MODULES[module]):
+def loose(path: Path) -> list[str]:
+    """The calls of a module that may run a model's own code, or take a folder that is missing for a name at the Hub."""
+    found = []
+    for name, call in calls(path):
         loader, _, method = name.rpartition(".")
-        if (
-            loader in LOADERS
-            and method in ("from_pretrained", "from_config")
-            and (module, loader) not in CHECKED_BEFORE
-        ):
-            assert keyword(call, "trust_remote_code") == "False", (module, call.lineno)
-            hub = module == "tools/plan.py" and keyword(call, "revision") is not None
-            assert hub or method == "from_config" or keyword(call, "local_files_only") == "True", (module, call.lineno)
+        if method not in ("from_pretrained", "from_config"):
+            continue
+        hub = path == MODULES["tools/plan.py"] and keyword(call, "revision") is not None
+        local = method == "from_config" or hub or keyword(call, "local_files_only") == "True"
+        if not local or (loader not in CODELESS and keyword(call, "trust_remote_code") != "False"):
+            found.append(f"{name}, line {call.lineno}")
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_model_or_tokenizer_is_loaded_from_its_folder_without_code_of_its_own(module: str) -> None:
+    assert loose(MODULES[module]) == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_chat_template_is_rendered_in_one_place(module: str) -> None:
+    found = [name for name, _ in calls(MODULES[module]) if name.endswith("apply_chat_template")]
+    assert not found or module == "hermes/data/chat_template.py"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_what_is_shown_is_escaped(module: str) -> None:
+    """Names of columns, profiles, files and tokens come from others, and hermes.console spells out what steers a terminal."""
+    if module in (
+        "hermes/console.py",
+        "tools/doctor.py",
+    ):  # doctor runs without packages, and escapes its checks itself
+        return
+    for name, call in calls(MODULES[module]):
+        assert name not in ("print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exc"), (
+            module,
+            call.lineno,
+        )
+        if name == "sys.exit" and any(isinstance(node, ast.JoinedStr) for node in ast.walk(call)):
+            assert "printable(" in ast.unparse(call), (module, call.lineno)
 
 
 def test_the_scan_finds_what_it_looks_for(tmp_path: Path) -> None:
@@ -72,7 +98,27 @@ def test_the_scan_finds_what_it_looks_for(tmp_path: Path) -> None:
     path.write_text(
         "import pickle\nAutoModel.from_pretrained(x, trust_remote_code=True)\nsubprocess.run(x, shell=True)\neval(x)\n"
     )
+    assert loose(path) == ["AutoModel.from_pretrained, line 2"]
     found = dict(calls(path))
     assert set(found) == {"AutoModel.from_pretrained", "subprocess.run", "eval"}
     assert keyword(found["AutoModel.from_pretrained"], "trust_remote_code") == "True"
     assert keyword(found["subprocess.run"], "shell") == "True"
+
+
+@pytest.mark.parametrize(
+    ("call", "is_loose"),
+    [
+        ("AutoTokenizer.from_pretrained(x)", True),
+        ("AutoTokenizer.from_pretrained(x, local_files_only=True)", True),
+        ("PreTrainedConfig.from_pretrained(x, trust_remote_code=False)", True),
+        ("GenerationConfig.from_pretrained(x)", True),
+        ("GenerationConfig.from_pretrained(x, local_files_only=True)", False),
+        ("AutoConfig.from_pretrained(x, revision=y, trust_remote_code=False)", True),
+        ("AutoConfig.from_pretrained(x, local_files_only=True, trust_remote_code=False)", False),
+        ("AutoModel.from_config(x)", True),
+        ("AutoModel.from_config(x, trust_remote_code=False)", False),
+    ],
+)
+def test_the_scan_knows_a_loose_load(call: str, is_loose: bool, tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(f"{call}\n")
+    assert bool(loose(tmp_path / "module.py")) == is_loose

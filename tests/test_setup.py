@@ -80,6 +80,12 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+# What llama.cpp is compiled with, where this CPU is one that has the same bits as others.
+AVX2 = Path("/proc/cpuinfo").exists() and "avx2" in Path("/proc/cpuinfo").read_text().split()
+UNJOINED = "=-ffp-contract=off "
+PORTABLE = f"-DGGML_NATIVE=off -DCMAKE_C_FLAGS{UNJOINED}-DCMAKE_CXX_FLAGS{UNJOINED}" if AVX2 else ""
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with setup.sh and the locks, a Python whose pip only writes down what it is asked for, and a large disk."""
@@ -128,6 +134,9 @@ def stamp(checkout: Path) -> str:
 def test_without_a_gpu_the_locks_are_installed_as_they_are_and_once(checkout: Path) -> None:
     code, _, asked = set_up(checkout)
     assert code == 0
+    _, llama, *_ = asked.splitlines()
+    assert "--no-binary llama-cpp-python --cache-dir" in llama
+    assert llama.endswith(f"[{PORTABLE}]")
     assert "-r requirements.lock []" in asked
     assert "cuda" not in asked.lower()
     assert stamp(checkout) == "cpu"
@@ -141,7 +150,7 @@ def test_with_a_gpu_and_nvcc_the_cuda_lock_and_a_cuda_llama_cpp_are_installed(ch
     _, llama, locks, _ = asked.splitlines()
     assert "--no-binary llama-cpp-python" in llama
     assert "--cache-dir" in llama
-    assert llama.endswith("[-DGGML_CUDA=on -DGGML_NATIVE=off]")
+    assert llama.endswith(f"[-DGGML_CUDA=on {PORTABLE}-DGGML_NATIVE=off]")
     assert "-r requirements-cuda.lock" in locks
     assert stamp(checkout) == "cuda"
     assert set_up(checkout) == (0, "", "")

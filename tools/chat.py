@@ -23,8 +23,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from hermes.artifacts import complete_file, sha256_folder
-from hermes.console import UserError
-from hermes.data.chat_text import ends_of_answer
+from hermes.console import UserError, escaped, printable, warn
+from hermes.data.chat_template import check_bounded
+from hermes.data.chat_text import ends_of_answer, rendered
 from hermes.model.gguf import GgufModel
 from hermes.model.gguf_files import convert
 from hermes.model.tokenizer import load_tokenizer
@@ -71,8 +72,8 @@ class Conversation:
 
     def prompt(self, turns: list[dict[str, str]]) -> list[int]:
         """The token ids of these turns up to where the answer begins."""
-        ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return list(ids)
+        text = rendered(self.tokenizer, turns, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def base_gguf() -> Path:
@@ -81,7 +82,7 @@ def base_gguf() -> Path:
         raise UserError(f"{BASE}: no model there; run: make repro")
     path = SCRATCH / f"base-{sha256_folder(BASE)[:16]}.gguf"
     if not path.is_file():
-        print("chat: converting the base, once", file=sys.stderr)
+        warn("chat: converting the base, once")
         with complete_file(path) as temporary:
             convert(BASE, temporary, "bf16")
     return path
@@ -118,7 +119,7 @@ def side_by_side(answers: dict[str, str]) -> Table:
     """The answers in columns of equal width, {heading: answer}; what would steer the terminal is left out of them."""
     table = Table(expand=True)
     for heading in answers:
-        table.add_column(heading, ratio=1, overflow="fold")
+        table.add_column(Text(printable(heading)), ratio=1, overflow="fold")
     shown = ("".join(c for c in answer if c.isprintable() or c == "\n") for answer in answers.values())
     table.add_row(*map(Text, shown))  # Text: an answer's [brackets] are no markup
     return table
@@ -146,11 +147,11 @@ def chat(conversations: dict[str, Conversation], is_terminal: bool, console: Con
             console.print("a new conversation")
             continue
         if not is_terminal:
-            console.print(Text(f"you> {question}"))
+            console.print(Text(escaped(f"you> {question}")))
         try:
             answer(question, conversations, console)
         except UserError as error:
-            console.print(Text(str(error)))
+            console.print(Text(printable(str(error))))
 
 
 def main() -> None:
@@ -163,6 +164,7 @@ def main() -> None:
     console = Console(highlight=False)
     files = {f"tuned ({tuned.stem})": tuned, "base (bf16)": base_gguf()}
     tokenizer = load_tokenizer(MERGED)
+    check_bounded(tokenizer)
     with ExitStack() as stack:
         conversations = {
             heading: Conversation(stack.enter_context(open_gguf(path, tokenizer)), tokenizer)

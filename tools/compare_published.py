@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 
 from hermes import hub
 from hermes.artifacts import open_parquet, read_object, sha256_file, write_json
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.pages import published_run
 from hermes.run import run_tool
 
@@ -107,7 +107,7 @@ def compare() -> list[str]:
 
 
 def main() -> None:
-    print("\n".join(compare()))
+    say(*compare())
 
 
 if __name__ == "__main__":

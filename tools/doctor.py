@@ -26,6 +26,7 @@ from tools import disk
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_FREE_GB = 8
+FLAGS = {"portable": "avx2", "avx512": "avx512_bf16"}  # what a CPU needs for them, in short (hermes/bits.py)
 # the first driver that runs programs built with a CUDA of this major version
 DRIVERS = {"12": (525, 60), "13": (580, 65)}
 SHOWN = 3  # of many findings in one line
@@ -45,8 +46,9 @@ class Check(NamedTuple):
         return not self.mend
 
     def __str__(self) -> str:
-        line = f"{self.name}: {self.finding}"
-        return f"ok       {line}" if self.ok else f"PROBLEM  {line}; {self.mend}"
+        line = f"{self.name}: {self.finding}" + ("" if self.ok else f"; {self.mend}")
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # hermes.console needs packages
+        return f"{'ok      ' if self.ok else 'PROBLEM '} {shown}"
 
 
 class Gpu(NamedTuple):
@@ -107,9 +109,12 @@ def of_python(root: Path, lock: str) -> Iterator[Check]:
     yield Check("packages", few(wrong) or f"all {len(pinned)} as locked", mend)
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
     yield Check("compiler", compiler or "no C++ compiler", "" if compiler else "run: apt-get install build-essential")
-    is_fast = re.search(r"\b(avx512bw|bf16)\b", read(Path("/proc/cpuinfo")))
-    slow = "no bfloat16, which goes through float32 and takes several times as long"
-    yield Check("cpu", "multiplies bfloat16" if is_fast else slow)
+    flags = set(read(Path("/proc/cpuinfo")).split())
+    yield Check("cpu", " and ".join(f"`bits: {name}`" for name, flag in FLAGS.items() if flag in flags) or "no AVX2")
+    probe = subprocess.run(
+        [sys.executable, "-m", "tools.bits_probe"], cwd=root, capture_output=True, text=True, check=False
+    )
+    yield Check("bits", probe.stdout.strip() or few(probe.stderr.splitlines()[-1:]))
 
 
 def folder_of(package: str) -> Path:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hermes import params
+from hermes.console import say
 from hermes.pages.render import clean
 from hermes.run import run_tool
 from tools.doctor import git
@@ -106,7 +107,7 @@ def main() -> None:
     for cells in rows():
         table.add_row(*(Text(clean(cell)) for cell in cells))
     Console(width=max(WIDTH, shutil.get_terminal_size().columns)).print(table)
-    print(LEGEND)
+    say(*LEGEND.split("\n"))
 
 
 if __name__ == "__main__":

@@ -7,21 +7,19 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from hermes import bits
 from tools import doctor
 
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")  # of /proc/cpuinfo: each chooses other kernels
-CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
 
 
 def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
     """The CPU's model and those of its instruction sets that choose kernels."""
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
-    has = set(flags[1].split()) if flags else set()
     return {
         "model": model[1].strip() if model else platform.processor(),
-        "flags": [name for name in FLAGS if name in has],
+        "flags": [name for name in FLAGS if name in bits.cpu_flags(cpuinfo)],
     }
 
 
@@ -35,7 +33,6 @@ def facts() -> dict[str, Any]:
         "gpu": None if gpu is None else {"name": gpu.name, "driver": gpu.driver},
         "system": platform.platform(),
         "python": platform.python_version(),
-        "variables": {name: os.environ[name] for name in CAPS if name in os.environ},
     }
 
 

@@ -25,8 +25,8 @@ from mergekit.options import MergeOptions
 from pydantic import PositiveInt, ValidationError, model_validator
 
 from hermes import hub, params
-from hermes.artifacts import complete_file, complete_folder, scratch_folder, sha256_file, write_json
-from hermes.console import UserError
+from hermes.artifacts import complete_file, complete_folder, scratch_folder, write_manifest
+from hermes.console import UserError, say
 from hermes.run import run_tool
 from hermes.settings.sources import is_folder
 from stages import fetch_model
@@ -97,7 +97,7 @@ def resolve(path: Path = RECIPE) -> None:
             commit = HfApi().model_info(found[2]).sha
         except hub.ERRORS as error:
             raise hub.failure(error, found[2], "main") from None
-        print(f"{path}: {found[2]}@{commit}")
+        say(f"{path}: {found[2]}@{commit}")
         return f"{found[1]}{commit}"
 
     with complete_file(path) as temporary:
@@ -138,16 +138,12 @@ def main() -> None:
     recipe = read_recipe()
     with complete_folder(OUTPUT) as target:
         merge(recipe, target)
-        manifest = {
-            "recipe": recipe.model_dump(),
-            "versions": {name: version(name) for name in ("mergekit", "safetensors", "torch", "transformers")},
-            "files": {path.name: sha256_file(path) for path in sorted(target.iterdir())},
-        }
-        write_json(target / "manifest.json", manifest)
+        versions = {name: version(name) for name in ("mergekit", "safetensors", "torch", "transformers")}
+        write_manifest(target, recipe=recipe.model_dump(), versions=versions)
     shutil.rmtree(scratch_folder("base-merge"), ignore_errors=True)
-    print(
+    say(
         f"{OUTPUT}: merged; `source: ./{OUTPUT}` and `revision: null` in the `model` section of a profile take it as its base. "
-        "Where they do already: `.venv/bin/dvc repro --force fetch_model`, since DVC does not watch that folder"
+        "Where they do already, `make repro` sees that it is another one"
     )
 
 

@@ -26,9 +26,8 @@ from transformers import AutoConfig
 
 from hermes import hub
 from hermes.artifacts import open_parquet, read_object
-from hermes.console import UserError, printable
+from hermes.console import UserError, printable, say
 from hermes.model import llama3
-from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import UBATCH
 from hermes.model.llama3 import Shape
 from hermes.pages import published_run
@@ -80,9 +79,9 @@ SUITES = {name: [Work(**part) for part in parts] for name, parts in ASSUMED["sui
 # Of the dense rate in training and scoring, as seen in training on one H100; of the memory's in generation, an assumption.
 EFFICIENCY = 0.3
 LAUNCHING = 0.013  # seconds that Python takes to launch a pass through a layer, forward, backward or computed again; seen there too
-# FLOP/s of a core in training, and evaluation's share of them, by whether it multiplies bfloat16: those with which the default profile
-# trained for 10.5 and evaluated for 12.5 minutes on two cores that do, and for 41.7 and 35.8 on two that do not. Bytes/s: an assumption.
-CORE = {True: (175e9, 0.75), False: (44e9, 1.0)}
+# FLOP/s of a core in training, and evaluation's share of them, by `bits`: those with which the default profile trained for 10.5 and
+# evaluated for 12.5 minutes on two cores with AVX-512; a step of `portable` takes 1.6 times as long there. Bytes/s: an assumption.
+CORE = {"avx512": (175e9, 0.75), "portable": (109e9, 0.9)}
 CORE_BANDWIDTH = 10e9
 DOWNLOAD = 100e6  # bytes/s from the Hub; an assumption
 STARTING = 10  # seconds in which a stage starts, is hashed and ends; what the short stages of the default profile take
@@ -277,7 +276,7 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
 
     Reference is as train, without adapter and backward pass. Both load the whole base, under FSDP too. Evaluate is the largest of three:
 
-        Transformers  weights in 16 bits, and a key-value cache of `batch_size` times `context`
+        Transformers  weights in the computing type, and a key-value cache of `batch_size` times `context`
         llama.cpp     the largest file, a cache for its slots and one more, and one to score in (hermes/model/gguf.py)
         divergence    the merged model in float32 with a row of logits
 
@@ -295,7 +294,8 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     cells = (e.slots + 1) * e.context + max(UBATCH, 2 * e.context)
     tried = 4 * (shape.other_weights + shape.linear_weights // shape.layers)
     tried += 8 * int(max(lengths.chosen.max(), lengths.rejected.max())) * shape.vocabulary
-    evaluating = [2 * weights + max(e.batch_size * e.context * cache, tried)]
+    size = 2 if is_gpu else SIZES[loaded.base.dtype]
+    evaluating = [size * weights + max(e.batch_size * e.context * cache * size // 2, tried)]
     evaluating += [round(weights * BITS.get(kind, 16.0) / 8) + cells * cache for kind in e.types]
     evaluating += [4 * weights + e.context * shape.vocabulary * 4] if e.divergence_pairs else []
     kept = base.weights + base.constants
@@ -417,24 +417,31 @@ def load(profile: str | None) -> Profile:
     return experiment.check(profile=profile).profile
 
 
-def device_here(threads: int) -> tuple[str, Device]:
+def on_cpu(loaded: Profile, bits: str) -> Profile:
+    """The same as a CPU computes it (hermes/bits.py)."""
+    dtype = "float32" if bits == "portable" else loaded.base.dtype
+    return loaded.model_copy(update={"base": loaded.base.model_copy(update={"dtype": dtype})})
+
+
+def device_here(threads: int, bits: str) -> tuple[str, Device]:
     """The name of what torch computes on here, and what it can: a GPU, or so many threads of the CPU."""
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         device = next((known for part, known in GPUS.items() if part in found.name), None)
         name = found.name + ("" if device else ", whose speed is taken to be an A40's")
         return name, (device or GPUS["A40"])._replace(memory=int(found.total_memory))
-    cores, is_fast, memory = min(threads, os.cpu_count() or 1), has_bfloat16(), psutil.virtual_memory().total
-    flops, evaluating = CORE[is_fast]
-    name = f"CPU, {cores} threads, {'fast' if is_fast else 'slow'} in bfloat16"
+    cores, memory = min(threads, os.cpu_count() or 1), psutil.virtual_memory().total
+    flops, evaluating = CORE[bits]
+    name = f"CPU, {cores} threads, `bits: {bits}`"
     return name, Device(memory, cores * flops, cores * CORE_BANDWIDTH, evaluating, is_gpu=False)
 
 
 def plan(profile: str | None, gpu: str | None) -> tuple[str, str | None]:
     """The plan of a profile for a GPU of this name, or for what is here; and why it does not fit. Of a CPU only that is said then."""
-    loaded = load(profile)
-    name, device = (gpu, GPUS[gpu]) if gpu else device_here(loaded.base.threads)
-    run, source = run_of(loaded)
+    whole = experiment.check(profile=profile)
+    loaded = whole.profile
+    name, device = (gpu, GPUS[gpu]) if gpu else device_here(loaded.base.threads, whole.bits)
+    run, source = run_of(loaded if device.is_gpu else on_cpu(loaded, whole.bits))
     why = refusal(run, device)
     if why is None or device.is_gpu:
         return report(run, source, name, device), why and f"{why} (a prediction for {name}, {gibibytes(device.memory)})"
@@ -452,7 +459,7 @@ def main() -> None:
         return
     text, why = plan(given.profile, given.gpu)
     if text and not given.quiet:
-        print(text)
+        say(*text.split("\n"))
     if given.disk and not why:
         found, mend = room(Path.cwd(), disk(load(given.profile)) - held(Path.cwd()))
         why = mend and f"{found}; {mend}"

@@ -27,14 +27,19 @@ def write_params(source: Path, target: Path, profile: str, changes: Mapping[str,
         yaml.dump(tree, temporary)
 
 
-def with_profile(text: str, value: str) -> tuple[str, str]:
-    """`text`, a params.yaml, with `value` written at its top-level `profile` and every other character as it was; and what stood there."""
+def with_key(text: str, name: str, value: str) -> tuple[str, str]:
+    """`text`, a params.yaml, with `value` written at this top-level key and every other character as it was; and what stood there."""
     root = YAML(pure=True).compose(text)
     for key, node in root.value if isinstance(root, MappingNode) else []:
-        if key.value == "profile":
+        if key.value == name:
             start, end = node.start_mark.index, node.end_mark.index
             return text[:start] + value + text[end:], text[start:end]
-    raise UserError(f"{PARAMS}: key `profile` is missing")
+    raise UserError(f"{PARAMS}: key `{name}` is missing")
+
+
+def with_profile(text: str, value: str) -> tuple[str, str]:
+    """The same at `profile`."""
+    return with_key(text, "profile", value)
 
 
 def put_back() -> bool:

@@ -20,8 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hermes import hub
-from hermes.artifacts import complete_folder, read_json, scratch_folder, sha256_file
-from hermes.console import UserError
+from hermes.artifacts import MANIFEST, complete_folder, read_json, scratch_folder, sha256_file
+from hermes.console import UserError, say
 from hermes.pages.render import render
 from hermes.pages.results import Inputs, Row, read_inputs
 from hermes.params import read_yaml
@@ -106,6 +106,7 @@ def artifacts() -> Iterator[tuple[str, Path]]:
     """The place in the release and here of every artifact in it; a UserError where one is missing."""
     for place, folder in FOLDERS.items():
         found = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        found = [path for path in found if path.name != MANIFEST]  # which names folders that a release has not
         if not any(path.suffix in (".safetensors", ".gguf") for path in found):
             raise UserError(f"{folder}: holds no weights; run `make repro`, or `.venv/bin/dvc checkout`")
         for path in found:
@@ -267,13 +268,13 @@ def main() -> None:
         check_name(options.repo, terms)
         files = assemble(folder, options.repo, commit, terms)
     for file in files:
-        print(f"{file['size']:>14,}  {file['sha256']}  {file['path']}")
-    print(f"card: {folder / CARD}")
+        say(f"{file['size']:>14,}  {file['sha256']}  {file['path']}")
+    say(f"card: {folder / CARD}")
     if options.push:
-        print(f"pushed: {push(folder, options.repo, commit)}")
+        say(f"pushed: {push(folder, options.repo, commit)}")
     else:
         total = sum(file["size"] for file in files)
-        print(
+        say(
             f"{len(files) + 1} files, {total / 1e9:.2f} GB, would become {options.repo}; nothing is pushed without PUSH=1"
         )
 

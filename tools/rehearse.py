@@ -36,9 +36,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hermes import params
 from hermes.artifacts import complete_file, complete_folder, read_json, scratch_folder, write_json, write_parquet
-from hermes.console import UserError
+from hermes.console import UserError, printable, say
 from hermes.model import llama3
-from hermes.model.bf16_on_cpu import has_bfloat16
 from hermes.model.gguf import GgufModel
 from hermes.model.llama3 import Shape
 from hermes.model.safetensors_stream import DTYPES, PIECE, Stored, write_folder
@@ -154,7 +153,7 @@ def prepare(folder: Path, profile: str, loaded: Profile, pairs: int, shape: Shap
     if lock.is_file() and "fetch_model" in params.read_yaml(lock)["stages"]:  # DVC has a copy
         shutil.rmtree(folder / SOURCE, ignore_errors=True)
     elif not (folder / SOURCE).is_dir():
-        print(f"rehearse: writing {weights_of(shape) / 1e9:.2f} billion random weights", flush=True)
+        say(f"rehearse: writing {weights_of(shape) / 1e9:.2f} billion random weights")
         random_model(folder / SOURCE, shape, tokenizer)
     write_params(ROOT / params.PARAMS, folder / params.PARAMS, profile, overrides(loaded, pairs))
 
@@ -188,7 +187,7 @@ def run_watched(command: list[str], folder: Path, records: Path) -> None:
             for name in RUNNING.findall(output.read_text())[len(names) :]:
                 names.append(name)
                 began, found[name] = time.monotonic(), {"anonymous": 0, "resident": 0, "disk": 0}
-                print(f"rehearse: {name}", flush=True)
+                say(f"rehearse: {name}")
             if "fetch_model" in names[:-1]:  # models/base is a copy
                 shutil.rmtree(folder / SOURCE, ignore_errors=True)
             if names:
@@ -215,7 +214,8 @@ def generate() -> None:
     with GgufModel(file, threads=os.cpu_count() or 1, context=64) as model:
         (answer,) = model.generate([model.tokenize("Hello")], NEW_TOKENS)
     if len(answer) != NEW_TOKENS:
-        sys.exit(f"rehearse: {file}: wrote {len(answer)} tokens and ended its answer, where {NEW_TOKENS} are asked")
+        said = f"rehearse: {file}: wrote {len(answer)} tokens and ended its answer, where {NEW_TOKENS} are asked"
+        sys.exit(printable(said))
 
 
 def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, 
     return {
         "profile": profile,
         "cores": os.cpu_count(),
-        "has_bfloat16": has_bfloat16(),
+        "bits": params.read_yaml(params.PARAMS)["bits"],
         "shape": vars(shape),
         "weights": weights_of(shape),
         "pairs": pairs,
@@ -270,7 +270,7 @@ def main() -> None:
     write_json(target.with_suffix(".json"), found)
     with complete_file(target.with_suffix(".md")) as path:
         path.write_text(markdown(found))
-    print(markdown(found))
+    say(*markdown(found).split("\n"))
 
 
 if __name__ == "__main__":

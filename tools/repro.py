@@ -8,9 +8,12 @@
 DVC reads the profile from params.yaml, so another one has to stand there while DVC runs. It must not stay: the next
 plain `dvc repro` would start the big run. So the file's bytes are kept in .scratch first and put back at the end,
 however the run ended; after a kill -9 the next start puts them back. The exit code is DVC's.
+
+A folder that the profile names as its source is no dependency in dvc.yaml. Where it has changed, its stage runs first (tools/sources.py).
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -22,10 +25,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hermes import hub, params
 from hermes.artifacts import read_json
-from hermes.console import UserError
+from hermes.console import UserError, say, warn
 from hermes.evaluation import benchmarks
 from hermes.run import run_tool
-from tools import compare_published, doctor, provenance, verify
+from tools import compare_published, doctor, provenance, sources, verify
 from tools.dvc_runs import DVC, Relay, environment, only_one
 from tools.profiles import put_back, selected
 
@@ -128,12 +131,14 @@ def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ())
     """Runs `dvc repro` with the arguments `rest` under a profile, or `dvc exp run` with changed values; DVC's exit code."""
     with only_one("repro") as lock, Relay() as relay:
         if put_back():
-            print(f"repro: {params.PARAMS} is as it was before a run that was killed", file=sys.stderr)
+            warn(f"repro: {params.PARAMS} is as it was before a run that was killed")
         with selected(profile):
             if uses_gpu():
                 check_cuda()
                 check_plan(profile)
             prepare_suites("train" if "train" in rest else "evaluate")
+            if code := sources.fetch_changed(relay, lock, *({"--dry", "-n"} & {*rest})):
+                return code
             verb = ["exp", "run", *(f"--set-param={change}" for change in changes)] if changes else ["repro"]
             return relay.run([*DVC, *verb, *rest], lock)
 
@@ -146,13 +151,20 @@ def beside_the_published() -> list[str]:
         return [f"not compared with the published pairs: {error}; make compare-published does it later"]
 
 
-def against_the_commit() -> list[str]:
-    """How many outs have the committed bits, and how to get the committed results back where this run's are others."""
-    committed = doctor.git(Path.cwd(), "show", f"HEAD:{LOCK}")
+def against_the_commit(profile: str | None = None) -> list[str]:
+    """How many outs have the committed bits, and how to get the committed results back where this run's are others.
+
+    The committed bits are those of reports/hashes.json for the profile that ran, the selected one unless named, and these `bits`; or
+    else those of dvc.lock.
+    """
+    committed, hashes = (doctor.git(Path.cwd(), "show", f"HEAD:{path}") for path in (LOCK, verify.HASHES))
     if committed is None or not LOCK.is_file():
         return []
+    selected_profile, bits = verify.selected(params.read_yaml(params.PARAMS))
+    known = json.loads(hashes or "{}").get(profile or selected_profile, {}).get(bits)
     found = verify.outs(LOCK.read_text())
-    wanted = {(stage, path): md5 for stage, paths in verify.outs(committed).items() for path, md5 in paths.items()}
+    outs = known["outs"] if known else verify.outs(committed)
+    wanted = {(stage, path): md5 for stage, paths in outs.items() for path, md5 in paths.items()}
     other = [(stage, path) for (stage, path), md5 in wanted.items() if found.get(stage, {}).get(path) != md5]
     lines = [f"{len(wanted) - len(other)} of {len(wanted)} outs have the committed bits"]
     if other:
@@ -174,14 +186,14 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     code = repro(arguments.profile, rest, arguments.set_param)
     if code == 0 and WHOLE_GRAPH.issuperset(rest) and METRICS.exists():
-        lines = against_the_commit()
-        print(f"\n{headline(read_json(METRICS))}\nreport: {REPORT}", *lines, sep="\n")
+        lines = against_the_commit(arguments.profile)
+        say("", headline(read_json(METRICS)), f"report: {REPORT}", *lines)
         if LOCK.is_file() and (
             len(lines) != 1 or not provenance.PROVENANCE.is_file()
         ):  # others than the committed results
             provenance.write(["make", "repro", *(f"PROFILE={name}" for name in [arguments.profile] if name)])
         for line in beside_the_published():
-            print(line)
+            say(line)
     return code
 
 

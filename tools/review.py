@@ -26,7 +26,7 @@ from ruamel.yaml.error import YAMLError
 
 from hermes import params
 from hermes.artifacts import complete_file, write_json
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.evaluation.intervals import paired_gain
 from hermes.pages import figures
 from hermes.pages.figures import Curves
@@ -264,7 +264,7 @@ def main() -> None:
     if given.compare and given.head:
         parser.error("--head goes with --base; give all experiments to --compare")
     for line in compare(given.compare) if given.compare else review(given.base, given.head):
-        print(line)
+        say(line)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from hermes.console import UserError
+from hermes.console import UserError, say, warn
 from hermes.run import run_tool
-from tools import doctor
+from tools import doctor, sources
 from tools.dvc_runs import DVC, Relay, dvc, only_one
 
 # What an experiment may be given. Python, YAML 1.2 and git, where it is part of a name, read these alike.
@@ -57,19 +57,20 @@ def check_repository(root: Path) -> None:
 def sweep(wanted: Mapping[str, str]) -> int:
     """Runs and compares the experiments (name: assignment); 1 where one failed or could not be compared, else a signal's 128 + number."""
     check_repository(Path.cwd())
+    sources.refuse_changed()
     with only_one("sweep") as lock, Relay() as relay:
         existing, succeeded = dvc("exp", "list", "--name-only").split(), []
         for number, (name, assignment) in enumerate(wanted.items(), start=1):
-            print(f"{name}: experiment {number} of {len(wanted)}", flush=True)
+            say(f"{name}: experiment {number} of {len(wanted)}")
             if name in existing:
-                print(f"{name}: an experiment of this commit already, it is replaced", flush=True)
+                say(f"{name}: an experiment of this commit already, it is replaced")
                 dvc("exp", "remove", name)
             code = relay.run([*DVC, "exp", "run", "--temp", "--set-param", assignment, "--name", name], lock)
             if relay.received:
-                print("sweep: interrupted; experiments that had ended are kept", file=sys.stderr)
+                warn("sweep: interrupted; experiments that had ended are kept")
                 return code or 128 + relay.received
             if code:
-                print(f"{name}: failed; the lines above say why", file=sys.stderr)
+                warn(f"{name}: failed; the lines above say why")
             else:
                 succeeded.append(name)
         if not succeeded:

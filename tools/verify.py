@@ -3,11 +3,13 @@
     python -m tools.verify                         (or: make verify)            every stage
     python -m tools.verify --stage train           (or: make verify STAGE=train)   up to this one
     python -m tools.verify --quick                 (or: make verify QUICK=1)    the profile quick
+    python -m tools.verify --bits avx512           (or: make verify BITS=avx512)   with these instructions
     python -m tools.verify --record                keeps the hashes of the results that are here, as those to compare with
 
 The clone has the last commit and an empty cache, so that every stage runs. Its outs are compared file by file with
-reports/hashes.json, where the hashes of each profile stand beside the machine that made them. A file that differs is described by its
-numbers, if the committed one is here: reports are in git, artifacts in DVC's cache. The clone stays where something differs.
+reports/hashes.json, which has the hashes of each profile and value of `bits`, and the machine that made them. A file that differs is
+described by its numbers, if the committed one is here: reports are in git, artifacts in DVC's cache. The clone stays where something
+differs.
 """
 
 import argparse
@@ -16,11 +18,10 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,16 +30,19 @@ from ruamel.yaml.error import YAMLError
 from safetensors import safe_open
 
 from hermes.artifacts import read_object, write_json
-from hermes.console import UserError
+from hermes.bits import Bits
+from hermes.bits import check as check_bits
+from hermes.console import UserError, say, warn
 from hermes.params import PARAMS, read_yaml, selected_profile
 from hermes.run import TIMINGS, run_tool
 from tools import doctor, machine
 from tools.dvc_runs import DVC, SCRATCH, Relay, environment, only_one
-from tools.profiles import with_profile
+from tools.profiles import with_key, with_profile
 
 LOCK, HASHES = Path("dvc.lock"), Path("reports/hashes.json")
 Files = dict[str, str]  # md5 by path
 SHOWN = 3  # files of a stage whose difference is told
+BACK = f"`git checkout {HASHES}` brings it back"
 
 
 def outs(lock: str) -> dict[str, Files]:
@@ -87,6 +91,11 @@ def files_of(root: Path, stages: Iterable[str] | None = None) -> dict[str, Files
     return found
 
 
+def selected(tree: dict[str, Any]) -> tuple[str, str]:
+    """The profile and the `bits` of a params.yaml."""
+    return selected_profile(tree), str(tree.get("bits"))
+
+
 def record(root: Path) -> None:
     """Writes the hashes of a checkout's results into reports/hashes.json, beside those of other profiles.
 
@@ -96,11 +105,16 @@ def record(root: Path) -> None:
     status = subprocess.run([*DVC, "status", "--quiet"], cwd=root, env=environment(), capture_output=True, check=False)
     if status.returncode:
         raise UserError("not all stages are up to date; run `make repro` first")
-    known = read_object(HASHES, f"`git checkout {HASHES}` brings it back") if HASHES.is_file() else {}
-    profile = selected_profile(read_yaml(root / PARAMS))
-    known[profile] = {"made_on": machine.facts(), "stages": files_of(root)}
+    known = read_object(root / HASHES, BACK) if (root / HASHES).is_file() else {}
+    profile, bits = selected(read_yaml(root / PARAMS))
+    stages = files_of(root)
+    known.setdefault(profile, {})[bits] = {
+        "made_on": machine.facts(),
+        "outs": outs((root / LOCK).read_text()),
+        "stages": stages,
+    }
     write_json(root / HASHES, known)
-    print(f"{HASHES}: {sum(map(len, known[profile]['stages'].values()))} files of the profile {profile}")
+    say(f"{HASHES}: {sum(map(len, stages.values()))} files of the profile {profile}, `bits: {bits}`")
 
 
 def numbers(path: Path) -> dict[str, float]:
@@ -202,40 +216,45 @@ def compare(root: Path, clone: Path, known: dict[str, Any]) -> bool:
     found, same = files_of(clone, ran), True
     for stage, files in found.items():
         lines = compare_stage(root, clone, known["stages"].get(stage, {}), files)
-        print(
+        say(
             f"{stage}: {'the same bits' if not lines else f'{len(lines)} of {len(files)} files differ'} ({len(files)} files)"
         )
         for line in lines[:SHOWN]:
-            print(f"  {line}")
+            say(f"  {line}")
         same &= not lines
     apart = machine.differences(machine.facts(), known["made_on"])
-    print("machine: " + ("; ".join(apart) if apart else "as the one that made the committed results"))
+    say("machine: " + ("; ".join(apart) if apart else "as the one that made the committed results"))
     return same
 
 
-def clone_of(root: Path, profile: str) -> Path:
-    """A temporary clone of the last commit with this profile selected, and without outs."""
+def clone_of(root: Path, profile: str, bits: str) -> Path:
+    """A temporary clone of the last commit with this profile and these bits selected, and without outs."""
     clone = Path(tempfile.mkdtemp(prefix="verify-", dir=root / SCRATCH))
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(root), str(clone)], check=True)
     params = clone / PARAMS
-    params.write_text(with_profile(params.read_text(), profile)[0])
+    params.write_text(with_key(with_profile(params.read_text(), profile)[0], "bits", bits)[0])
     return clone
 
 
-def verify(root: Path, profile: str, stage: str | None) -> int:
+def verify(root: Path, profile: str, bits: str, stage: str | None) -> int:
     """Rebuilds and compares; 0 where all is the same, 1 where something differs, DVC's exit code where it fails."""
-    known = read_object(HASHES, f"`git checkout {HASHES}` brings it back").get(profile) if HASHES.is_file() else None
+    recorded = read_object(root / HASHES, BACK) if (root / HASHES).is_file() else {}
+    known = recorded.get(profile, {}).get(bits)
     if known is None:
+        others = ", ".join(f"{name} with BITS={value}" for name in sorted(recorded) for value in sorted(recorded[name]))
         raise UserError(
-            f"{HASHES}: has no hashes of the profile {profile}; `python -m tools.verify --record` keeps those of a run"
+            f"{HASHES}: has no hashes of the profile {profile} with `bits: {bits}` to compare with; it has {others or 'none'}; "
+            "after `make repro`, `.venv/bin/python -m tools.verify --record` keeps those of your run"
         )
+    if stage is not None and stage not in known["stages"]:  # DVC would take one that begins with a dash for an option
+        raise UserError(f"no stage {stage}; choose one of {', '.join(known['stages'])}")
     changed = doctor.git(root, "status", "--porcelain")
     if changed is None:
         raise UserError("this folder is no clone, or git is not installed; results are rebuilt from its last commit")
     if changed:
-        print("verify: changes that are not committed are left out", file=sys.stderr)
+        warn("verify: changes that are not committed are left out")
     with only_one("verify") as lock, Relay() as relay:
-        clone = clone_of(root, profile)
+        clone = clone_of(root, profile, bits)
         command = [*DVC, "repro", "--force", "--no-run-cache", *([stage] if stage else [])]
         code = relay.run(["env", "-C", str(clone), *command], lock)
         if code:
@@ -245,7 +264,7 @@ def verify(root: Path, profile: str, stage: str | None) -> int:
     if rebuilt:
         shutil.rmtree(clone)
     else:
-        print(f"the rebuilt results stay in {clone.relative_to(root)}")
+        say(f"the rebuilt results stay in {clone.relative_to(root)}")
     return int(not rebuilt)
 
 
@@ -255,6 +274,7 @@ def main() -> int:
     )
     parser.add_argument("--stage", metavar="NAME", help="the last stage that is rebuilt; all without it")
     parser.add_argument("--quick", action="store_true", help="the profile quick")
+    parser.add_argument("--bits", choices=get_args(Bits), help="the instructions; those of params.yaml without it")
     parser.add_argument("--record", action="store_true", help="keep the hashes of the results here")
     arguments = parser.parse_args()
     root = Path.cwd()
@@ -262,8 +282,9 @@ def main() -> int:
     if arguments.record:
         record(root)
         return 0
-    profile = "quick" if arguments.quick else selected_profile(read_yaml(PARAMS))
-    return verify(root, profile, arguments.stage)
+    profile, bits = selected(read_yaml(PARAMS))
+    check_bits(arguments.bits or bits)
+    return verify(root, "quick" if arguments.quick else profile, arguments.bits or bits, arguments.stage)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Chat text and its ids: templates, the prompt's ids, and where an answer ends."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hermes.console import UserError
+from hermes.data.chat_template import Messages, apply
 
 Ids = list[int]
-Messages = Sequence[dict[str, str]]
 
 
 class Forged(UserError):
@@ -64,15 +63,12 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generat
         UserError: the template refuses it; gives its reason.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return apply(tokenizer, messages, add_generation_prompt)
     except Exception as error:  # whatever the expressions of a template raise
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
-            f"chat template: refuses the turns {roles} ({error}); use another template or leave them out"
+            f"chat template: refuses the turns {roles} ({str(error) or type(error).__name__}); use another template or leave them out"
         ) from None
-    return str(text)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hermes.console import progress
-from hermes.data.chat_text import end_of_answer, ends_of_answer
+from hermes.data.chat_text import end_of_answer, ends_of_answer, rendered
 from hermes.data.prefixes import common_length
 from hermes.model.base import load, release
 from hermes.model.gguf import UBATCH, GgufModel, common_beginning
@@ -62,11 +62,7 @@ class TokenizedModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation in the model's template."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
+        return rendered(self.tokenizer, chat_history, add_generation_prompt)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Used by none of the tasks here."""
@@ -298,13 +294,15 @@ class GgufChat(ChatModel):
 
 
 @contextlib.contextmanager
-def opened(path: Path, batching: Batching, tokenizer: PreTrainedTokenizerBase) -> Iterator[ChatModel]:
-    """A model for lm-eval, a folder in Transformers and bfloat16, a file in llama.cpp; its weights are gone afterwards."""
+def opened(
+    path: Path, batching: Batching, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> Iterator[ChatModel]:
+    """A model for lm-eval, a folder in Transformers and `dtype`, a file in llama.cpp; its weights are gone afterwards."""
     if path.is_file():
         with GgufModel(path, batching.threads, batching.slots, batching.context, share_beginning=True) as model:
             yield GgufChat(model, tokenizer, batching.max_new_tokens)
         return
-    chat = HuggingFaceChat(load(path, torch.bfloat16), tokenizer, batching.max_new_tokens, batching.batch_size)
+    chat = HuggingFaceChat(load(path, dtype), tokenizer, batching.max_new_tokens, batching.batch_size)
     try:
         yield chat
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hermes.artifacts import REMAKE, open_parquet
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.data.chat_text import Forged, Ids, answer_ids, check_plain, prompt_ids
 from hermes.evaluation.tasks.functions import load_instructions
 from hermes.instructions.kinds import KINDS, grade
@@ -113,7 +113,7 @@ def read_held_out(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase
                     pairs.append(row)
             forged = file.metadata.num_rows - len(pairs)
         if forged:
-            print(f"evaluate: {forged} pairs of {split} hold special tokens and are left out", flush=True)
+            say(f"evaluation: {forged} pairs of {split} hold special tokens and are left out")
         if not pairs:
             raise UserError(f"{path}: all of its pairs hold special tokens, so that none can be asked")
         found["preference"] = HeldOut.of(pairs, tokenizer, ("chosen", "rejected"), str(path))

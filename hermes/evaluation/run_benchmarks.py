@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 
 from hermes.artifacts import complete_file, sha256_file, sha256_folder, write_json
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.evaluation import suite_tasks
 from hermes.evaluation.benchmarks import Run
 from hermes.evaluation.chat_models import ChatModel, Ids, TokenizedModel
@@ -29,17 +30,18 @@ from hermes.settings.evaluate import Batching
 ROOT, NOUS = Path(__file__).parents[2], "hermes/evaluation/tasks/nous"
 # The modules and the lock that results depend on; what else these import shapes no number. A suite reaches a result through its run alone.
 CODE = (
+    "bits",
     "evaluation/run_benchmarks",
     "evaluation/suite_tasks",
     "evaluation/chat_models",
     "model/gguf",
     "model/base",
-    "model/bf16_on_cpu",
     "training/exactness",
     "training/shared_prefix",
     "training/packing",
     "training/row_attention",
     "training/answer_scores",
+    "data/chat_template",
     "data/chat_text",
     "data/prefixes",
 )
@@ -164,8 +166,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             file.write(json.dumps(one, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
 
 
-def folder_name(model: Path, batching: Batching) -> str:
-    """A hash of all that the results of a model depend on beside the task: its bits, the batches, code and package versions.
+def folder_name(model: Path, batching: Batching, dtype: torch.dtype) -> str:
+    """A hash of all that the results of a model depend on beside the task: its bits and type, the batches, code and package versions.
 
     A suite's tasks say themselves how long an answer may be, so `max_new_tokens` is not among it.
     """
@@ -176,6 +178,7 @@ def folder_name(model: Path, batching: Batching) -> str:
     versions = read_yaml(ROOT / "packages.yaml")
     inputs = {
         "model": sha256_folder(model) if model.is_dir() else sha256_file(model),
+        "dtype": str(dtype),
         "batching": batching.model_dump(include=set(Batching.model_fields) - {"max_new_tokens"}),
         "files": {file: sha256_file(ROOT / file) for file in files},
         "packages": {name: versions[name] for name in packages},
@@ -204,7 +207,7 @@ def run_all(
         model = SuiteModel(chat, context)
         while waiting:
             run, task = waiting.pop(0)
-            print(f"  {run.label}, {len(waiting)} to go", flush=True)
+            say(f"  {run.label}, {len(waiting)} to go")
             result, rows = run_task(run, task, model)
             write_rows(folder / f"{run.label}.jsonl.gz", rows)
             write_json(folder / f"{run.label}.json", result)

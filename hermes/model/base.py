@@ -14,18 +14,21 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
+from hermes.bits import CHOSEN, Bits, can
 from hermes.console import UserError
-from hermes.model import bf16_on_cpu
 from hermes.settings.base import BaseSettings
 
 
 def set_determinism(threads: int) -> None:
     """Fixes the number of CPU threads and asks torch for deterministic kernels (a warning where a device has none).
 
-    On a CPU without bfloat16 it makes the products of that type fast (bf16_on_cpu.py). On Hopper GPUs torch would choose cuDNN's attention
-    first, which builds a plan for every new length, and pairs differ in length: a step of the 8B profile took twice its time.
+    On Hopper GPUs torch would choose cuDNN's attention first, which builds a plan for every new length, and pairs differ in length: a step
+    of the 8B profile took twice its time.
+
+    Raises:
+        RuntimeError: torch or oneDNN was loaded before this process chose its instructions (hermes/bits.py), and took others.
     """
-    bf16_on_cpu.fit_to_cpu()
+    check_instructions()
     torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -34,9 +37,35 @@ def set_determinism(threads: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid
 
 
+def check_instructions() -> None:
+    """Holds what torch and oneDNN take against what was chosen for this process, if anything was and the CPU can do it.
+
+    Raises:
+        RuntimeError: it is something else.
+    """
+    chosen = CHOSEN[-1] if CHOSEN else None
+    if chosen is None or not can(chosen):
+        return
+    found = torch.backends.cpu.get_cpu_capability(), bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if found != (("AVX512", True) if chosen == "avx512" else ("AVX2", False)):
+        raise RuntimeError(f"`bits: {chosen}` was chosen, and torch took {found[0]}, oneDNN bfloat16: {found[1]}")
+
+
 def device() -> str:
     """The device that models run on: the GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_type(bits: Bits) -> torch.dtype:
+    """The type that this machine computes in where nothing else is asked: float32 on a CPU with portable bits, else bfloat16."""
+    return torch.float32 if bits == "portable" and device() == "cpu" else torch.bfloat16
+
+
+def as_computed(settings: BaseSettings, bits: Bits) -> BaseSettings:
+    """The settings of a base with the type that this machine computes in."""
+    if compute_type(bits) == torch.float32:
+        return settings.model_copy(update={"dtype": "float32"})
+    return settings
 
 
 def release() -> None:

@@ -5,7 +5,6 @@ It refuses and shapes no output, so no stage depends on it.
 
 import re
 import shutil
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -19,7 +18,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.pytorch_utils import Conv1D
 
 from hermes.artifacts import read_object, scratch_folder, write_json
-from hermes.console import UserError
+from hermes.console import UserError, warn
+from hermes.data.chat_template import check_bounded
 from hermes.data.chat_text import end_of_answer
 from hermes.model import gguf_files
 from hermes.model.adapter_merge import PLAIN
@@ -112,6 +112,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
             "copy it to `model.chat_template` without that"
         )
     try:
+        check_bounded(tokenizer)
         end_of_answer(tokenizer)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -150,10 +151,9 @@ def check_gguf(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             raise UserError(f"{folder}: no GGUF file can be made of it ({error}); {MEND}") from None
     off = float((found - expected).square().mean().sqrt() / expected.std())
     if not off < NOTICED:
-        print(
+        warn(
             f"{folder}: llama.cpp computes its first layers otherwise: logits are {100 * off:.1f} % of their deviation off; "
-            "the report says how far off each GGUF file is",
-            file=sys.stderr,
+            "the report says how far off each GGUF file is"
         )
 
 
@@ -226,7 +226,7 @@ def check_base(folder: Path) -> None:
         text = config.get_text_config()
         assert text is config or text.model_type, "its `text_config` names no `model_type`"
         if (folder / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(folder)
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever the libraries raise about the files of others
         raise UserError(f"{folder}: is not a readable model ({type(error).__name__}: {error})") from None
     if text is not config:

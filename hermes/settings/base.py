@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from hermes.params import Settings
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
-CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hermes.evaluation.benchmarks import SUITES, SuiteName
 from hermes.params import Settings, each_once
-from hermes.settings.base import Count, CountOrNone, Threads
+from hermes.settings.base import Count, CountOrZero, Threads
 from hermes.settings.quantize import GgufType
 
 
@@ -28,7 +28,7 @@ class EvaluateSettings(Batching):
     questions_per_kind: Count | None
     suites: list[SuiteName]
     types: list[Literal["f16", GgufType]]
-    divergence_pairs: CountOrNone
+    divergence_pairs: CountOrZero
 
     _each_once = field_validator("tasks", "suites", "types")(each_once)
 

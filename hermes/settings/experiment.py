@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import model_validator
 
 from hermes import params
+from hermes.bits import Bits
 from hermes.params import PARAMS, Settings
 from hermes.settings.base import BaseSettings
 from hermes.settings.data import DataSettings
@@ -51,6 +52,7 @@ class Profile(Settings):
 class Experiment(Science):
     """All keys of params.yaml, with the sections of one profile."""
 
+    bits: Bits
     collect: CollectSettings
     wandb: TrackingSettings
     profile: Profile

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hermes.params import Settings, each_once
-from hermes.settings.base import Count, CountOrNone
+from hermes.settings.base import Count, CountOrZero
 
 PositiveFiniteFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
@@ -33,7 +33,7 @@ class TrainSettings(Settings):
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     sft_weight: Annotated[float, Field(ge=0, le=1000)]
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
-    warmup_steps: CountOrNone
+    warmup_steps: CountOrZero
     warmup_ratio: Annotated[float, Field(ge=0, le=1)]
     weight_decay: Annotated[float, Field(ge=0, le=1000)]
     max_grad_norm: PositiveFiniteFloat
@@ -43,7 +43,7 @@ class TrainSettings(Settings):
     batch_size: Count
     accumulation: Count
     gradient_checkpointing: bool
-    evaluations: CountOrNone
+    evaluations: CountOrZero
     checkpoint_steps: Count
     processes: Count
     distribution: Literal["ddp", "fsdp"]

@@ -6,7 +6,6 @@ are scored in both ways in float32, by a copy of the base with its first layers 
 Where the ways differ, every answer is computed alone, by the model's own forward: slower, and right.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -16,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hermes.console import UserError
+from hermes.console import UserError, warn
 from hermes.model.base import load, load_config, release
 from hermes.training.packing import padded_batch
 from hermes.training.shared_prefix import Forward, body, logits_alone, share_prefix
@@ -173,5 +172,5 @@ def choose_forward(folder: Path, pairs: Sequence[Pair]) -> Forward:
         del model
         release()
     if why:
-        print(f"{folder}: {why}; every answer is computed alone, which is slower", file=sys.stderr)
+        warn(f"{folder}: {why}; every answer is computed alone, which is slower")
     return how

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from hermes import params
-from hermes.artifacts import write_json, write_parquet
+from hermes.artifacts import write_manifest, write_parquet
 from hermes.model import llama3
 from hermes.model.llama3 import Shape
 from hermes.training.packing import IGNORED
@@ -97,11 +97,13 @@ def make_project(
     PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
     ).save_pretrained(base)
-    write_json(base / "manifest.json", {"source": "gpu-check"})
+    write_manifest(base)
     zeros = [{f"{name}_logps": [0.0] * len(pair[f"{name}_ids"]) for name in ("chosen", "rejected")} for pair in pairs]
     for split in ("train", "validation"):
         write_parquet(folder / f"data/tokens/{split}.parquet", pa.Table.from_pylist(pairs, schema=schema()))
         write_parquet(folder / f"data/reference/{split}.parquet", pa.Table.from_pylist(zeros, schema=SCHEMA))
+    write_manifest(folder / "data/tokens")
+    write_manifest(folder / "data/reference")
     shutil.copy(ROOT / params.PIPELINE, folder)
     settings = {"warmup_ratio": 0.0, "accumulation": 1, "evaluations": 0} | changes
     write_params(

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hermes.artifacts import read_json
 from stages import train
@@ -21,6 +23,13 @@ pytestmark = pytest.mark.gpu
 
 STEPS, CHECKPOINT_STEPS = 20, 4
 TRAIN = "from stages import train; train.main()"
+# set_determinism warns only, since what raises is not known before a GPU is asked
+STRICTLY = f"""
+import torch
+real = torch.use_deterministic_algorithms
+torch.use_deterministic_algorithms = lambda mode, warn_only=False: real(mode)
+{TRAIN}
+"""
 REFERENCE_AND_TRAIN = f"from stages import reference; reference.main(); {TRAIN}"
 
 
@@ -102,6 +111,44 @@ def test_resume(device: torch.device, project: Path, found: Found) -> None:
     same = f"losses off by {worst:.1e} at most" if worst else "the same losses"
     found(f"killed after step {step}, resumed to {same}", step=step, error=worst)
     assert worst <= (1e-3 if device.type == "cuda" else 0.0)
+
+
+def trained_again(project: Path, program: str) -> tuple[float, str]:
+    """Trains anew; the largest distance of the adapter's numbers from those of before, and what went to the standard error."""
+    before = load_file(project / train.ADAPTER / "adapter_model.safetensors")
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=project,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ran.returncode:
+        return math.inf, ran.stderr
+    after = load_file(project / train.ADAPTER / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    return max(float((before[name] - after[name]).abs().max()) for name in before), ran.stderr
+
+
+def test_repeat(device: torch.device, project: Path, found: Found) -> None:
+    """The same training once more: bits where the device keeps them, and the distance where not."""
+    apart, error = trained_again(project, TRAIN)
+    assert math.isfinite(apart), error
+    found(f"adapters off by {apart:.1e} at most" if apart else "the same bits of the adapter", error=apart)
+    assert apart <= (1e-2 if device.type == "cuda" else 0.0)
+
+
+def test_strict_determinism(device: torch.device, project: Path, found: Found) -> None:
+    """With torch told to raise where a kernel is not deterministic: what raises is named, and no other error is one."""
+    apart, error = trained_again(project, STRICTLY)
+    if math.isfinite(apart):
+        found(f"nothing raises; adapters off by {apart:.1e} at most", error=apart)
+        return
+    named = re.findall(r"(\S+) does not have a deterministic implementation", error)
+    assert named, error
+    assert device.type == "cuda", error
+    found(f"not deterministic: {named[-1]}", raises=named[-1])
 
 
 @pytest.mark.parametrize("distribution", ["ddp", "fsdp"])

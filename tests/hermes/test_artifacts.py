@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hermes.artifacts import (
+    check_together,
     complete_file,
     complete_folder,
     open_parquet,
@@ -18,6 +20,7 @@ from hermes.artifacts import (
     sha256_file,
     sha256_folder,
     write_json,
+    write_manifest,
     write_parquet,
 )
 from hermes.console import UserError
@@ -165,3 +168,73 @@ def test_missing_and_damaged_parquet_are_told(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file") as caught:
             open_parquet(tmp_path / "a.parquet")
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Two folders, the second made from the first."""
+    monkeypatch.chdir(tmp_path)
+    made, source = Path("made"), Path("source")
+    for folder in (source, made):
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"abc")
+    (made / "inner").mkdir()
+    (made / "inner/more").write_text("more")
+    write_manifest(source, revision="1")
+    write_manifest(made, made_from=check_together(source))
+    return source, made
+
+
+def test_a_manifest_has_what_is_stated_and_all_hashes(pair: tuple[Path, Path]) -> None:
+    source, made = pair
+    abc = hashlib.sha256(b"abc").hexdigest()
+    assert read_json(source / "manifest.json") == {"revision": "1", "files": {"weights": abc}}
+    assert read_json(made / "manifest.json") == {
+        "files": {"inner/more": hashlib.sha256(b"more").hexdigest(), "weights": abc},
+        "made_from": {"source": sha256_file(source / "manifest.json")},
+    }
+    hashes = {str(folder): sha256_file(folder / "manifest.json") for folder in pair}
+    assert check_together(*pair) == hashes
+    write_manifest(source, {"weights": "known"}, revision="1")
+    assert read_json(source / "manifest.json")["files"] == {"weights": "known"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "how"),
+    [
+        ("weights", b"abd", "differs"),
+        ("weights", None, "is missing"),
+        ("inner/more", b"less", "differs"),
+        ("inner/other", b"", "does not belong there"),
+        (".hidden", b"", "does not belong there"),
+    ],
+)
+def test_a_file_that_is_not_as_its_manifest_says_is_refused(
+    pair: tuple[Path, Path], name: str, content: bytes | None, how: str
+) -> None:
+    path = pair[1] / name
+    path.unlink() if content is None else path.write_bytes(content)
+    message = rf"^made: {re.escape(name)} {how}, says its manifest\.json; delete it and run `dvc repro`$"
+    with pytest.raises(UserError, match=message):
+        check_together(*pair)
+    check_together(pair[0])
+
+
+def test_a_folder_made_from_another_is_refused_where_both_are_read(pair: tuple[Path, Path]) -> None:
+    source, made = pair
+    (source / "weights").write_bytes(b"abd")
+    write_manifest(source)
+    for folder in pair:
+        check_together(folder)
+    message = r"^made: was made from another source than the one here; delete it and run `dvc repro`$"
+    with pytest.raises(UserError, match=message):
+        check_together(made, source)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"files": []}', '{"files": null, "made_from": 1}', "[]", "{", None])
+def test_a_damaged_manifest_is_refused_in_one_line(pair: tuple[Path, Path], content: str | None) -> None:
+    path = pair[1] / "manifest.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=r"^made.*manifest\.json.*run `dvc repro`") as error:
+        check_together(*pair)
+    assert "\n" not in str(error.value)

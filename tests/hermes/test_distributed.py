@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from hermes.artifacts import sha256_file, write_parquet
+from hermes.artifacts import check_together, sha256_file, write_manifest, write_parquet
 from hermes.console import UserError
 from hermes.model.base import load_base
 from hermes.training import distributed
@@ -95,6 +95,7 @@ def signals() -> Iterator[None]:
 def twenty_pairs(workspace: Path) -> Path:
     for folder in (train.TOKENS, train.REFERENCE):
         write_parquet(folder / "train.parquet", pq.read_table(folder / "train.parquet").slice(0, 20))
+        write_manifest(folder)
     return workspace
 
 
@@ -102,7 +103,7 @@ def twenty_pairs(workspace: Path) -> Path:
 def test_two_processes_take_the_steps_of_one_and_resume_to_the_same_bits(
     twenty_pairs: Path, monkeypatch: pytest.MonkeyPatch, signals: None
 ) -> None:
-    train.run(ONE, Path("one"))
+    train.run(ONE, Path("one"), check_together(train.BASE, train.TOKENS, train.REFERENCE))
     expected = {name: rows(name) for name in ("history.csv", "evaluation.csv")}
     adapter = load_file(train.ADAPTER / "adapter_model.safetensors")
 

@@ -195,12 +195,6 @@ def test_a_gguf_of_another_tokenizer_is_refused(
         gguf_files.check_vocabulary(gguf_file, found, tokenizer)
 
 
-def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "sha256:0123", "r": 1, "lora_alpha": 1}')
-    with pytest.raises(UserError, match="was trained on base sha256:0123"):
-        merge.check_adapter_fits(tmp_path, tiny_model_folder)
-
-
 def test_a_merged_model_that_lost_its_template_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
     copied = tmp_path / "merged"
     shutil.copytree(tiny_model_folder, copied)

@@ -113,6 +113,15 @@ def test_an_unknown_profile_is_named_with_those_there_are() -> None:
     assert "choose one of cpu, gpu" in message
 
 
+@pytest.mark.parametrize(
+    "name", ["<b>", '"a\\u001b[31m"', "a b", "'../a'", "5", "'-S'", "null", '"\\u202ea"', "''", "a" * 65, "ä"]
+)
+def test_a_profile_has_a_name_that_can_stand_in_a_page_a_path_and_a_command(name: str) -> None:
+    found = refusal(GOOD + f"  {name}: {{}}\n")
+    assert "has a name that is no text" in found
+    assert found.isprintable()
+
+
 def test_no_selected_profile_is_told() -> None:
     assert "choose one of cpu, gpu" in refusal(change("profile: cpu\n", ""))
 

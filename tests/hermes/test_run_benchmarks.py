@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import AutoTokenizer
 from hermes.console import UserError
 from hermes.evaluation import benchmarks, run_benchmarks, suite_tasks
 from hermes.evaluation.benchmarks import Benchmark, Run, Suite, Task
-from hermes.evaluation.chat_models import ChatModel, GgufChat, HuggingFaceChat
+from hermes.evaluation.chat_models import ChatModel, GgufChat, HuggingFaceChat, opened
 from hermes.evaluation.run_benchmarks import SuiteModel
 from hermes.model.base import load
 from hermes.model.gguf import GgufModel
@@ -170,8 +171,8 @@ def test_real_tasks_of_each_kind_give_both_backends_the_same_results(
 ) -> None:
     load_task = suite_tasks.load_task
     monkeypatch.setattr(suite_tasks, "load_task", lambda run, manager: with_short_answers(load_task(run, manager)))
-    for name, opened in models.items():
-        run_benchmarks.run_all(LOCAL, data / name, opened, CONTEXT)
+    for name, open_model in models.items():
+        run_benchmarks.run_all(LOCAL, data / name, open_model, CONTEXT)
     ours, theirs = (results(data / name) for name in models)
     assert {run.task: ours[run]["n"] for run in LOCAL} == {
         "arc_challenge": 5,
@@ -350,7 +351,8 @@ def test_the_stage_writes_scores_and_logs_of_every_model(
     section = read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]["evaluate"]
     settings = EvaluateSettings(**section | {"suites": ["nous"], "types": ["f16"], "slots": 4})
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    folders = evaluate.run_suites(settings, tokenizer, ["base", "f16"])
+    open_model = partial(opened, batching=settings, tokenizer=tokenizer, dtype=torch.float32)
+    folders = evaluate.run_suites(settings, torch.float32, open_model, ["base", "f16"])
     evaluate.write_suites(settings, folders, data / "out")
     written = json.loads((data / "out/suites.json").read_text())["nous"]
     assert written["title"] == "Local"
@@ -360,11 +362,14 @@ def test_the_stage_writes_scores_and_logs_of_every_model(
     wanted = {f"{label}.{ending}" for label in labels for ending in ("json", "jsonl.gz")}
     assert all({path.name for path in (data / "out/suites" / name).iterdir()} == wanted for name in ("base", "f16"))
     assert str(data) not in (data / "out/suites.json").read_text()
-    assert evaluate.run_suites(settings.model_copy(update={"suites": []}), tokenizer, ["base", "f16"]) == {}
+    assert (
+        evaluate.run_suites(settings.model_copy(update={"suites": []}), torch.float32, open_model, ["base", "f16"])
+        == {}
+    )
     path = folders["f16"] / f"{labels[0]}.json"
     path.write_text(path.read_text().replace('"revision": null', f'"revision": "{"a" * 40}"'))
     with pytest.raises(UserError, match=rf"{labels[0]} asked base 5 .* unknown, f16 5 .* of revision a+; delete"):
-        evaluate.run_suites(settings, tokenizer, ["base", "f16"])
+        evaluate.run_suites(settings, torch.float32, open_model, ["base", "f16"])
 
 
 def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_else(
@@ -379,12 +384,12 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
     model.write_bytes(b"weights")
     batching = Batching(max_new_tokens=8, batch_size=4, slots=4, context=64, threads=1)
     settings = EvaluateSettings(**read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]["evaluate"])
-    found = {run_benchmarks.folder_name(model, batching)}
+    found = {run_benchmarks.folder_name(model, batching, torch.float32)}
 
     def changes() -> bool:
         """Whether there is another name than all before."""
         before = len(found)
-        found.add(run_benchmarks.folder_name(model, batching))
+        found.add(run_benchmarks.folder_name(model, batching, torch.float32))
         return len(found) > before
 
     def edited(file: str, old: str = "", new: str = "# edited\n") -> bool:
@@ -421,7 +426,9 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
     assert not edited("packages.yaml", 'matplotlib: "', 'matplotlib: "1')
     assert not edited("hermes/evaluation/tasks/instructions.yaml")
     asked = settings.model_copy(update={"suites": ["nous"], "types": ["f16"], "split": "validation"})
-    assert run_benchmarks.folder_name(model, asked) == run_benchmarks.folder_name(model, settings)
+    assert run_benchmarks.folder_name(model, asked, torch.float32) == run_benchmarks.folder_name(
+        model, settings, torch.float32
+    )
 
 
 def test_the_modules_that_shape_results_import_no_other_that_does() -> None:
@@ -580,7 +587,7 @@ def test_a_mathematics_task_runs_end_to_end_in_its_environment_on_both_backends(
     script = r"""
 import contextlib, gzip, json, sys
 from pathlib import Path
-import datasets
+import datasets, torch
 from transformers import AutoTokenizer
 datasets.config.HF_DATASETS_CACHE = Path("cache")
 from hermes.evaluation import run_benchmarks, suite_tasks
@@ -602,7 +609,7 @@ found = {}
 for backend, path in zip(("transformers", "gguf"), map(Path, sys.argv[1:])):
     for answer in ("its own", "a half"):
         folder = Path(backend, answer)
-        with opened(path, batching, tokenizer) as chat:
+        with opened(path, batching, tokenizer, torch.float32) as chat:
             if answer == "a half":
                 chat.generate = lambda prompts: [tokenizer(half)["input_ids"]] * len(prompts)
             run_benchmarks.run_all([run], folder, lambda: contextlib.nullcontext(chat), batching.context)

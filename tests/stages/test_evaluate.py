@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 
 from hermes import params
+from hermes.artifacts import write_manifest
 from hermes.console import UserError
 from hermes.data.chat_text import answer_ids, prompt_ids
 from hermes.evaluation import benchmarks, chat_models, held_out, suite_tasks
@@ -293,10 +294,15 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
     get_peft_model(load(tiny_model_folder, torch.float32), lora).save_pretrained("models/adapter")
     Path("data/subset").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(ROWS), "data/subset/test.parquet")
+    evaluate.RAW.mkdir()
+    for folder in (evaluate.RAW, evaluate.SUBSET, evaluate.ADAPTER, evaluate.MERGED, evaluate.GGUF):
+        write_manifest(folder)
     profile = read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]
     section = {"suites": ["nous"], "types": ["f16"], "tasks": ["preference"], "slots": 4, "divergence_pairs": 2}
     loaded = evaluate.Params(
-        base=BaseSettings(**profile["base"]), evaluate=EvaluateSettings(**profile["evaluate"] | section)
+        bits="portable",
+        base=BaseSettings(**profile["base"]),
+        evaluate=EvaluateSettings(**profile["evaluate"] | section),
     )
     monkeypatch.setattr(params, "load", lambda _: loaded)
     monkeypatch.setattr(evaluate, "set_determinism", lambda _: None)

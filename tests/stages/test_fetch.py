@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hermes import hub as hermes_hub
 from hermes import params
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
@@ -1000,6 +1001,9 @@ def test_a_folder_is_a_data_set_too_with_or_without_held_out_questions(workplace
     fetch_data.EMBEDDED.rename("mine")
     choose("data", "./mine", None, {"train": "test"})
     fetch_data.main()
+    read = json.loads(Path("data/raw/manifest.json").read_text())["source_files"]
+    wanted = {"plain.jsonl", "questions.parquet", "test.parquet"}  # the others play no part
+    assert read == {name: sha256_file(Path("mine") / name) for name in wanted}
     names = ["manifest.json", "plain.jsonl", "questions.parquet", *(f"{split}.parquet" for split in sorted(SPLITS))]
     assert sorted(path.name for path in Path("data/raw").iterdir()) == names
     assert sha256_file(Path("data/raw/train.parquet")) == sha256_file(Path("mine/test.parquet"))
@@ -1022,7 +1026,8 @@ def test_a_folder_is_a_model_too(workplace: Path, tiny_model_folder: Path) -> No
     choose("model", "./mine", None)
     fetch_model.main()
     manifest = json.loads(Path("models/base/manifest.json").read_text())
-    assert manifest == {"source": "./mine", "revision": "local", "files": wanted}
+    read = wanted | {"manifest.json": sha256_file(tiny_model_folder / "manifest.json")}
+    assert manifest == {"source": "./mine", "revision": "local", "files": wanted, "source_files": read}
     choose("model", "./nothing", None)
     with pytest.raises(UserError, match="holds no safetensors model"):
         fetch_model.main()
@@ -1067,6 +1072,77 @@ def test_a_chat_template_that_renders_no_conversation_is_refused(
     with pytest.raises(
         UserError, match=rf"^params\.yaml: `model\.chat_template` does not render a conversation \({why}\)$"
     ):
+        fetch_model.main()
+    assert not Path("models/base").exists()
+
+
+@pytest.mark.parametrize("path", ["../x.parquet", "/tmp/x.parquet", "data/../../x.parquet", "..", "a\0b.parquet"])
+def test_a_listed_file_outside_of_the_repository_is_refused(workplace: Path, hub: str, path: str) -> None:
+    Hub.repositories["datasets/tests/outside"] = {"train.csv": b"a,b\n1,2\n", path: b"question\nx\n"}
+    choose("data", "tests/outside", COMMIT, {"train": "train"})
+    said = complaint(run("fetch_data", hub), "fetch_data")
+    assert f"lists {path!r}, which is no file of its folder" in said.replace("\\\\", "\\")
+    assert not Path("data/raw").exists()
+
+
+@pytest.mark.parametrize("path", ["..", "../x", "/x", "a/../../x", "", "a\0"])
+def test_a_path_that_leaves_its_folder_is_known(path: str) -> None:
+    assert not hermes_hub.stays_inside(path)
+
+
+@pytest.mark.parametrize("path", ["x", "a/b.parquet", "a..b/c", "..a"])
+def test_a_path_that_stays_is_known(path: str) -> None:
+    assert hermes_hub.stays_inside(path)
+
+
+def test_a_card_that_names_a_file_of_this_machine_reads_none(workplace: Path, hub: str) -> None:
+    secret = workplace / "secret.csv"
+    secret.write_text("question,chosen,rejected\nprivate,a,b\n")
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {secret}\n---\n"
+    Hub.repositories["datasets/tests/reaching"] = {"README.md": card.encode(), "train.csv": b"a\n1\n"}
+    choose("data", "tests/reaching", COMMIT, {"train": "train"})
+    said = complaint(run("fetch_data", hub), "fetch_data")
+    assert "private" not in said
+    assert not Path("data/raw").exists()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/x.safetensors", "..", "", 5])
+def test_an_index_that_names_weights_elsewhere_is_refused(workplace: Path, tiny_model_folder: Path, name: Any) -> None:
+    shutil.copytree(tiny_model_folder, "mine")
+    Path("mine/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    choose("model", "./mine", None)
+    with pytest.raises(UserError, match=r"^model\.safetensors\.index\.json: names the file .*, which is not beside it"):
+        fetch_model.main()
+    assert not Path("models/base").exists()
+
+
+def test_no_token_and_no_password_is_said_where_the_hub_refuses(
+    workplace: Path, hub: str, no_network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "hf_" + "canary" * 6
+    monkeypatch.setenv("HF_TOKEN", token)
+    Hub.gated.add("models/tests/tiny")
+    choose("model", "tests/tiny", COMMIT)
+    for endpoint in (hub, no_network):
+        for address in (
+            endpoint,
+            endpoint.replace("://", f"://someone:{token}@"),
+            endpoint.replace("://", "://someone:s3cret@"),
+        ):
+            done = run("fetch_model", address)
+            assert complaint(done, "fetch_model")
+            assert token not in done.stdout + done.stderr
+            assert "s3cret" not in done.stdout + done.stderr
+    Hub.gated.clear()
+    written = [path for path in workplace.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert not written
+
+
+def test_a_chat_template_without_an_end_is_refused(workplace: Path, tiny_model_folder: Path) -> None:
+    Path("mine").symlink_to(tiny_model_folder)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    choose("model", "./mine", None, chat_template=loop)
+    with pytest.raises(UserError, match=r"^params\.yaml: `model\.chat_template`: chat template: takes more than 5 s"):
         fetch_model.main()
     assert not Path("models/base").exists()
 

@@ -172,27 +172,12 @@ def test_a_damaged_adapter_config_is_named_with_what_it_holds(
         changed = json.loads(path.read_text()) | content
         content = json.dumps({key: value for key, value in changed.items() if value is not ...})
     path.write_text(content)
-    for read in (adapter_merge.Adapter.read, lambda folder: merge.check_adapter_fits(folder, tiny_model_folder)):
+    for read in (adapter_merge.Adapter.read, adapter_merge.read_config):
         with pytest.raises(
             UserError, match=rf"^{re.escape(str(path))}: {message}; delete it and run `dvc repro`$"
         ) as error:
             read(adapter)
         assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_of_adapter_or_base_is_named(adapter: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
-    merge.check_adapter_fits(adapter, tiny_model_folder)
-    with pytest.raises(UserError, match=r"/none/manifest\.json: no such file; run `dvc repro` to make it$"):
-        merge.check_adapter_fits(adapter, tmp_path / "none")
-    (tmp_path / "other").mkdir()
-    write_json(tmp_path / "other/manifest.json", {})
-    with pytest.raises(
-        UserError, match=r"/adapter: was trained on base sha256:.*, .*/other is sha256:.*; run `dvc repro train`$"
-    ):
-        merge.check_adapter_fits(adapter, tmp_path / "other")
-    (adapter / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"/adapter_config\.json: no such file; run `dvc repro` to make it$"):
-        merge.check_adapter_fits(adapter, tiny_model_folder)
 
 
 def test_factors_of_two_ranks_are_refused(adapter: Path, tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from hermes.artifacts import read_json, sha256_file, write_json
+from hermes.artifacts import check_together, read_json, write_json, write_manifest
 from hermes.model import gguf_files
 from hermes.model.base import load
 from hermes.model.base_check import check_base
@@ -72,7 +72,9 @@ def run_both(scratch: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Pat
                 if "lora_" in key:
                     parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
             merge.ADAPTER.mkdir(parents=True)
-            save_adapter(peft, merge.ADAPTER, sha256_file(fetch_model.BASE / "manifest.json"))
+            made_from = check_together(fetch_model.BASE)
+            save_adapter(peft, merge.ADAPTER, made_from[str(fetch_model.BASE)])
+            write_manifest(merge.ADAPTER, made_from=made_from)
             merge.main()
     return places
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hermes.artifacts import write_manifest
 from hermes.console import UserError
 from stages import subset
 
@@ -60,6 +61,7 @@ def run(**settings: Any) -> dict[str, Any]:
     """Runs the stage with all rules off but these; returns its report."""
     section = OFF | settings
     Path("params.yaml").write_text(json.dumps({"profile": "x", "profiles": {"x": {"subset": section}}}))
+    write_manifest(subset.RAW)
     subset.main()
     return json.loads(subset.REPORT.read_text())
 
@@ -487,13 +489,16 @@ def test_other_columns_come_along_with_their_types() -> None:
 def test_an_error_leaves_the_earlier_outputs() -> None:
     write([row(1), row(2)])
     run(k=1)
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.suffix != ".yaml"}
+
+    def outputs() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (*subset.OUTPUT.iterdir(), subset.REPORT)}
+
+    before = outputs()
     write([row(1, question="leaked")], "test")
-    after_test = (subset.RAW / "test.parquet").read_bytes()
     with pytest.raises(UserError):
         run(k=5)
-    after = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.suffix != ".yaml"}
-    assert after == before | {subset.RAW / "test.parquet": after_test}
+    assert outputs() == before
+    assert not list(Path().rglob("*.partial"))
 
 
 def test_the_size_of_a_batch_changes_nothing_and_no_more_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

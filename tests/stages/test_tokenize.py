@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hermes.ahead import check_ahead
-from hermes.artifacts import write_parquet
+from hermes.artifacts import write_manifest, write_parquet
 from hermes.console import UserError
 from hermes.data.chat_text import answer_ids, prompt_ids
 from hermes.params import read_yaml
@@ -282,12 +282,14 @@ def workplace(
     Path("dvc.yaml").write_text(PIPELINE)
     configure(10_000)
     byte_tokenizer.save_pretrained(tokenize.BASE)
+    write_manifest(tokenize.BASE)
     tokenize.SUBSET.mkdir(parents=True)
     for split, pairs in {"train": PAIRS, "test": PAIRS[:1]}.items():
         write_parquet(
             tokenize.SUBSET / f"{split}.parquet",
             pa.Table.from_pylist([row | {"delta_score": 1.0} for row in rows(*pairs)]),
         )
+    write_manifest(tokenize.SUBSET)
     return byte_tokenizer
 
 
@@ -597,6 +599,7 @@ def test_an_own_template_needs_an_end_of_a_sequence(workplace: PreTrainedTokeniz
     tokenize.main()
     workplace.eos_token = None
     workplace.save_pretrained(tokenize.BASE)
+    write_manifest(tokenize.BASE)
     with pytest.raises(
         UserError,
         match=r"^models/base: its tokenizer names no end of a sequence, which `tokenize\.template` ends an answer with",

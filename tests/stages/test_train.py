@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import MagicMock
@@ -21,9 +23,10 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOTrainer
 
 from hermes import params
-from hermes.artifacts import sha256_file, sha256_folder, write_parquet
+from hermes.artifacts import check_together, sha256_file, sha256_folder, write_manifest, write_parquet
 from hermes.console import UserError
 from hermes.model.base import load_base
+from hermes.run import run_tool
 from hermes.settings.base import BaseSettings
 from hermes.settings.reference import ReferenceSettings
 from hermes.settings.train import LossType
@@ -55,7 +58,9 @@ SETTINGS = train.TrainSettings(
     processes=1,
     distribution="ddp",
 )
-PARAMS = train.Params(seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0, base=FP32, train=SETTINGS)
+PARAMS = train.Params(
+    seed=7, beta=0.1, loss_type="sigmoid", label_smoothing=0.0, bits="portable", base=FP32, train=SETTINGS
+)
 
 
 @pytest.fixture
@@ -78,6 +83,7 @@ def workspace(tmp_path: Path, byte_model_folder: Path, monkeypatch: pytest.Monke
             for i in range(count)
         ]
         write_parquet(tmp_path / f"data/tokens/{split}.parquet", pa.Table.from_pylist(rows, schema=schema()))
+    write_manifest(train.TOKENS, made_from=check_together(train.BASE))
     write_reference(FP32)
     return tmp_path
 
@@ -90,6 +96,11 @@ def write_reference(base: BaseSettings) -> None:
         with reference.open_parquet(reference.TOKENS / f"{split}.parquet") as file:
             rows = reference.score(model, file.read().to_pylist(), collate)
         write_parquet(reference.OUTPUT / f"{split}.parquet", pa.Table.from_pylist(rows, schema=reference.SCHEMA))
+    write_manifest(reference.OUTPUT, made_from=check_together(train.BASE, train.TOKENS))
+
+
+def made_from() -> dict[str, str]:
+    return check_together(train.BASE, train.TOKENS, train.REFERENCE)
 
 
 def with_train(**changes: object) -> train.Params:
@@ -97,7 +108,7 @@ def with_train(**changes: object) -> train.Params:
 
 
 def run(loaded: train.Params, scratch: str = "scratch") -> list[dict[str, float]]:
-    train.run(loaded, Path(scratch))
+    train.run(loaded, Path(scratch), made_from())
     lines = (train.REPORTS / "history.csv").read_text().splitlines()
     return [dict(zip(lines[0].split(","), map(float, line.split(",")), strict=True)) for line in lines[1:]]
 
@@ -174,18 +185,45 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     assert train.last_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "interrupted")])
+def test_a_signal_ends_training_behind_the_step_and_the_next_run_has_the_same_bits(
+    number: int, said: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, adapter = run(PARAMS), sha256_file(train.ADAPTER / "adapter_model.safetensors")
+    before, compute = signal.getsignal(number), train.TrackedDPOTrainer._compute_loss
+
+    def signalled(self: Any, *arguments: Any) -> Any:
+        if self.state.global_step == 2 and self.model.training:
+            for one in (number, signal.SIGINT + signal.SIGTERM - number):  # and what make adds to it
+                os.kill(os.getpid(), one)
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(train.TrackedDPOTrainer, "_compute_loss", signalled)
+    with pytest.raises(SystemExit) as ended:
+        run_tool("train", lambda: train.run(PARAMS, Path("stopped"), made_from()))
+    assert ended.value.code == 128 + number
+    assert f"train: {said} behind step 3 of 6, which is kept; run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+    assert [path.name for path in Path("stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    monkeypatch.setattr(train.TrackedDPOTrainer, "_compute_loss", compute)
+    assert run(PARAMS, "stopped") == expected
+    assert sha256_file(train.ADAPTER / "adapter_model.safetensors") == adapter
+
+
 def test_other_code_never_resumes_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = train.run_key(PARAMS)
-    assert train.run_key(PARAMS) == key
+    key = train.run_key(PARAMS, made_from())
+    assert train.run_key(PARAMS, made_from()) == key
+    for folder in made_from():
+        assert train.run_key(PARAMS, made_from() | {folder: "0" * 64}) != key
     changed = workspace / "packages.yaml"
     changed.write_text("torch: 0.0\n")
     monkeypatch.setattr(train, "PACKAGES", changed)
-    assert train.run_key(PARAMS) != key
+    assert train.run_key(PARAMS, made_from()) != key
 
 
 def test_one_folder_is_trained_in_by_one_process(workspace: Path) -> None:
     with FileLock(f"{train.ADAPTER}.lock"), pytest.raises(UserError, match="another training is running"):
-        train.run_alone(PARAMS, Path("scratch"))
+        train.run_alone(PARAMS, Path("scratch"), made_from())
 
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
@@ -310,7 +348,8 @@ def test_gradients_before_and_after_an_evaluation_are_bit_equal_in_nf4(workspace
 
 def test_the_adapter_is_canonical(workspace: Path) -> None:
     run(PARAMS)
-    assert sorted(path.name for path in train.ADAPTER.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    assert sorted(path.name for path in train.ADAPTER.iterdir()) == names
     config = json.loads((train.ADAPTER / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(SETTINGS.lora_modules)
     assert config["base_model_name_or_path"].startswith("sha256:")
@@ -367,7 +406,7 @@ def test_a_history_that_holds_no_number_is_refused_by_its_step(
     with pytest.raises(
         UserError, match=rf"^{name} is {value} at step 2; lower train\.learning_rate, train\.sft_weight or beta$"
     ):
-        train.run(PARAMS, tmp_path / "scratch")
+        train.run(PARAMS, tmp_path / "scratch", {})
     assert not train.ADAPTER.exists()
 
 
@@ -400,7 +439,9 @@ def test_a_base_that_gives_no_number_is_refused_by_the_reference(
     tensors = load_file(base / "model.safetensors")
     tensors[name][0, 0] = math.nan
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    loaded = reference.Params(base=FP32, reference=ReferenceSettings(batch_size=8))
+    write_manifest(base)
+    write_manifest(train.TOKENS, made_from=check_together(base.relative_to(workspace)))
+    loaded = reference.Params(bits="portable", base=FP32, reference=ReferenceSettings(batch_size=8))
     monkeypatch.setattr(params, "load", lambda _: loaded)
     monkeypatch.setattr(reference, "set_determinism", lambda _: None)
     before = sha256_folder(reference.OUTPUT)
@@ -433,6 +474,7 @@ def test_a_batch_split_by_accumulation_takes_the_same_steps(workspace: Path) -> 
     for folder in (train.TOKENS, train.REFERENCE):  # 20 pairs: the last step of an epoch has 4 of 8
         table = pq.read_table(folder / "train.parquet").slice(0, 20)
         write_parquet(folder / "train.parquet", table)
+        write_manifest(folder)
     runs, adapters = [], []
     for batch_size, accumulation in ((8, 1), (1, 8)):
         settings = {"batch_size": batch_size, "accumulation": accumulation, "evaluations": 0, "sft_weight": 0.0}

@@ -19,10 +19,13 @@ EOS = 0
 class Letters:
     """A tokenizer whose ids are code points; a turn is `<q:...>` or `<a:...>`, and an answer begins with `<a:`."""
 
-    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> list[int]:
-        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-        text = "".join(f"<{'q' if turn['role'] == 'user' else 'a'}:{turn['content']}>" for turn in turns)
-        return [ord(letter) for letter in f"{text}<a:"]
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> str:
+        assert options == {"add_generation_prompt": True, "tokenize": False}
+        return "".join(f"<{'q' if turn['role'] == 'user' else 'a'}:{turn['content']}>" for turn in turns) + "<a:"
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) for letter in text]}
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))

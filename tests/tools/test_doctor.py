@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hermes import bits
 from hermes.artifacts import write_json
-from hermes.model import bf16_on_cpu
 from tools import disk, doctor, plan, profiles
 
 ROOT = Path(__file__).parents[2]
@@ -99,12 +99,13 @@ def test_a_good_clone_is_fine_and_says_what_it_is(clone: Path) -> None:
     found = {check.name: check for check in doctor.examine(clone)}
     assert not problems(clone)
     assert set(found) == {
-        *("python", "packages", "compiler", "cpu", "device", "driver", "torch", "llama.cpp"),
+        *("python", "packages", "compiler", "cpu", "bits", "device", "driver", "torch", "llama.cpp"),
         *("repository", "git identity", "branch", "params", "disk"),
     }
     assert found["branch"].finding == "main"
     assert found["params"].finding == "as committed, profile: cpu"
-    assert (found["cpu"].finding == "multiplies bfloat16") is bf16_on_cpu.has_bfloat16()
+    assert ("avx512" in found["cpu"].finding) is bits.can("avx512")
+    assert ("portable" in found["cpu"].finding) is bits.can("portable")
 
 
 def test_the_exit_status_and_the_last_line_say_whether_anything_is_wrong(
@@ -113,12 +114,12 @@ def test_the_exit_status_and_the_last_line_say_whether_anything_is_wrong(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["doctor"])
     assert doctor.main() == 0
-    assert capsys.readouterr().out.endswith("\nall 13 checks are fine\n")
+    assert capsys.readouterr().out.endswith("\nall 14 checks are fine\n")
     monkeypatch.setattr(sys, "argv", ["doctor", "--profile", "b40"])
     assert doctor.main() == 1
     out = capsys.readouterr().out
     assert "PROBLEM  params: no profile b40 in params.yaml; choose one of a40, " in out
-    assert out.endswith("\n1 of 13 checks found a problem\n")
+    assert out.endswith("\n1 of 14 checks found a problem\n")
 
 
 def test_packages_that_drifted_or_are_missing_are_named(clone: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 from hermes.artifacts import write_json, write_parquet
 from hermes.console import UserError
 from hermes.model import llama3
-from hermes.model.bf16_on_cpu import has_bfloat16
 from tests.hermes.test_architectures import small_config
 from tools import plan, repro
 from tools.memory_plan import CONTEXT, training_memory, with_overhead
@@ -217,22 +216,21 @@ def test_evaluation_takes_the_work_at_the_rates_given() -> None:
     assert evaluation_seconds(written, 1e12, 2e12) < evaluation_seconds(written, 1e12, 1e12)
 
 
-@pytest.mark.parametrize(("is_fast", "measured"), [(True, (27.5, 10.5, 12.5)), (False, (92.5, 41.7, 35.8))])
+@pytest.mark.parametrize(("bits", "measured"), [("avx512", (27.5, 10.5, 12.5))])
 def test_a_cpu_takes_what_the_default_profile_took_on_two_cores(
-    is_fast: bool, measured: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+    bits: str, measured: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "has_bfloat16", lambda: is_fast)
     monkeypatch.setattr(plan.os, "cpu_count", lambda: 2)
     run, _ = run_of(load("cpu"))
-    seconds = seconds_of(run, plan.device_here(run.settings.base.threads)[1])
+    seconds = seconds_of(run, plan.device_here(run.settings.base.threads, bits)[1])
     found = sum(seconds.values()), seconds["train"], seconds["evaluate"]
     assert [value / 60 for value in found] == pytest.approx(measured, rel=0.1)
 
 
 def test_a_cpu_has_the_threads_of_the_profile_and_no_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.os, "cpu_count", lambda: 4)
-    rates = [plan.device_here(threads)[1].flops for threads in (2, 4, 8)]
-    assert rates == [2 * plan.CORE[has_bfloat16()][0], *[4 * plan.CORE[has_bfloat16()][0]] * 2]
+    rates = [plan.device_here(threads, "portable")[1].flops for threads in (2, 4, 8)]
+    assert rates == [2 * plan.CORE["portable"][0], *[4 * plan.CORE["portable"][0]] * 2]
 
 
 def test_a_first_look_is_planned_as_one() -> None:

@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from hermes.artifacts import read_json
+from tests.stages.test_report import Page
 from tools import provenance, verify
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,29 @@ def test_all_that_a_run_came_from_is_written(checkout: Path) -> None:
         found["machine"]["cpu"]["model"],
     ):
         assert text in page
+
+
+def test_names_of_others_and_secrets_stay_harmless(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"HF_TOKEN": "hf_" + "canary" * 6, "WANDB_API_KEY": "c0ffee" * 7}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    evil = "x | <img src=y> [z](https://example.org) \x1b[31m \u202e @someone\n\n# heading"
+    (checkout / provenance.MANIFESTS["model"]).write_text(json.dumps({"source": evil, "revision": evil}))
+    params = checkout / "params.yaml"
+    params.write_text(
+        params.read_text()
+        .replace("profile: cpu", f"profile: {json.dumps(evil)}", 1)
+        .replace("  cpu:\n", f"  {json.dumps(evil)}:\n", 1)
+    )
+    provenance.write(["make", evil], checkout)
+    text = (checkout / "reports/provenance.md").read_text()
+    assert not {"\x1b", "\u202e"} & set(text)
+    page = Page(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(text))
+    assert "img" not in page.tags
+    assert page.links == []
+    assert page.tags.count("h1") == 1
+    written = text + (checkout / provenance.PROVENANCE).read_text()
+    assert not [value for value in secrets.values() if value in written]
 
 
 def test_a_run_without_manifests_or_times_has_them_empty(tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(manifest))
+    for name in ("merged", "gguf", "adapter"):  # no part of a release
+        (folder / f"models/{name}/manifest.json").write_text("{}")
     (folder / "dvc.yaml").write_text(PIPELINE)
     (folder / ".gitignore").write_text("/models/\n/data/\n/.scratch/\n/timings/\n/home/\n")
     shutil.copytree(ROOT / "licences", folder / "licences")

@@ -221,6 +221,9 @@ def test_how_many_outs_have_the_committed_bits_is_said(tmp_path: Path, monkeypat
     assert repro.against_the_commit() == []
     lock = "stages:\n  one:\n    outs:\n    - {path: a, md5: 11}\n    - {path: b, md5: 22.dir}\n"
     Path("dvc.lock").write_text(lock)
+    Path("params.yaml").write_text("bits: avx512\nprofile: cpu\nprofiles: {cpu: {}, quick: {}}\n")
+    Path("reports").mkdir()
+    Path("reports/hashes.json").write_text('{"quick": {"avx512": {"outs": {"one": {"b": "33.dir"}}}}}')
     for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
         subprocess.run(["git", *command], check=True)
     assert repro.against_the_commit() == ["2 of 2 outs have the committed bits"]
@@ -228,6 +231,7 @@ def test_how_many_outs_have_the_committed_bits_is_said(tmp_path: Path, monkeypat
     first, second = repro.against_the_commit()
     assert first == "1 of 2 outs have the committed bits; the first that has not: b of one"
     assert second.endswith("git restore dvc.lock reports && .venv/bin/dvc checkout")
+    assert repro.against_the_commit("quick") == ["1 of 1 outs have the committed bits"]  # of the run that is on record
 
 
 def test_a_finished_run_says_the_result_and_where_the_report_is(checkout: Path) -> None:

@@ -58,7 +58,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("make.py").write_text(MAKE)
     Path("seed").write_text("1")
     Path("dvc.yaml").write_text(GRAPH.format(python=sys.executable))
-    Path("params.yaml").write_text("profile: cpu\nprofiles: {cpu: {}, quick: {}}\n")
+    Path("params.yaml").write_text("bits: portable\nprofile: cpu\nprofiles: {cpu: {}, quick: {}}\n")
     Path(".gitignore").write_text("rows\ntimings\n.scratch\n")
     git("init", "-q")
     for command in (["init", "-q"], ["repro", "-q"]):
@@ -74,7 +74,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_rebuilt_with_the_same_bits_is_said_so_and_the_clone_is_gone(
     project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert verify.verify(project, "cpu", None) == 0
+    assert verify.verify(project, "cpu", "portable", None) == 0
     said = capfd.readouterr().out
     assert "first: the same bits (2 files)" in said
     assert "last: the same bits (1 files)" in said
@@ -83,7 +83,7 @@ def test_what_is_rebuilt_with_the_same_bits_is_said_so_and_the_clone_is_gone(
 
 
 def test_up_to_a_stage_only_what_ran_is_compared(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert verify.verify(project, "cpu", "first") == 0
+    assert verify.verify(project, "cpu", "portable", "first") == 0
     said = capfd.readouterr().out
     assert "first: the same bits" in said
     assert "last: the same" not in said
@@ -95,9 +95,9 @@ def test_other_bits_are_told_by_file_and_number_and_the_clone_stays(
     Path("seed").write_text("2")
     git("commit", "-q", "-am", "another seed, and hashes of the old one")
     known = read_json(verify.HASHES)
-    known["cpu"]["made_on"]["cpu"]["model"] = "another one"
+    known["cpu"]["portable"]["made_on"]["cpu"]["model"] = "another one"
     verify.HASHES.write_text(json.dumps(known))
-    assert verify.verify(project, "cpu", None) == 1
+    assert verify.verify(project, "cpu", "portable", None) == 1
     said = capfd.readouterr().out
     assert "first: 1 of 2 files differ" in said
     assert "rows/a.parquet: 1 numbers differ, by up to 1 (x: 1)" in said
@@ -107,14 +107,24 @@ def test_other_bits_are_told_by_file_and_number_and_the_clone_stays(
     assert (clone / "report.json").is_file()
 
 
+@pytest.mark.parametrize("stage", ["nonsense", "--help", "-f", ""])
+def test_what_is_no_stage_is_refused_before_anything_is_built(stage: str, project: Path) -> None:
+    with pytest.raises(UserError, match=r"^no stage .*; choose one of first"):
+        verify.verify(project, "cpu", "portable", stage)
+    assert not list((project / verify.SCRATCH).glob("verify-*"))
+
+
 def test_a_rebuild_that_fails_leaves_no_clone(project: Path) -> None:
-    assert verify.verify(project, "cpu", "nonsense") == 255
+    known = read_json(verify.HASHES)
+    known["cpu"]["portable"]["stages"]["nonsense"] = {}
+    verify.HASHES.write_text(json.dumps(known))
+    assert verify.verify(project, "cpu", "portable", "nonsense") == 255
     assert not list((project / verify.SCRATCH).glob("verify-*"))
 
 
 def test_without_hashes_of_the_profile_nothing_is_built(project: Path) -> None:
-    with pytest.raises(UserError, match="has no hashes of the profile quick"):
-        verify.verify(project, "quick", None)
+    with pytest.raises(UserError, match="has no hashes of the profile quick with `bits: portable`"):
+        verify.verify(project, "quick", "portable", None)
 
 
 def test_results_that_are_not_up_to_date_are_not_recorded(project: Path) -> None:
