@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
-from hermes.console import UserError
+from hermes.console import UserError, say
 
 REMAKE = "delete it and run `dvc repro`"
 MANIFEST = "manifest.json"
+# What a killed run leaves in .scratch: checkpoints, downloads, and the working folders of stages and tools. Not what saves work later on.
+LEFT_BEHIND = ("train/*", "hub/*/*", "check/*", "rehearsal/*", "verify-*", "tmp*")
+DAYS_KEPT = 14
 
 
 def sha256_file(path: Path) -> str:
@@ -83,6 +88,28 @@ def scratch_folder(name: str) -> Path:
     """The folder `.scratch/NAME` of the checkout, also inside the temporary copies that DVC makes of it for experiments."""
     checkout = str(Path.cwd()).split("/.dvc/tmp/exps/")[0]
     return Path(checkout) / ".scratch" / name
+
+
+def last_change(path: Path) -> float:
+    """When a file or a folder, or anything in it, was changed last."""
+    return max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+
+
+def prune_scratch(name: str) -> None:
+    """Removes what killed runs left in .scratch so many days ago, unless its lock is held; the program `name` says what."""
+    root, removed = scratch_folder("."), []
+    for path in sorted(path for pattern in LEFT_BEHIND for path in root.glob(pattern)):
+        try:
+            if path.suffix == ".lock" or time.time() - last_change(path) < DAYS_KEPT * 86400:
+                continue
+            with FileLock(f"{path}.lock", timeout=0):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                Path(f"{path}.lock").unlink()
+        except (Timeout, OSError):  # it is in use, or not ours
+            continue
+        removed.append(path.relative_to(root).as_posix())
+    if removed:
+        say(f"{name}: removed from .scratch what nothing has changed for {DAYS_KEPT} days: {', '.join(removed)}")
 
 
 @contextmanager

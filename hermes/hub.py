@@ -24,14 +24,17 @@ from huggingface_hub.utils import build_hf_headers
 
 from hermes.artifacts import scratch_folder
 from hermes.console import UserError
+from hermes.shortage import lack
 
 Kind = Literal["dataset", "model"]
 CONNECTIONS = 4
 ERRORS = (OSError, ValueError, HTTPError)  # what the libraries raise when the Hub cannot give something
 
 
-def failure(error: Exception, source: str, revision: str) -> UserError:
-    """Why the Hub did not give something, in one line, and what to do."""
+def failure(error: Exception, source: str, revision: str) -> Exception:
+    """Why the Hub did not give something, in one line, and what to do; the error itself where this machine lacks something."""
+    if lack(error):
+        return error
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError | OfflineModeIsEnabled):
         cause = cause.__cause__ or cause.__context__

@@ -45,6 +45,7 @@ from hermes.artifacts import (
     complete_file,
     complete_folder,
     open_parquet,
+    prune_scratch,
     scratch_folder,
     sha256_file,
     write_json,
@@ -225,51 +226,87 @@ def trainer_config(loaded: Params, output: Path, pairs: int) -> DPOConfig:
 
 
 class EvaluationSteps(TrainerCallback):
-    """Evaluates so many times at equal distances, the last time behind the last step; at every step where there are fewer."""
+    """Evaluates so many times at equal distances, the last time behind the last step; at every step where there are fewer.
+
+    The step before is saved, so that a signal need not wait for the end of an evaluation.
+    """
 
     def __init__(self, evaluations: int) -> None:
         self.evaluations = evaluations
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done, steps = state.global_step * self.evaluations, state.max_steps
-        control.should_evaluate = done // steps > (done - self.evaluations) // steps
+        control.should_evaluate = self.is_due(state.global_step, state.max_steps)
+        control.should_save |= self.is_due(state.global_step + 1, state.max_steps)
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether there is an evaluation behind this step."""
+        return step * self.evaluations // steps > (step - 1) * self.evaluations // steps
 
 
 class CheckpointAndStop(TrainerCallback):
     """On SIGTERM or Ctrl-C ends training behind the running step, with a checkpoint; the same signal again ends it at once.
 
-    A rented GPU that is taken back sends SIGTERM and waits for half a minute; a step takes some seconds, an evaluation between two steps
-    may take longer. `make` passes SIGTERM on as Ctrl-C, so that one stop may arrive as both.
+    A rented GPU that is taken back sends SIGTERM and waits for half a minute. A step takes some seconds. An evaluation is given up, since
+    the step before it is saved. `make` passes SIGTERM on as Ctrl-C, so that one stop may arrive as both. Several processes end at the same
+    step, also where one alone was told.
 
     Raises:
         Stopped: training was ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int) -> None:
+        self.processes, self.saved, self.leaving = processes, 0, False
         self.received: list[int] = []
         self.previous: dict[int, Any] = {}
 
     def receive(self, number: int, frame: Any) -> None:
-        if number in self.received:
+        if number in self.received and self.processes == 1:  # of several the others would wait for this one
             stop(number, frame)
-        if not self.received:
-            warn("train: ending behind this step; once more ends it at once")
+        if not self.received and distributed.is_main(self.processes):
+            warn("train: ending behind this step" + ("; once more ends it at once" if self.processes == 1 else ""))
         self.received.append(number)
 
+    def is_time(self) -> bool:
+        """Whether one of the processes was told to end; all hear the same answer."""
+        return distributed.any_of(bool(self.received)) if self.processes > 1 else bool(self.received)
+
+    def leave(self, state: Any) -> None:
+        """Ends this process; the first one says where training goes on."""
+        distributed.wait()
+        self.put_back()
+        number = self.received[0] if self.received else signal.SIGTERM
+        if not distributed.is_main(self.processes):
+            sys.exit(128 + number)
+        raise Stopped(number, f" behind step {self.saved} of {state.max_steps}, which is kept")
+
+    def put_back(self) -> None:
+        """Gives the signals back to who had them."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = state.global_step
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self.previous[number] = signal.signal(number, self.receive)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received:
-            control.should_save = control.should_training_stop = True
+        self.leaving = state.global_step < state.max_steps and self.is_time()
+        if self.leaving and control.should_evaluate:
+            self.leave(state)
+        control.should_save |= self.leaving
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_time():
+            self.leave(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = state.global_step
+        if self.leaving:
+            self.leave(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if self.received and state.global_step < state.max_steps:
-            raise Stopped(self.received[0], f" behind step {state.global_step} of {state.max_steps}, which is kept")
+        self.put_back()
 
 
 class ProgressAndTracking(TrainerCallback):
@@ -398,15 +435,15 @@ def run(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
     tokenizer = load_tokenizer(BASE)
     main = distributed.is_main(loaded.train.processes)
     with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
-        # Several processes are told at once, but not in the same step: they end at once, and go on from the last checkpoint.
-        stopping = [CheckpointAndStop()] if loaded.train.processes == 1 else []
-        callbacks = [*stopping, *([ProgressAndTracking(tracking)] if main else [])]
+        callbacks = [*([ProgressAndTracking(tracking)] if main else []), CheckpointAndStop(loaded.train.processes)]
         trainer = build_trainer(loaded, scratch, tokenizer, callbacks)
         trained = sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad)
         state = torch.get_rng_state()
         difference = reference_difference(trainer)
         torch.set_rng_state(state)
         checkpoint = broadcast_object_list([last_checkpoint(scratch) if main else None])[0]
+        if main and checkpoint:
+            say(f"train: goes on from {Path(checkpoint).name}")
         trainer.train(resume_from_checkpoint=checkpoint)
     gathered = None
     if trainer.is_fsdp_enabled:  # all processes take part
@@ -454,6 +491,8 @@ def run_alone(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
 def main() -> None:
     loaded = params.load(Params)
     s, threads = loaded.train, max(1, loaded.base.threads // loaded.train.processes)
+    if not distributed.is_launched():
+        prune_scratch("train")
     if s.processes > 1 and not distributed.is_launched():
         distributed.launch(s.processes, s.distribution, threads, "stages.train")
         return

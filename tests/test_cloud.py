@@ -6,8 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hermes.params import read_yaml
@@ -201,6 +204,28 @@ def test_a_run_that_fails_in_its_evaluation_sends_the_models_and_keeps_its_statu
     last = done.stdout.splitlines()[-1]
     assert "models/gguf" in last
     assert "data/evaluation" not in last  # dvc.lock has that of the other machine
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_taken_back_sends_what_there_is(rented: Path, tmp_path: Path) -> None:
+    """`sky cancel` sends SIGTERM to every process of the job."""
+    stages = json.loads((rented / "dvc.yaml").read_text())
+    stages["stages"]["merge"]["cmd"] = "touch up && exec sleep 600"
+    (rented / "dvc.yaml").write_text(json.dumps(stages))
+    process = subprocess.Popen([str(ROOT / "cloud/run"), "a40", str(tmp_path / "remote")], cwd=rented)
+    deadline = time.monotonic() + 240
+    while not (rented / "up").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    job = psutil.Process(process.pid)
+    for one in (job, *job.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            one.terminate()
+    assert process.wait(timeout=120) == 143
+    home = come_home(tmp_path)
+    shell(home, "dvc pull -q --remote results models/adapter")
+    assert '"a40"' in (home / "models/adapter/a").read_text()
 
 
 def test_nothing_long_starts_where_nothing_can_be_sent(rented: Path, tmp_path: Path) -> None:

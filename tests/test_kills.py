@@ -1,4 +1,5 @@
-"""Runs are killed at random moments, in every stage, and the next `dvc repro` has to end with the bits of a run that was never touched.
+"""Runs are killed at random moments, in every stage, and the next `dvc repro` has to end with the bits of a run that was never touched,
+with nothing half-written left over, and from the last checkpoint on.
 
 pytest -m slow tests/test_kills.py             a few kills of every way
 python -m tests.test_kills 60                  so many, with a log for reports/kills.json on stdout
@@ -7,6 +8,7 @@ python -m tests.test_kills 60                  so many, with a log for reports/k
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ import psutil
 import pytest
 
 from hermes.params import read_yaml
-from tests.test_pipeline import ENVIRONMENT, dvc, make_clone, outs
+from tests.test_pipeline import ENVIRONMENT, dvc, make_clone, outs, run
 
 STAGES = (
     "fetch_data",
@@ -34,8 +36,11 @@ STAGES = (
     "evaluate",
     "report",
 )
-WAYS = ("stage -9", "dvc -9", "both -9", "TERM", "INT")
+# Seven ways for ten stages, so that 70 seeds in a row are every way in every stage.
+WAYS = ("stage -9", "dvc -9", "both -9", "TERM", "INT", "stage TERM", "make TERM")
 REPRO = (sys.executable, "-m", "dvc", "repro")
+MAKE_REPRO = (sys.executable, "-m", "tools.repro")  # what `make repro` runs
+MORE_STEPS = ["profiles.cpu.train.epochs=12", "profiles.cpu.train.checkpoint_steps=2"]
 
 
 def stage_outs(folder: Path, stage: str) -> dict[str, str]:
@@ -53,12 +58,30 @@ def forget(folder: Path, stage: str) -> None:
     shutil.rmtree(folder / ".dvc/cache/runs", ignore_errors=True)
 
 
+def partials(folder: Path) -> list[str]:
+    """What lies half-written beside outputs and in the scratch; training's checkpoints are none of it."""
+    found = [path for name in ("data", "models", "reports") for path in (folder / name).rglob(".*.partial")]
+    return sorted(path.relative_to(folder).as_posix() for path in (*found, *(folder / ".scratch/check").glob("*")))
+
+
+def checkpoint(folder: Path) -> int:
+    """The step of the newest whole checkpoint."""
+    found = (folder / ".scratch/train").glob("*/checkpoint-*/trainer_state.json")
+    return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
+
+
 def kill(process: subprocess.Popen[bytes], way: str) -> None:
-    """Ends a running `dvc repro` in one of `WAYS`."""
+    """Ends a running `dvc repro` or `make repro` in one of `WAYS`."""
     parent = psutil.Process(process.pid)
     children = parent.children(recursive=True)
     if way in ("TERM", "INT"):  # as a terminal or a rented machine sends it, to the whole group
         os.killpg(process.pid, getattr(signal, f"SIG{way}"))
+    if way == "make TERM":
+        parent.terminate()
+    if way == "stage TERM":
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.terminate()
     if way in ("dvc -9", "both -9"):
         parent.kill()
     if way in ("stage -9", "both -9"):
@@ -71,14 +94,13 @@ def kill(process: subprocess.Popen[bytes], way: str) -> None:
 
 
 def attempt(folder: Path, seed: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """Kills one stage of a finished run at a random moment and goes on; what was done, and which outs have other bits afterwards."""
-    draw = random.Random(seed)
-    stage, way = STAGES[seed % len(STAGES)], draw.choice(WAYS)
-    moment = draw.uniform(0, seconds[stage])
+    """Kills one stage of a finished run at a random moment and goes on; what was done, and what is wrong afterwards."""
+    stage, way = STAGES[seed % len(STAGES)], WAYS[seed % len(WAYS)]
+    moment = random.Random(seed).uniform(0, seconds[stage])
     wanted = stage_outs(folder, stage)
     forget(folder, stage)
     process = subprocess.Popen(
-        [*REPRO, stage],
+        [*(MAKE_REPRO if way == "make TERM" else REPRO), stage],
         cwd=folder,
         env=ENVIRONMENT,
         start_new_session=True,
@@ -91,15 +113,21 @@ def attempt(folder: Path, seed: int, seconds: dict[str, float]) -> dict[str, Any
     except subprocess.TimeoutExpired:
         was_running = True
         kill(process, way)
-    dvc(folder, "repro", stage)
+    left, saved = [] if "-9" in way else partials(folder), checkpoint(folder)
+    output = dvc(folder, "repro", stage)
+    resumed = re.search(r"train: goes on from checkpoint-(\d+)$", output, re.MULTILINE)
     found = stage_outs(folder, stage)
     wrong = sorted(path for path in wanted if found.get(path) != wanted[path])
+    wrong += left + partials(folder)
+    if stage == "train" and saved != (int(resumed[1]) if resumed else 0):
+        wrong.append(f"{resumed and resumed[0]}, but {saved} is the last checkpoint")
     return {
         "seed": seed,
         "stage": stage,
         "way": way,
         "second": round(moment, 2),
         "was_running": was_running,
+        "resumed_at": saved,
         "wrong": wrong,
     }
 
@@ -119,6 +147,7 @@ def durations(folder: Path) -> dict[str, float]:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[Path, dict[str, float]]:
     """A small project whose stages have all run, and how long each takes."""
     clone = make_clone(tmp_path_factory.mktemp("kills") / "repository", tiny_model_folder)
+    run(clone, sys.executable, "-c", f"from tests.test_pipeline import override; override({MORE_STEPS!r})")
     dvc(clone, "repro")
     before = outs(clone)
     seconds = durations(clone)

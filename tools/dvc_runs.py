@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
+
+import psutil
 
 from hermes.console import UserError
 
@@ -88,6 +91,8 @@ class Relay:
         if self.received is not None and not self.delivered:
             self._end(self.received, None)
         code = self.child.wait()
+        while self.received is not None and self._is_left():  # a stage that saves, where DVC was killed beside it
+            time.sleep(0.1)
         if code and self.received is not None:
             return 128 + self.received
         return code if code >= 0 else 128 - code
@@ -97,6 +102,18 @@ class Relay:
             sys.exit(128 + number)
         self.received = number
         self.delivered = self._signal_child(signal.SIGINT if signal.SIGINT in self.previous else number)
+
+    def _is_left(self) -> bool:
+        """Whether a process of the child's group has not ended."""
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+                if (
+                    self.child
+                    and os.getpgid(process.pid) == self.child.pid
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
+                    return True
+        return False
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
         self._signal_child(signal.SIGSTOP)

@@ -15,6 +15,7 @@ A folder that the profile names as its source is no dependency in dvc.yaml. Wher
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ NVIDIA = Path("/proc/driver/nvidia")  # where the driver of a GPU is loaded
 STAMP = Path(".venv/setup-stamp")  # begins with the device that setup.sh made .venv for
 GPQA, PUNKT = "Idavidrein/gpqa", "tokenizers/punkt_tab"
 CLOSED = (401, 403, 404)  # what the Hub answers where a repository is not for this user
+KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 LOCK, METRICS, REPORT = Path("dvc.lock"), Path("reports/metrics.json"), Path("reports/report.html")
 WHOLE_GRAPH = {"-f", "--force", "-q", "--quiet", "-v", "--verbose"}  # with these a finished run is a new report
 
@@ -132,6 +134,7 @@ def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ())
     with only_one("repro") as lock, Relay() as relay:
         if put_back():
             warn(f"repro: {params.PARAMS} is as it was before a run that was killed")
+        killed = out_of_memory_kills()
         with selected(profile):
             if uses_gpu():
                 check_cuda()
@@ -140,7 +143,19 @@ def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ())
             if code := sources.fetch_changed(relay, lock, *({"--dry", "-n"} & {*rest})):
                 return code
             verb = ["exp", "run", *(f"--set-param={change}" for change in changes)] if changes else ["repro"]
-            return relay.run([*DVC, *verb, *rest], lock)
+            code = relay.run([*DVC, *verb, *rest], lock)
+        if code and out_of_memory_kills() > killed:
+            warn(
+                "repro: the kernel has killed a process for want of memory meanwhile; if it was the stage (`exited with -9`), end other "
+                "programs or take a smaller batch, then run the same command again to go on; `make plan` says what it needs"
+            )
+        return code
+
+
+def out_of_memory_kills() -> int:
+    """How many processes the kernel has killed so far for want of memory, in this container and on this machine."""
+    texts = (path.read_text() for path in KILLS if path.is_file())
+    return sum(int(count) for text in texts for count in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE))
 
 
 def beside_the_published() -> list[str]:

@@ -29,7 +29,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from safetensors import safe_open
 
-from hermes.artifacts import read_object, write_json
+from hermes.artifacts import prune_scratch, read_object, write_json
 from hermes.bits import Bits
 from hermes.bits import check as check_bits
 from hermes.console import UserError, say, warn
@@ -254,6 +254,7 @@ def verify(root: Path, profile: str, bits: str, stage: str | None) -> int:
     if changed:
         warn("verify: changes that are not committed are left out")
     with only_one("verify") as lock, Relay() as relay:
+        prune_scratch("verify")
         clone = clone_of(root, profile, bits)
         command = [*DVC, "repro", "--force", "--no-run-cache", *([stage] if stage else [])]
         code = relay.run(["env", "-C", str(clone), *command], lock)

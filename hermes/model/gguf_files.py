@@ -1,5 +1,7 @@
 """GGUF files made by llama.cpp: converted from safetensors, then quantized."""
 
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hermes.console import UserError
 from hermes.model.gguf import GgufModel, quiet_llama_cpp
+from hermes.shortage import lack
 
 FILE_TYPES = {
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
@@ -50,7 +53,11 @@ def convert(model: Path, target: Path, kind: Literal["f16", "bf16"]) -> None:
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode or not target.is_file():
+        if result.returncode == -signal.SIGKILL:
+            raise MemoryError("the converter was killed, as the kernel does for want of memory")
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        if lack(error := RuntimeError(last)):
+            raise error
         raise UserError(f"{model}: cannot be converted to GGUF: {last}")
 
 
@@ -65,7 +72,11 @@ def quantize(source: Path, target: Path, kind: str, threads: int = 0) -> None:
     settings.ftype = FILE_TYPES[kind]
     settings.nthread = threads
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
-        raise UserError(f"{source}: llama.cpp cannot quantize it to {kind}; delete it and run `dvc repro quantize`")
+        free = shutil.disk_usage(target.parent).free / 2**30
+        raise UserError(
+            f"{source}: llama.cpp cannot quantize it to {kind}; {free:.1f} GiB are free there: if that is too little, free some and run "
+            "the same command again, else delete it and run `dvc repro quantize`"
+        )
 
 
 def metadata(reader: GGUFReader) -> dict[str, Any]:

@@ -13,17 +13,20 @@ type, and every LoRA matrix is wrapped by itself. It takes GPUs, and has not run
 
 import json
 import os
+import signal
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType, gather_object, patch_environment
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -31,6 +34,7 @@ from trl import DPOTrainer
 
 from hermes.console import UserError
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a process that a signal ended in order
 # An empty one, given by name: otherwise `accelerate launch` reads the user's own from the home directory.
 CONFIGURATION = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO"}
 FSDP = {
@@ -94,6 +98,8 @@ def launch(processes: int, distribution: str, threads: int, module: str) -> None
 
     Without a GPU they are CPU processes: `accelerate launch --cpu` would start a single one, so Accelerate is told by its variable.
 
+    SIGTERM and SIGINT are passed on to them, and this process ends when they have; after 30 seconds they are killed.
+
     Raises:
         UserError: the devices cannot run it, or one of the processes failed.
     """
@@ -105,8 +111,22 @@ def launch(processes: int, distribution: str, threads: int, module: str) -> None
         arguments = launch_arguments(processes, distribution, threads, configuration, module)
         try:
             launch_command(launch_command_parser().parse_args(arguments))
-        except ChildFailedError:
+        except SignalException as stop:
+            sys.exit(128 + stop.sigval)
+        except ChildFailedError as error:
+            if (code := error.get_first_failure()[1].exitcode) in STOPPED:  # and it has said so
+                sys.exit(code)
             raise UserError(f"one of the {processes} processes failed; its message is above") from None
+
+
+def any_of(value: bool) -> bool:
+    """Whether a value is true in one of the processes; all take part and hear the same."""
+    return any(gather_object([value]))
+
+
+def wait() -> None:
+    """Waits until all processes are here."""
+    PartialState().wait_for_everyone()
 
 
 def check_distribution(accelerator: Accelerator, processes: int, distribution: str) -> None:

@@ -4,18 +4,22 @@ import hashlib
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 from hermes.artifacts import (
+    DAYS_KEPT,
     check_together,
     complete_file,
     complete_folder,
     open_parquet,
+    prune_scratch,
     read_json,
     sha256_file,
     sha256_folder,
@@ -157,6 +161,36 @@ def test_a_table_is_written_to_the_same_bytes_and_read_back(tmp_path: Path) -> N
     assert sha256_file(tmp_path / "one") == sha256_file(tmp_path / "two")
     with open_parquet(tmp_path / "one") as file:
         assert file.read().equals(table)
+
+
+OLD = ("train/a", "train/locked", "hub/models--o--n/main", "check/tmp1", "rehearsal/a40", "verify-1", "tmp2")
+RECENT = ("train/b", "verify-2", "suites/c")
+
+
+def test_what_killed_runs_left_is_removed_when_it_is_old_and_nobody_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder is as old as its newest file; what saves work later on (suites) stays."""
+    monkeypatch.chdir(tmp_path)
+    past = time.time() - (DAYS_KEPT + 1) * 86400
+    for name in (*OLD, *RECENT):
+        write(tmp_path / ".scratch" / name, {"old": "1", "newest": "2"})
+    for path in (*(tmp_path / ".scratch").rglob("*"),):
+        if path.name != "newest" or path.parent.name not in ("b", "verify-2"):
+            os.utime(path, (past, past))
+    with FileLock(tmp_path / ".scratch/train/locked.lock"):
+        prune_scratch("train")
+    kept = {path.parent.relative_to(tmp_path / ".scratch").as_posix() for path in tmp_path.rglob("newest")}
+    assert kept == {*RECENT, "train/locked"}
+    assert not [path for path in tmp_path.rglob("*.lock") if path.name != "locked.lock"]
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert said.startswith("train: removed from .scratch what nothing has changed for 14 days: check/tmp1, hub/")
+    os.utime(tmp_path / ".scratch/train/locked", (past, past))
+    prune_scratch("verify")
+    assert "train/locked" in capsys.readouterr().out
+    prune_scratch("verify")
+    assert capsys.readouterr().out == ""
 
 
 def test_missing_and_damaged_parquet_are_told(tmp_path: Path) -> None:

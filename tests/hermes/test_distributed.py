@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -40,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"batch_size": 3, "accumulation": 4, "epochs": 4.0, "evaluations": 2, "checkpoint_steps": 3}
 ONE = PARAMS.model_copy(update={"train": SETTINGS.model_copy(update=SHARED)})
 TWO = ONE.model_copy(update={"train": ONE.train.model_copy(update={"processes": 2})})
+LAUNCH = "run_tool('train', lambda: distributed.launch(2, 'ddp', 1, 'slowed'))"
 KILLER = """
 import os, signal
 from transformers import TrainerCallback
@@ -131,6 +134,76 @@ def test_two_processes_take_the_steps_of_one_and_resume_to_the_same_bits(
     assert checkpoint.name == "checkpoint-3"
     assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     distributed.launch(2, "ddp", 1, "stages.train")
+    assert outputs() == bits
+    assert not any(path.is_dir() for path in Path(".scratch/train").iterdir())
+
+
+SLOWED = """
+import time
+from pathlib import Path
+from transformers import TrainerCallback
+from hermes.run import run_stage
+from stages import train
+
+class Slow(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        Path(f"up-{args.process_index}").touch()
+        time.sleep(0.2)
+
+build = train.build_trainer
+train.build_trainer = lambda *given: build(*given[:3], [*given[3], Slow()])
+run_stage("train", train.main)
+"""
+
+
+def stop(told: str) -> int:
+    """Sends SIGTERM to a running launcher, to one of its two processes or to all three; the step that they say they have saved."""
+    for path in Path().glob("up-*"):
+        path.unlink()
+    program = f"from hermes.training import distributed\nfrom hermes.run import run_tool\n{LAUNCH}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{ROOT}"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while not (Path("up-0").exists() and Path("up-1").exists()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in children if "slowed" in child.cmdline()]
+    assert len(ranks) == 2
+    pids = {"launcher": [process.pid], "one": [ranks[1].pid], "all": [process.pid, *(rank.pid for rank in ranks)]}[told]
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, said
+    assert not psutil.wait_procs(children, timeout=30)[1]
+    line = r"^train: stopped by SIGTERM behind step (\d+) of \d+, which is kept; run the same command again to go on$"
+    (step,) = re.findall(line, said, re.MULTILINE)
+    return int(step)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_in_all_processes_and_the_run_goes_on_to_the_same_bits(twenty_pairs: Path) -> None:
+    write_params(TWO)
+    whole = python("-m", "stages.train")
+    assert whole.returncode == 0, whole.stderr
+    bits = outputs()
+    for folder in (train.ADAPTER, train.REPORTS):
+        shutil.rmtree(folder)
+    Path("slowed.py").write_text(SLOWED)
+    steps = []
+    for told in ("launcher", "all", "one"):
+        steps.append(stop(told))
+        (checkpoint,) = Path(".scratch/train").glob("*/checkpoint-*")
+        assert checkpoint.name == f"checkpoint-{steps[-1]}"
+        assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert steps == sorted(steps)
+    again = python("-m", "stages.train")
+    assert again.returncode == 0, again.stderr
     assert outputs() == bits
     assert not any(path.is_dir() for path in Path(".scratch/train").iterdir())
 

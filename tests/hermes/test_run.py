@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hermes.run import lack
+from hermes.shortage import lack
 
 ROOT = Path(__file__).parents[2]
 WRITES = {

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -18,6 +19,7 @@ from datasets import Dataset
 from filelock import FileLock
 from peft import LoraConfig
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOTrainer
@@ -30,6 +32,7 @@ from hermes.run import run_tool
 from hermes.settings.base import BaseSettings
 from hermes.settings.reference import ReferenceSettings
 from hermes.settings.train import LossType
+from hermes.shortage import lack
 from stages import reference, train
 from stages.tokenize import schema
 
@@ -185,29 +188,95 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
     assert train.last_checkpoint(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "interrupted")])
-def test_a_signal_ends_training_behind_the_step_and_the_next_run_has_the_same_bits(
-    number: int, said: str, workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    expected, adapter = run(PARAMS), sha256_file(train.ADAPTER / "adapter_model.safetensors")
-    before, compute = signal.getsignal(number), train.TrackedDPOTrainer._compute_loss
+class Signal(TrainerCallback):
+    """Sends a signal, and what make adds to it, to this process once: in a step or in the evaluation behind it."""
 
-    def signalled(self: Any, *arguments: Any) -> Any:
-        if self.state.global_step == 2 and self.model.training:
-            for one in (number, signal.SIGINT + signal.SIGTERM - number):  # and what make adds to it
+    def __init__(self, number: int, step: int, where: str) -> None:
+        self.number, self.step, self.where = number, step, where
+
+    def _send(self, step: int, where: str) -> None:
+        if (step, where) == (self.step, self.where):
+            self.where = ""
+            for one in (self.number, signal.SIGINT + signal.SIGTERM - self.number):
                 os.kill(os.getpid(), one)
-        return compute(self, *arguments)
 
-    monkeypatch.setattr(train.TrackedDPOTrainer, "_compute_loss", signalled)
+    def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self._send(state.global_step + 1, "step")
+
+    def on_prediction_step(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self._send(state.global_step, "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "step", "where", "saved"),
+    [
+        (signal.SIGTERM, "stopped by SIGTERM", 1, "step", 1),
+        (signal.SIGINT, "interrupted", 2, "step", 2),
+        (signal.SIGTERM, "stopped by SIGTERM", 3, "step", 2),
+        (signal.SIGTERM, "stopped by SIGTERM", 3, "evaluation", 2),
+        (signal.SIGTERM, "stopped by SIGTERM", 5, "step", 5),
+        (signal.SIGINT, "interrupted", 6, "evaluation", 5),
+    ],
+)
+def test_a_signal_ends_training_behind_the_step_and_the_next_run_has_the_same_bits(
+    number: int,
+    said: str,
+    step: int,
+    where: str,
+    saved: int,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 6 steps, 3 and 6 are followed by an evaluation, which nobody waits for; masks of dropout need the state of the generator."""
+    loaded = with_train(checkpoint_steps=100, lora_dropout=0.1)
+    run(loaded, "whole")
+    expected = outputs()
+    before, build = signal.getsignal(number), train.build_trainer
+    monkeypatch.setattr(
+        train, "build_trainer", lambda *a: build(a[0], a[1], a[2], [*a[3], Signal(number, step, where)])
+    )
     with pytest.raises(SystemExit) as ended:
-        run_tool("train", lambda: train.run(PARAMS, Path("stopped"), made_from()))
+        run_tool("train", lambda: train.run(loaded, Path("stopped"), made_from()))
     assert ended.value.code == 128 + number
-    assert f"train: {said} behind step 3 of 6, which is kept; run the same command again" in capsys.readouterr().err
+    line = f"train: {said} behind step {saved} of 6, which is kept; run the same command again to go on"
+    assert line in capsys.readouterr().err
     assert signal.getsignal(number) is before
-    assert [path.name for path in Path("stopped").glob("checkpoint-*")] == ["checkpoint-3"]
-    monkeypatch.setattr(train.TrackedDPOTrainer, "_compute_loss", compute)
-    assert run(PARAMS, "stopped") == expected
-    assert sha256_file(train.ADAPTER / "adapter_model.safetensors") == adapter
+    assert [path.name for path in Path("stopped").glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    assert not train.ADAPTER.exists()
+    monkeypatch.setattr(train, "build_trainer", build)
+    run(loaded, "stopped")
+    assert f"train: goes on from checkpoint-{saved}" in capsys.readouterr().out
+    assert outputs() == expected
+
+
+def outputs() -> dict[str, str]:
+    """The hashes of all that training wrote, which is taken away."""
+    found = {path.name: sha256_file(path) for path in (*train.ADAPTER.iterdir(), *train.REPORTS.iterdir())}
+    for folder in (train.ADAPTER, train.REPORTS):
+        shutil.rmtree(folder)
+    return found
+
+
+@pytest.mark.parametrize("kilobytes", [1, 8, 20])
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_next_run_goes_on_to_the_same_bits(
+    workspace: Path, kilobytes: int
+) -> None:
+    """A limit on files stands in for a full disk: it cuts the adapter, the optimizer's state, or what is written after them."""
+    run(PARAMS, "whole")
+    expected = outputs()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, before[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError, SafetensorError)) as caught:
+            run(PARAMS, "limited")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "run the same command again" in str(lack(caught.value))
+    assert not train.ADAPTER.exists()
+    assert not train.REPORTS.exists()
+    run(PARAMS, "limited")
+    assert outputs() == expected
 
 
 def test_other_code_never_resumes_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -151,6 +152,50 @@ def test_a_signal_ends_the_whole_run_and_restores(checkout: Path, number: signal
     while is_running(grandchild):
         assert time.monotonic() < deadline, "a stage survived"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_sigterm_lets_a_stage_save_and_waits_for_it(checkout: Path, all_of_them: bool) -> None:
+    """DVC ignores Ctrl-C while a stage runs; a rented machine may send SIGTERM to each process, and that ends DVC at once."""
+    Path("behind_dvc.py").write_text(
+        "import pathlib, signal, time\n"
+        "def save(*_):\n"
+        "    time.sleep(1)\n"
+        "    pathlib.Path('saved').touch()\n"
+        "    raise SystemExit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n" + WAIT.replace("60", "600")
+    )
+    Path("behave").write_text(
+        "import signal, subprocess\n"
+        "p = subprocess.Popen([sys.executable, 'behind_dvc.py'])\n"
+        "pathlib.Path('pids').write_text(f'{os.getpid()} {p.pid}')\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "sys.exit(p.wait() and 255)"
+    )
+    process = start("--profile", "a40")
+    for pid in (process.pid, *(map(int, Path("pids").read_text().split()) if all_of_them else ())):
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert Path("saved").exists()
+    assert Path("params.yaml").read_bytes() == PARAMS
+
+
+def test_a_stage_that_the_kernel_killed_for_want_of_memory_is_named(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counters are the kernel's, in files of ours: a real one would take this machine's memory."""
+    Path("vmstat").write_text("pgfault 7\noom_kill 3\n")
+    monkeypatch.setattr(repro, "KILLS", (Path("events"), Path("vmstat")))
+    Path("behave").write_text("sys.exit(255)")
+    assert "memory" not in run().stderr
+    Path("behave").write_text("pathlib.Path('events').write_text('oom 1\\noom_kill 1\\n'); sys.exit(255)")
+    done = run()
+    assert (done.returncode, done.stderr.count("for want of memory")) == (255, 1)
+
+
+def test_the_kernel_s_counter_of_such_kills_is_read() -> None:
+    assert re.search(r"^oom_kill \d+$", repro.KILLS[1].read_text(), re.MULTILINE)
+    assert repro.out_of_memory_kills() >= 0
 
 
 def is_running(pid: int) -> bool:
