@@ -67,6 +67,9 @@ def check_together(*folders: Path) -> dict[str, str]:
     Raises:
         UserError: names the folder.
     """
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; run `dvc repro` to make it")
     hashes = {folder.as_posix(): sha256_file(folder / MANIFEST) for folder in folders}
     for folder in folders:
         manifest = read_object(folder / MANIFEST)

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+CUT = ("unexpected pos ", "PytorchStreamWriter failed writing file")  # of torch, which does not say why
 NO_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc")  # of torch on a CPU and on CUDA, and of C++
 
 
@@ -24,6 +25,9 @@ def lack(error: BaseException | None) -> str | None:
         if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in said:
             free = shutil.disk_usage(Path.cwd()).free / 2**30
             return f"{where}: no space left ({free:.1f} GiB free here); free some and run the same command again, it goes on"
+        if any(words in said for words in CUT):
+            free = shutil.disk_usage(Path.cwd()).free / 2**30
+            return f"{where}: a file could not be written to its end ({free:.1f} GiB free here); free some and run the same command again"
         if number == errno.EFBIG:
             return f"{where}: the file would be larger than this process may write; raise `ulimit -f` and run the same command again"
         if number == errno.EROFS:

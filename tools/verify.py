@@ -105,7 +105,7 @@ def record(root: Path) -> None:
     status = subprocess.run([*DVC, "status", "--quiet"], cwd=root, env=environment(), capture_output=True, check=False)
     if status.returncode:
         raise UserError("not all stages are up to date; run `make repro` first")
-    known = read_object(root / HASHES, BACK) if (root / HASHES).is_file() else {}
+    known = read_object(HASHES, BACK) if HASHES.is_file() else {}
     profile, bits = selected(read_yaml(root / PARAMS))
     stages = files_of(root)
     known.setdefault(profile, {})[bits] = {
@@ -238,7 +238,7 @@ def clone_of(root: Path, profile: str, bits: str) -> Path:
 
 def verify(root: Path, profile: str, bits: str, stage: str | None) -> int:
     """Rebuilds and compares; 0 where all is the same, 1 where something differs, DVC's exit code where it fails."""
-    recorded = read_object(root / HASHES, BACK) if (root / HASHES).is_file() else {}
+    recorded = read_object(HASHES, BACK) if HASHES.is_file() else {}
     known = recorded.get(profile, {}).get(bits)
     if known is None:
         others = ", ".join(f"{name} with BITS={value}" for name in sorted(recorded) for value in sorted(recorded[name]))

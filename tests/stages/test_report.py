@@ -312,7 +312,7 @@ def test_a_name_with_markup_is_shown_and_not_obeyed(tmp_path: Path, monkeypatch:
     evil = "x' <b>\u202e[y](https://example.com) ![z](data:image/png;base64,AA) `c` | *d*\n\n# e\n\n```"
     write_reports(tmp_path)
     params = YAML(typ="safe", pure=True).load(tmp_path / "params.yaml")
-    params |= {"profile": evil, "profiles": {evil: {"train": {evil: evil, "learning_rate": 5e-6}}}}
+    params |= {"profile": "x", "profiles": {"x": {"train": {evil: evil, "learning_rate": 5e-6}}}}
     _json(tmp_path / "params.yaml", params)
     for name in ("reports/subset", "reports/data"):
         path = tmp_path / f"{name}.json"

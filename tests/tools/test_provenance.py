@@ -63,12 +63,6 @@ def test_names_of_others_and_secrets_stay_harmless(checkout: Path, monkeypatch: 
         monkeypatch.setenv(name, value)
     evil = "x | <img src=y> [z](https://example.org) \x1b[31m \u202e @someone\n\n# heading"
     (checkout / provenance.MANIFESTS["model"]).write_text(json.dumps({"source": evil, "revision": evil}))
-    params = checkout / "params.yaml"
-    params.write_text(
-        params.read_text()
-        .replace("profile: cpu", f"profile: {json.dumps(evil)}", 1)
-        .replace("  cpu:\n", f"  {json.dumps(evil)}:\n", 1)
-    )
     provenance.write(["make", evil], checkout)
     text = (checkout / "reports/provenance.md").read_text()
     assert not {"\x1b", "\u202e"} & set(text)
