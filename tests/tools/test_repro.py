@@ -156,14 +156,14 @@ def test_a_signal_ends_the_whole_run_and_restores(checkout: Path, number: signal
 
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_sigterm_lets_a_stage_save_and_waits_for_it(checkout: Path, all_of_them: bool) -> None:
-    """DVC ignores Ctrl-C while a stage runs; a rented machine may send SIGTERM to each process, and that ends DVC at once."""
+    """DVC ignores the Ctrl-C that SIGTERM becomes; a rented machine may send SIGTERM to each process, and that ends DVC at once."""
     Path("behind_dvc.py").write_text(
         "import pathlib, signal, time\n"
         "def save(*_):\n"
         "    time.sleep(1)\n"
         "    pathlib.Path('saved').touch()\n"
         "    raise SystemExit(143)\n"
-        "signal.signal(signal.SIGTERM, save)\n" + WAIT.replace("60", "600")
+        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, save)\n" + WAIT.replace("60", "600")
     )
     Path("behave").write_text(
         "import signal, subprocess\n"
