@@ -45,6 +45,8 @@ TWO = ONE.model_copy(update={"train": ONE.train.model_copy(update={"processes": 
 LAUNCH = "run_tool('train', lambda: distributed.launch(2, 'ddp', 1, 'slowed'))"
 KILLER = """
 import os, signal
+from hermes import bits
+bits.choose("train")  # which `python -m stages.train` does
 from transformers import TrainerCallback
 from stages import train
 
@@ -140,6 +142,8 @@ def test_two_processes_take_the_steps_of_one_and_resume_to_the_same_bits(
 
 SLOWED = """
 import time
+from hermes import bits
+bits.choose("train")
 from pathlib import Path
 from transformers import TrainerCallback
 from hermes.run import run_stage
