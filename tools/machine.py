@@ -1,15 +1,17 @@
-"""What bits of a result may depend on beside what DVC tracks: the CPU, its instructions, the GPU, the system and Python."""
+"""What bits of a result may depend on: the CPU, its instructions, the GPU, the system, Python and the packages that shape outputs."""
 
 import os
 import platform
 import re
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
 from hermes import bits
+from hermes.params import read_yaml
 from tools import doctor
 
+PACKAGES = Path(__file__).resolve().parents[1] / "packages.yaml"  # those that shape outputs
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")  # of /proc/cpuinfo: each chooses other kernels
 
 
@@ -33,7 +35,16 @@ def facts() -> dict[str, Any]:
         "gpu": None if gpu is None else {"name": gpu.name, "driver": gpu.driver},
         "system": platform.platform(),
         "python": platform.python_version(),
+        "packages": {name: installed(name) for name in read_yaml(PACKAGES)},
     }
+
+
+def installed(package: str) -> str | None:
+    """The version of a package that is installed; None where it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def packages() -> dict[str, str]:

@@ -10,6 +10,9 @@ The clone has the last commit and an empty cache, so that every stage runs. Its 
 reports/hashes.json, which has the hashes of each profile and value of `bits`, and the machine that made them. A file that differs is
 described by its numbers, if the committed one is here: reports are in git, artifacts in DVC's cache. The clone stays where something
 differs.
+
+No bits are promised on a GPU, on an ARM CPU or without AVX2. There the stages that compute nothing (EXACT) still need the committed bits.
+Of the others the numbers of tolerances.yaml are compared, and the files that have none are left to these.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +34,7 @@ from ruamel.yaml.error import YAMLError
 from safetensors import safe_open
 
 from hermes.artifacts import prune_scratch, read_object, write_json
-from hermes.bits import Bits
+from hermes.bits import Bits, can
 from hermes.bits import check as check_bits
 from hermes.console import UserError, say, warn
 from hermes.params import PARAMS, read_yaml, selected_profile
@@ -42,6 +46,8 @@ from tools.profiles import with_key, with_profile
 LOCK, HASHES = Path("dvc.lock"), Path("reports/hashes.json")
 Files = dict[str, str]  # md5 by path
 SHOWN = 3  # files of a stage whose difference is told
+EXACT = ("fetch_data", "fetch_model", "subset", "tokenize")
+TOLERANCES: dict[str, dict[str, float]] = read_yaml(Path(__file__).with_name("tolerances.yaml"))  # by file and number
 BACK = f"`git checkout {HASHES}` brings it back"
 
 
@@ -210,21 +216,54 @@ def compare_stage(root: Path, clone: Path, known: Files, found: Files) -> list[s
     return lines
 
 
-def compare(root: Path, clone: Path, known: dict[str, Any]) -> bool:
-    """Says of every stage that was rebuilt whether it has the committed bits; whether all have."""
+def out_of_tolerance(committed: Path, found: Path, tolerances: Mapping[str, float]) -> tuple[int, list[str]]:
+    """How many numbers of a file were compared, and those that are further from the committed ones than is tolerated, a line each."""
+    left, right, lines, count = numbers(committed), numbers(found), [], 0
+    for name in sorted(left.keys() | right.keys()):
+        allowed = next((value for pattern, value in tolerances.items() if fnmatch(name, pattern)), None)
+        if allowed is None:
+            continue
+        count += 1
+        if name not in left or name not in right:
+            lines.append(f"{name} is {'new' if name in right else 'missing'}")
+        elif not abs(left[name] - right[name]) <= allowed:
+            lines.append(f"{name} is {right[name]:.4g}, committed {left[name]:.4g}; {allowed:g} are tolerated")
+    return count, lines
+
+
+def tolerate_stage(root: Path, clone: Path, known: Files, found: Files) -> tuple[list[str], str]:
+    """What is out of tolerance of a stage's files, a line each; and in words how its numbers were judged."""
+    count, lines = 0, []
+    for path in sorted(known.keys() & found.keys() & TOLERANCES.keys()):
+        original = committed_file(root, path, known[path])
+        if original is None:
+            lines.append(f"{path}: the committed one is not here to compare with")
+            continue
+        compared, far = out_of_tolerance(original, clone / path, TOLERANCES[path])
+        count += compared
+        lines += [f"{path}: {line}" for line in far]
+    if not known.keys() <= found.keys():
+        lines.append(f"{min(known.keys() - found.keys())}: is missing")
+    if lines:
+        return lines, f"{len(lines)} differences are not tolerated"
+    return [], f"other bits, {count} numbers within tolerance" if count else "other bits, to be judged by later numbers"
+
+
+def compare(root: Path, clone: Path, known: dict[str, Any], exact: bool) -> bool:
+    """Says of every stage that was rebuilt whether it has the committed bits, or is within tolerances; whether all are."""
     ran = {path.stem for path in (clone / TIMINGS).glob("*.json")}
-    found, same = files_of(clone, ran), True
-    for stage, files in found.items():
-        lines = compare_stage(root, clone, known["stages"].get(stage, {}), files)
-        say(
-            f"{stage}: {'the same bits' if not lines else f'{len(lines)} of {len(files)} files differ'} ({len(files)} files)"
-        )
-        for line in lines[:SHOWN]:
-            say(f"  {line}")
-        same &= not lines
+    good = True
+    for stage, files in files_of(clone, ran).items():
+        committed = known["stages"].get(stage, {})
+        lines = compare_stage(root, clone, committed, files)
+        verdict = f"{len(lines)} of {len(files)} files differ" if lines else "the same bits"
+        if lines and not exact and stage not in EXACT:
+            lines, verdict = tolerate_stage(root, clone, committed, files)
+        say(f"{stage}: {verdict} ({len(files)} files)", *(f"  {line}" for line in lines[:SHOWN]))
+        good &= not lines
     apart = machine.differences(machine.facts(), known["made_on"])
     say("machine: " + ("; ".join(apart) if apart else "as the one that made the committed results"))
-    return same
+    return good
 
 
 def clone_of(root: Path, profile: str, bits: str) -> Path:
@@ -251,6 +290,11 @@ def verify(root: Path, profile: str, bits: str, stage: str | None) -> int:
     changed = doctor.git(root, "status", "--porcelain")
     if changed is None:
         raise UserError("this folder is no clone, or git is not installed; results are rebuilt from its last commit")
+    exact = can(bits) and doctor.present_gpu() is None
+    if not exact:
+        say(
+            "verify: no bits are promised on this machine; numbers are compared within the tolerances of tools/tolerances.yaml"
+        )
     if changed:
         warn("verify: changes that are not committed are left out")
     with only_one("verify") as lock, Relay() as relay:
@@ -261,7 +305,7 @@ def verify(root: Path, profile: str, bits: str, stage: str | None) -> int:
         if code:
             shutil.rmtree(clone)
             return code
-        rebuilt = compare(root, clone, known)
+        rebuilt = compare(root, clone, known, exact)
     if rebuilt:
         shutil.rmtree(clone)
     else:

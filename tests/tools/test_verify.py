@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from hermes.artifacts import read_json
 from hermes.console import UserError
+from tests.conftest import ROOT
 from tools import machine, verify
 
 MAKE = """\
@@ -105,6 +107,51 @@ def test_other_bits_are_told_by_file_and_number_and_the_clone_stays(
     assert "another one there" in said
     (clone,) = (project / verify.SCRATCH).glob("verify-*")
     assert (clone / "report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("tolerated", "exact", "code", "said"),
+    [
+        (1.0, (), 0, "last: other bits, 1 numbers within tolerance (1 files)"),
+        (0.5, (), 1, "report.json: score is 2, committed 1; 0.5 are tolerated"),
+        (1.0, ("first",), 1, "first: 1 of 2 files differ"),
+    ],
+)
+def test_where_no_bits_are_promised_numbers_have_tolerances(
+    tolerated: float,
+    exact: tuple[str, ...],
+    code: int,
+    said: str,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    Path("seed").write_text("2")
+    git("commit", "-q", "-am", "another seed, and hashes of the old one")
+    monkeypatch.setattr(verify, "can", lambda bits: False)
+    monkeypatch.setattr(verify, "EXACT", exact)
+    monkeypatch.setattr(verify, "TOLERANCES", {"report.json": {"score": tolerated}})
+    assert verify.verify(project, "cpu", "portable", None) == code
+    out = capfd.readouterr().out
+    assert "no bits are promised on this machine" in out
+    assert said in out
+    assert ("first: other bits, to be judged by later numbers" in out) == (not exact)
+
+
+def test_a_number_that_is_gone_is_out_of_tolerance(tmp_path: Path) -> None:
+    committed, found = tmp_path / "a.json", tmp_path / "b.json"
+    committed.write_text('{"a": {"x": 1, "y": 2}, "z": 3}')
+    found.write_text('{"a": {"x": NaN}, "z": 9}')
+    count, lines = verify.out_of_tolerance(committed, found, {"a.*": 0.5})
+    assert count == 2
+    assert lines == ["a.x is nan, committed 1; 0.5 are tolerated", "a.y is missing"]
+
+
+def test_the_tolerances_are_of_numbers_that_the_committed_results_have() -> None:
+    for path, tolerances in verify.TOLERANCES.items():
+        found = verify.numbers(ROOT / path)
+        for pattern in tolerances:
+            assert any(fnmatch(name, pattern) for name in found), (path, pattern)
 
 
 @pytest.mark.parametrize("stage", ["nonsense", "--help", "-f", ""])
