@@ -52,7 +52,8 @@ You are a helpful assistant<|im_end|>
 LONGEST = (
     "test_kills.py",
     "test_pipeline.py",
-    "test_fetch.py",
+    "test_fetch_data.py",
+    "test_fetch_hub.py",
     "test_families.py",
     "test_train.py",
     "test_run_benchmarks.py",

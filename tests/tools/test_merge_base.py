@@ -22,7 +22,7 @@ from hermes.console import UserError
 from hermes.data.chat_text import prompt_text
 from stages import fetch_model
 from tests.conftest import make_byte_tokenizer
-from tests.stages.test_fetch import COMMIT, Hub
+from tests.stages.fetching import COMMIT, Hub
 from tools import merge_base, publish
 from tools.merge_base import OUTPUT, RECIPE, read_recipe, resolve
 

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, constants
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
 from hermes.params import read_yaml
-from tests.stages.test_fetch import COMMIT, Hub
+from tests.stages.fetching import COMMIT, Hub
 from tests.stages.test_report import MODELS, write_reports
 from tools import publish
 from tools.publish import LICENCES, check_name, terms_of
