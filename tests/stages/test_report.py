@@ -308,6 +308,21 @@ def test_an_answer_with_markup_stays_in_its_markdown_cell(built: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("found", "shown"), [(1e-5, True), (0.0, False)])
+def test_rounding_is_shown_where_the_merged_model_was_asked_with_some(
+    found: float, shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_reports(tmp_path)
+    path = tmp_path / "data/evaluation/divergence.json"
+    divergence = json.loads(path.read_text())
+    divergence["hf_bf16"]["mean_kl"] = found
+    _json(path, divergence)
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    text = report.MARKDOWN.read_text()
+    assert ("| merged, in Transformers |" in text) == ("Rounding alone does" in text) == shown
+
+
 def test_a_name_with_markup_is_shown_and_not_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evil = "x' <b>\u202e[y](https://example.com) ![z](data:image/png;base64,AA) `c` | *d*\n\n# e\n\n```"
     write_reports(tmp_path)
