@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from hermes.console import UserError, say
+from hermes.shortage import lack
 
 REMAKE = "delete it and run `dvc repro`"
 MANIFEST = "manifest.json"
@@ -211,6 +212,8 @@ def readable_table(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if lack(error):
+            raise
         raise UserError(f"{path}: not a readable Parquet file ({error}); {REMAKE}") from None
 
 

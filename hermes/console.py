@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -83,7 +84,8 @@ def escape_libraries() -> None:
 
     def record(*args: Any, **named: Any) -> logging.LogRecord:
         made = logging.LogRecord(*args, **named)
-        made.msg, made.args = by_line(made.getMessage()), ()
+        with suppress(Exception):  # whose arguments do not fit, which logging tells itself
+            made.msg, made.args = by_line(made.getMessage()), ()
         return made
 
     logging.setLogRecordFactory(record)

@@ -31,10 +31,14 @@ CONNECTIONS = 4
 ERRORS = (OSError, ValueError, HTTPError)  # what the libraries raise when the Hub cannot give something
 
 
-def failure(error: Exception, source: str, revision: str) -> Exception:
-    """Why the Hub did not give something, in one line, and what to do; the error itself where this machine lacks something."""
+def failure(error: Exception, source: str, revision: str) -> UserError:
+    """Why the Hub did not give something, in one line, and what to do.
+
+    Raises:
+        Exception: the error itself, where it is this machine that lacks something.
+    """
     if lack(error):
-        return error
+        raise error
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError | OfflineModeIsEnabled):
         cause = cause.__cause__ or cause.__context__

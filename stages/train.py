@@ -273,7 +273,11 @@ class CheckpointAndStop(TrainerCallback):
     def leave(self, state: Any) -> None:
         """Ends this process; the first one says where training goes on."""
         distributed.wait()
-        self.put_back()
+        if self.processes == 1:
+            self.put_back()
+        else:  # the launcher tells the others again as soon as one has ended
+            for number in self.previous:
+                signal.signal(number, signal.SIG_IGN)
         number = self.received[0] if self.received else signal.SIGTERM
         if not distributed.is_main(self.processes):
             sys.exit(128 + number)
@@ -482,6 +486,7 @@ def run_alone(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
     ADAPTER.parent.mkdir(exist_ok=True)
     try:
         with FileLock(f"{ADAPTER}.lock", timeout=0), FileLock(f"{scratch}.lock", timeout=0):
+            prune_scratch("train")  # not the own folder, whose lock is held
             run(loaded, scratch, made_from)
             shutil.rmtree(scratch, ignore_errors=True)
     except Timeout as error:
@@ -491,8 +496,6 @@ def run_alone(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
 def main() -> None:
     loaded = params.load(Params)
     s, threads = loaded.train, max(1, loaded.base.threads // loaded.train.processes)
-    if not distributed.is_launched():
-        prune_scratch("train")
     if s.processes > 1 and not distributed.is_launched():
         distributed.launch(s.processes, s.distribution, threads, "stages.train")
         return

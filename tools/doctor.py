@@ -30,6 +30,8 @@ FLAGS = {"portable": "avx2", "avx512": "avx512_bf16"}  # what a CPU needs for th
 # the first driver that runs programs built with a CUDA of this major version
 DRIVERS = {"12": (525, 60), "13": (580, 65)}
 SHOWN = 3  # of many findings in one line
+NVIDIA = Path("/proc/driver/nvidia")  # where the driver of a GPU is loaded
+STAMP = Path(".venv/setup-stamp")  # begins with the device that setup.sh made .venv for
 DEVICES = Path("/dev")
 
 
@@ -56,6 +58,14 @@ class Gpu(NamedTuple):
 
     name: str
     driver: str
+
+
+def uses_gpu(driver: Path = NVIDIA, stamp: Path = STAMP) -> bool:
+    """Whether a run here is to use a GPU: one has its driver, and neither DEVICE, now or at set-up, nor CUDA_VISIBLE_DEVICES says no."""
+    if not driver.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    made_for = stamp.read_text().partition(" ")[0] if stamp.is_file() else ""
+    return (os.environ.get("DEVICE") or made_for) != "cpu"
 
 
 def present_gpu() -> Gpu | None:

@@ -122,7 +122,7 @@ class Relay:
 
     def _signal_child(self, number: int) -> bool:
         """Whether a child was there to get it."""
-        if self.child is None or self.child.poll() is not None:
+        if self.child is None or (self.child.poll() is not None and not self._is_left()):
             return False
         with suppress(ProcessLookupError):  # it has just ended
             os.killpg(self.child.pid, number)

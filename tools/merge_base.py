@@ -107,11 +107,13 @@ def resolve(path: Path = RECIPE) -> None:
 def fetch(place: Place) -> Path:
     """The folder of a constituent; one from the Hub is downloaded where an earlier run has not done so."""
     if is_folder(place.path):
+        fetch_model.refuse_other_files(Path(place.path))
         return Path(place.path)
     folder = scratch_folder("base-merge") / place.path.replace("/", "--") / str(place.revision)
     if not folder.is_dir():
         with complete_folder(folder) as target:
             fetch_model.fetch_hub(place.path, str(place.revision), target)
+    fetch_model.refuse_other_files(folder)
     return folder
 
 

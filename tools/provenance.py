@@ -43,7 +43,7 @@ def collect(root: Path, command: list[str]) -> dict[str, Any]:
         ),
         "origins": {name: origin(root / path) for name, path in MANIFESTS.items()},
         "hashes": {path: md5 for paths in outs.values() for path, md5 in paths.items()},
-        "machine": machine.facts(),
+        "machine": {name: value for name, value in machine.facts().items() if name != "packages"},
         "packages": machine.packages(),
         "stages": {
             entry["stage"]: {

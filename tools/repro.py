@@ -14,7 +14,6 @@ A folder that the profile names as its source is no dependency in dvc.yaml. Wher
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -33,8 +32,6 @@ from tools import compare_published, doctor, provenance, sources, verify
 from tools.dvc_runs import DVC, Relay, environment, only_one
 from tools.profiles import put_back, selected
 
-NVIDIA = Path("/proc/driver/nvidia")  # where the driver of a GPU is loaded
-STAMP = Path(".venv/setup-stamp")  # begins with the device that setup.sh made .venv for
 GPQA, PUNKT = "Idavidrein/gpqa", "tokenizers/punkt_tab"
 CLOSED = (401, 403, 404)  # what the Hub answers where a repository is not for this user
 KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
@@ -53,14 +50,6 @@ def headline(metrics: dict[str, Any]) -> str:
         f"gain {gain['points']:+.1f} points, "
         f"95% interval {gain['low']:+.1f} to {gain['high']:+.1f}, n = {gain['n']}"
     )
-
-
-def uses_gpu(driver: Path = NVIDIA, stamp: Path = STAMP) -> bool:
-    """Whether a run here is to use a GPU: one has its driver, and neither DEVICE, now or at set-up, nor CUDA_VISIBLE_DEVICES says no."""
-    if not driver.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return False
-    made_for = stamp.read_text().partition(" ")[0] if stamp.is_file() else ""
-    return (os.environ.get("DEVICE") or made_for) != "cpu"
 
 
 def check_cuda() -> None:
@@ -136,14 +125,16 @@ def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ())
             warn(f"repro: {params.PARAMS} is as it was before a run that was killed")
         killed = out_of_memory_kills()
         with selected(profile):
-            if uses_gpu():
+            if doctor.uses_gpu():
                 check_cuda()
                 check_plan(profile)
             prepare_suites("train" if "train" in rest else "evaluate")
-            if code := sources.fetch_changed(relay, lock, *({"--dry", "-n"} & {*rest})):
-                return code
             verb = ["exp", "run", *(f"--set-param={change}" for change in changes)] if changes else ["repro"]
-            code = relay.run([*DVC, *verb, *rest], lock)
+            dry = {"--dry", "-n"} & {*rest}
+            for _ in range(2):  # again where DVC brought back what a folder held under these settings before
+                code = sources.fetch_changed(relay, lock, *dry) or relay.run([*DVC, *verb, *rest], lock)
+                if code or dry or not sources.changed():
+                    break
         if code and out_of_memory_kills() > killed:
             warn(
                 "repro: the kernel has killed a process for want of memory meanwhile; if it was the stage (`exited with -9`), end other "

@@ -21,12 +21,15 @@ def is_here(source: str) -> bool:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """What a stage noted; nothing where it has not run, and will."""
+    """What a stage noted; nothing where its output is not here."""
     return read_object(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
 
 
 def changed() -> list[str]:
-    """The stages of whose folder a file is other, new or gone; reads the folders, about a second a gigabyte."""
+    """The stages whose output is not of their folder as it is now; reads the folders, about a second a gigabyte.
+
+    One without its output is among them, since DVC would bring an earlier one back.
+    """
     try:
         profile = experiment.check().profile
     except UserError:  # which the first stage says
@@ -37,16 +40,17 @@ def changed() -> list[str]:
     from stages import fetch_data, fetch_model  # which take seconds to import
 
     raw = manifest_of(fetch_data.RAW)
+    noted_of = [raw, *raw.get("mixed_with", []), *({} for _ in data)]  # none of a source that was not read
     read = [
         ("fetch_data", part.source, noted, partial(fetch_data.source_files, Path(part.source), part))
-        for part, noted in zip(data, [raw, *raw.get("mixed_with", [])], strict=False)
+        for part, noted in zip(data, noted_of, strict=False)
     ]
     noted = manifest_of(fetch_model.BASE)
     read.append(("fetch_model", model.source, noted, partial(fetch_model.source_files, Path(model.source))))
     other = {
         stage
         for stage, source, noted, files in read
-        if is_here(source) and noted.get("source") == source and noted.get("source_files") != files()
+        if is_here(source) and (noted.get("source"), noted.get("source_files")) != (source, files())
     }
     return sorted(other)
 
@@ -54,7 +58,7 @@ def changed() -> list[str]:
 def fetch_changed(relay: Relay, lock: IO[str], *options: str) -> int:
     """Runs the stages whose folder has changed; the exit code of the first that fails."""
     for stage in changed():
-        say(f"{stage}: its folder has changed since it was read")
+        say(f"{stage}: its folder is to be read as it is now")
         if code := relay.run([*DVC, "repro", "--force", "--single-item", *options, stage], lock):
             return code
     return 0
@@ -63,4 +67,4 @@ def fetch_changed(relay: Relay, lock: IO[str], *options: str) -> int:
 def refuse_changed() -> None:
     """Refuses, by a UserError, to go on from what a folder held before."""
     if stages := changed():
-        raise UserError(f"the folder that {stages[0]} reads has changed since then; run `make repro` first")
+        raise UserError(f"{stages[0]} has not read its folder as it is now; run `make repro` first")

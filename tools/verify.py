@@ -196,7 +196,7 @@ def committed_file(root: Path, path: str, md5: str) -> Path | None:
     if cached.is_file():
         return cached
     shown = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=root, capture_output=True, check=False)
-    if shown.returncode:
+    if shown.returncode or hashlib.md5(shown.stdout).hexdigest() != md5:  # HEAD has the reports of one profile
         return None
     kept = Path(tempfile.mkdtemp(dir=root / SCRATCH)) / Path(path).name
     kept.write_bytes(shown.stdout)
@@ -241,6 +241,8 @@ def tolerate_stage(root: Path, clone: Path, known: Files, found: Files) -> tuple
             continue
         compared, far = out_of_tolerance(original, clone / path, TOLERANCES[path])
         count += compared
+        if not compared:
+            lines.append(f"{path}: none of its numbers has a tolerance")
         lines += [f"{path}: {line}" for line in far]
     if not known.keys() <= found.keys():
         lines.append(f"{min(known.keys() - found.keys())}: is missing")
@@ -261,7 +263,8 @@ def compare(root: Path, clone: Path, known: dict[str, Any], exact: bool) -> bool
             lines, verdict = tolerate_stage(root, clone, committed, files)
         say(f"{stage}: {verdict} ({len(files)} files)", *(f"  {line}" for line in lines[:SHOWN]))
         good &= not lines
-    apart = machine.differences(machine.facts(), known["made_on"])
+    there = known["made_on"]
+    apart = machine.differences({name: value for name, value in machine.facts().items() if name in there}, there)
     say("machine: " + ("; ".join(apart) if apart else "as the one that made the committed results"))
     return good
 
@@ -290,7 +293,7 @@ def verify(root: Path, profile: str, bits: str, stage: str | None) -> int:
     changed = doctor.git(root, "status", "--porcelain")
     if changed is None:
         raise UserError("this folder is no clone, or git is not installed; results are rebuilt from its last commit")
-    exact = can(bits) and doctor.present_gpu() is None
+    exact = can(bits) and not doctor.uses_gpu()
     if not exact:
         say(
             "verify: no bits are promised on this machine; numbers are compared within the tolerances of tools/tolerances.yaml"

@@ -21,6 +21,7 @@ from hermes.console import UserError
 
 Messages = Sequence[dict[str, str]]
 SECONDS, GIBIBYTES = 5, 1  # of computing, and of memory beside what is there; a real template takes thousandths
+WAITED = 60  # seconds by the clock, for one that does not compute either
 USER, ANSWER = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}
 FIRST: list[list[dict[str, str]]] = [
     [USER],
@@ -98,6 +99,8 @@ def _limit_process() -> None:
     devnull = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(devnull, stream)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(WAITED)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for kind, limit in ((resource.RLIMIT_AS, size + GIBIBYTES * 2**30), (resource.RLIMIT_CPU, SECONDS)):

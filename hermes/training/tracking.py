@@ -21,6 +21,16 @@ from hermes.console import printable, warn
 from hermes.settings.untracked import TrackingSettings
 
 SECONDS = 20
+# Neither what the terminal shows, nor git's remote, nor the host's name, paths, packages and load.
+QUIET: dict[str, Any] = {
+    "console": "off",
+    "silent": True,
+    "disable_git": True,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
 NO_TELEMETRY = {"WANDB_ERROR_REPORTING": "false"}  # which wandb sends to the server even of a run that is offline
 
 
@@ -38,7 +48,7 @@ class Tracking:
 
     @classmethod
     def start(cls, config: dict[str, Any]) -> "Tracking":
-        """Starts a run as params.yaml says; only numbers and `config` are logged, neither git's remote nor what the terminal shows."""
+        """Starts a run as params.yaml says; numbers and `config` are logged, and nothing of the machine (`QUIET`)."""
         settings = params.load(Params).wandb
         if not settings.enabled:
             return cls()
@@ -48,10 +58,10 @@ class Tracking:
             with patch_environment(WANDB_MODE="offline", **NO_TELEMETRY):
                 import wandb  # slow to import, so only where it is on
 
-                quiet = wandb.Settings(console="off", disable_git=True, silent=True)
+                quiet = wandb.Settings(**QUIET)
                 return cls(wandb.init(project=settings.project, config=config, dir=str(folder), settings=quiet))
         except Exception as error:
-            say(f"is off: {error}")
+            tell(f"is off: {error}")
             return cls()
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -61,7 +71,7 @@ class Tracking:
         try:
             self.run.log(dict(values), step=step)
         except Exception as error:
-            say(f"stopped logging: {error}")
+            tell(f"stopped logging: {error}")
             self.run = None
 
     def __enter__(self) -> "Tracking":
@@ -74,11 +84,11 @@ class Tracking:
             folder = Path(self.run.settings.sync_dir)
             self.run.finish()
             if os.environ.get("WANDB_API_KEY") and kind is None:
-                say(f"has the run in {folder}" if send(folder) else f"did not take the run; {later(folder)}")
+                tell(f"has the run in {folder}" if send(folder) else f"did not take the run; {later(folder)}")
             else:
-                say(f"keeps the run in a folder; {later(folder)}")
+                tell(f"keeps the run in a folder; {later(folder)}")
         except Exception as error:
-            say(f"did not finish: {error}")
+            tell(f"did not finish: {error}")
 
 
 def send(folder: Path) -> bool:
@@ -108,6 +118,6 @@ def later(folder: Path) -> str:
     return f"to send it: .venv/bin/wandb sync {shlex.quote(str(folder))}"
 
 
-def say(text: str) -> None:
+def tell(text: str) -> None:
     """One line for the terminal."""
     warn(f"W&B {printable(text)}")

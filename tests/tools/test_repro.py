@@ -328,8 +328,8 @@ def test_a_gpu_is_for_use_unless_someone_said_no(
         monkeypatch.setenv(name, value)
     if stamp:
         (tmp_path / "stamp").write_text(stamp)
-    assert repro.uses_gpu(tmp_path, tmp_path / "stamp") is uses
-    assert not repro.uses_gpu(tmp_path / "no-driver", tmp_path / "stamp")
+    assert doctor.uses_gpu(tmp_path, tmp_path / "stamp") is uses
+    assert not doctor.uses_gpu(tmp_path / "no-driver", tmp_path / "stamp")
 
 
 def put_torch(available: bool) -> None:
@@ -340,7 +340,7 @@ def put_torch(available: bool) -> None:
 def test_nothing_starts_on_the_cpu_for_a_gpu_that_torch_cannot_use(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repro, "uses_gpu", lambda: True)
+    monkeypatch.setattr(doctor, "uses_gpu", lambda: True)
     monkeypatch.setattr(doctor, "present_gpu", lambda: doctor.Gpu("NVIDIA A40", "550.127.05"))
     monkeypatch.setattr(doctor, "folder_of", lambda package: checkout / package)
     (checkout / "torch").mkdir()
@@ -359,7 +359,7 @@ def test_with_a_gpu_everything_is_checked_before_anything_starts(
     uses: bool, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(repro, "uses_gpu", lambda: uses)
+    monkeypatch.setattr(doctor, "uses_gpu", lambda: uses)
     for name in ("check_cuda", "check_plan"):
         monkeypatch.setattr(repro, name, lambda *given, name=name: asked.append((name, *given, Path("seen").exists())))
     assert repro.repro("a40", []) == 0

@@ -67,7 +67,7 @@ def append(name: str) -> Callable[[], object]:
         (append("model/training.log"), []),
         (lambda: (append("mine/train.parquet")(), append("model/config.json")()), ["fetch_data", "fetch_model"]),
         (lambda: [shutil.move("mine", "gone"), shutil.move("model", "gone-too")], []),
-        (lambda: [shutil.move("data", "gone"), shutil.move("models", "gone-too")], []),
+        (lambda: [shutil.move("data", "gone"), shutil.move("models", "gone-too")], ["fetch_data", "fetch_model"]),
     ],
 )
 def test_a_stage_is_named_where_a_file_that_it_read_is_another(
@@ -82,14 +82,21 @@ def test_embedded_sources_and_those_that_dvc_sees_are_not_compared(fetched: Path
     append("model/config.json")()
     write()
     assert sources.changed() == []
-    write(data={"source": "./more"}, model={"source": "./mine"})  # other parameters than were read
+
+
+def test_another_folder_than_was_read_is_read(fetched: Path) -> None:
+    """DVC would bring back what it held when it was read last."""
+    shutil.copytree("model", "other")
+    write(data={"source": "./more"}, model={"source": "./other"})
+    assert sources.changed() == ["fetch_data", "fetch_model"]
+    write(data={"source": "./mine"}, model={"source": "./model"})  # one source less
     assert sources.changed() == []
 
 
 def test_no_sweep_starts_from_what_a_folder_held_before(fetched: Path) -> None:
     sources.refuse_changed()
     append("mine/train.parquet")()
-    message = r"^the folder that fetch_data reads has changed since then; run `make repro` first$"
+    message = r"^fetch_data has not read its folder as it is now; run `make repro` first$"
     with pytest.raises(UserError, match=message):
         sources.refuse_changed()
 
@@ -115,7 +122,7 @@ def test_make_repro_reads_a_changed_folder_again_and_what_follows(tmp_path: Path
     done = subprocess.run(sweep, cwd=clone, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()) == (
         1,
-        ["sweep: the folder that fetch_data reads has changed since then; run `make repro` first"],
+        ["sweep: fetch_data has not read its folder as it is now; run `make repro` first"],
     )
     assert repro("--dry") == ["fetch_data"]
     assert outs(clone) == first
