@@ -23,7 +23,8 @@ from hermes.params import PARAMS, read_yaml
 Bits = Literal["portable", "avx512"]
 # The stages whose computing is worth it; the others are portable always. They track `bits`.
 CHOOSE = ("reference", "train", "merge", "evaluate")
-# MKL's mode makes the same bits with any number of threads, too (Intel's guide, "Conditional Numerical Reproducibility"); None unsets it.
+# By Intel's guide ("Conditional Numerical Reproducibility") STRICT gives MKL's own products the same bits with any number of threads, too.
+# None unsets a variable.
 VARIABLES: dict[str, dict[str, str | None]] = {
     "portable": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2,STRICT"},
     "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_CBWR": None},

@@ -18,6 +18,7 @@ import math
 import shutil
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ from hermes.training.tracking import Tracking
 
 BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/reference")
 ADAPTER, REPORTS = Path("models/adapter"), Path("reports/train")
+MOMENT = 2.0  # seconds in which the same signal is still the first one
 PACKAGES = Path(__file__).parent.parent / "packages.yaml"
 HISTORY = (
     "loss",
@@ -247,8 +249,8 @@ class CheckpointAndStop(TrainerCallback):
     """On SIGTERM or Ctrl-C ends training behind the running step, with a checkpoint; the same signal again ends it at once.
 
     A rented GPU that is taken back sends SIGTERM and waits for half a minute. A step takes some seconds. An evaluation is given up, since
-    the step before it is saved. `make` passes SIGTERM on as Ctrl-C, so that one stop may arrive as both. Several processes end at the same
-    step, also where one alone was told.
+    the step before it is saved. One stop may arrive several times within a moment: a machine tells every process, and `make` passes it
+    on. Several processes end at the same step, also where one alone was told.
 
     Raises:
         Stopped: training was ended.
@@ -257,10 +259,13 @@ class CheckpointAndStop(TrainerCallback):
     def __init__(self, processes: int) -> None:
         self.processes, self.saved, self.leaving = processes, 0, False
         self.received: list[int] = []
+        self.since = 0.0
         self.previous: dict[int, Any] = {}
 
     def receive(self, number: int, frame: Any) -> None:
-        if number in self.received and self.processes == 1:  # of several the others would wait for this one
+        self.since = self.since or time.monotonic()
+        is_another = number in self.received and time.monotonic() - self.since >= MOMENT
+        if is_another and self.processes == 1:  # of several the others would wait for this one
             stop(number, frame)
         if not self.received and distributed.is_main(self.processes):
             warn("train: ending behind this step" + ("; once more ends it at once" if self.processes == 1 else ""))

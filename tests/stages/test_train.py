@@ -189,7 +189,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> No
 
 
 class Signal(TrainerCallback):
-    """Sends a signal, and what make adds to it, to this process once: in a step or in the evaluation behind it."""
+    """Sends a signal, and what make adds to it, to this process within a moment: in a step or in the evaluation behind it."""
 
     def __init__(self, number: int, step: int, where: str) -> None:
         self.number, self.step, self.where = number, step, where
@@ -197,7 +197,7 @@ class Signal(TrainerCallback):
     def _send(self, step: int, where: str) -> None:
         if (step, where) == (self.step, self.where):
             self.where = ""
-            for one in (self.number, signal.SIGINT + signal.SIGTERM - self.number):
+            for one in (self.number, signal.SIGINT + signal.SIGTERM - self.number, self.number):
                 os.kill(os.getpid(), one)
 
     def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
@@ -248,6 +248,26 @@ def test_a_signal_ends_training_behind_the_step_and_the_next_run_has_the_same_bi
     run(loaded, "stopped")
     assert f"train: goes on from checkpoint-{saved}" in capsys.readouterr().out
     assert outputs() == expected
+
+
+def test_the_same_signal_again_ends_training_at_once(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded, build = with_train(checkpoint_steps=100), train.build_trainer
+    monkeypatch.setattr(train, "MOMENT", 0.0)
+    monkeypatch.setattr(
+        train, "build_trainer", lambda *a: build(a[0], a[1], a[2], [*a[3], Signal(signal.SIGTERM, 2, "step")])
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_tool("train", lambda: train.run(loaded, Path("stopped"), made_from()))
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, before if number == signal.SIGTERM else signal.default_int_handler)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "train: stopped by SIGTERM; run the same command again to go on" in capsys.readouterr().err
+    assert not list(Path("stopped").glob("checkpoint-*"))
 
 
 def outputs() -> dict[str, str]:
