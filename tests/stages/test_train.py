@@ -33,6 +33,7 @@ from hermes.settings.base import BaseSettings
 from hermes.settings.reference import ReferenceSettings
 from hermes.settings.train import LossType
 from hermes.shortage import lack
+from hermes.training import callbacks
 from stages import reference, train
 from stages.tokenize import schema
 
@@ -254,7 +255,7 @@ def test_the_same_signal_again_ends_training_at_once(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded, build = with_train(checkpoint_steps=100), train.build_trainer
-    monkeypatch.setattr(train, "MOMENT", 0.0)
+    monkeypatch.setattr(callbacks, "MOMENT", 0.0)
     monkeypatch.setattr(
         train, "build_trainer", lambda *a: build(a[0], a[1], a[2], [*a[3], Signal(signal.SIGTERM, 2, "step")])
     )
