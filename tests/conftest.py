@@ -95,11 +95,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return make_byte_tokenizer()
 
 
-@pytest.fixture(scope="session")
-def embedded_tokenizer() -> PreTrainedTokenizerBase:
+def load_embedded_tokenizer() -> PreTrainedTokenizerBase:
     """The embedded model's own, which llama.cpp's converter knows."""
     folder = Path(str(distribution(EMBEDDED_PACKAGE).locate_file(EMBEDDED_PACKAGE.replace("-", "_"))))
     return AutoTokenizer.from_pretrained(folder, gguf_file=EMBEDDED_FILE)
+
+
+@pytest.fixture(scope="session")
+def embedded_tokenizer() -> PreTrainedTokenizerBase:
+    """The same, loaded once."""
+    return load_embedded_tokenizer()
 
 
 def write_random_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:

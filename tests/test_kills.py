@@ -1,8 +1,8 @@
 """Runs are killed at random moments, in every stage, and the next `dvc repro` has to end with the bits of a run that was never touched,
 with nothing half-written left over, and from the last checkpoint on.
 
-pytest -m slow tests/test_kills.py             a few kills of every way
-python -m tests.test_kills 60                  so many, with a log for reports/kills.json on stdout
+pytest -m slow tests/test_kills.py                                a few kills of every way
+.venv/bin/python -m tests.test_kills 70 >reports/kills.json       so many, and their log
 """
 
 import json
@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,9 @@ import psutil
 import pytest
 
 from hermes.params import read_yaml
+from tests.conftest import load_embedded_tokenizer, write_random_llama
 from tests.test_pipeline import ENVIRONMENT, dvc, make_clone, outs, run
+from tools import machine
 
 STAGES = (
     "fetch_data",
@@ -143,16 +146,21 @@ def durations(folder: Path) -> dict[str, float]:
     return found
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[Path, dict[str, float]]:
+def make_finished(root: Path, tiny_model: Path) -> tuple[Path, dict[str, float]]:
     """A small project whose stages have all run, and how long each takes."""
-    clone = make_clone(tmp_path_factory.mktemp("kills") / "repository", tiny_model_folder)
+    clone = make_clone(root / "repository", tiny_model)
     run(clone, sys.executable, "-c", f"from tests.test_pipeline import override; override({MORE_STEPS!r})")
     dvc(clone, "repro")
     before = outs(clone)
     seconds = durations(clone)
     assert outs(clone) == before
     return clone, seconds
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> tuple[Path, dict[str, float]]:
+    """Such a project."""
+    return make_finished(tmp_path_factory.mktemp("kills"), tiny_model_folder)
 
 
 @pytest.mark.slow
@@ -165,15 +173,18 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
     assert found["wrong"] == [], found
 
 
-def main(folder: Path, count: int) -> None:
-    """Prints the log of so many kills of a finished project in a folder."""
-    seconds = durations(folder)
-    log = []
-    for seed in range(count):
-        log.append(attempt(folder, seed, seconds))
-        print(json.dumps(log[-1]), file=sys.stderr, flush=True)
-    print(json.dumps({"kills": log, "wrong": sum(bool(entry["wrong"]) for entry in log)}, indent=1))
+def main(count: int) -> None:
+    """Kills a project of its own so many times, and prints the log."""
+    with tempfile.TemporaryDirectory() as root:
+        folder, seconds = make_finished(Path(root), write_random_llama(Path(root) / "base", load_embedded_tokenizer()))
+        log = []
+        for seed in range(count):
+            log.append(attempt(folder, seed, seconds))
+            print(json.dumps(log[-1]), file=sys.stderr, flush=True)
+    kills = ",\n".join(map(json.dumps, log))
+    wrong = sum(bool(entry["wrong"]) for entry in log)
+    print(f'{{"machine": {json.dumps(machine.facts())},\n"kills": [\n{kills}\n],\n"wrong": {wrong}}}')
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[2]), int(sys.argv[1]))
+    main(int(sys.argv[1]))
