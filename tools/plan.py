@@ -79,9 +79,9 @@ SUITES = {name: [Work(**part) for part in parts] for name, parts in ASSUMED["sui
 # Of the dense rate in training and scoring, as seen in training on one H100; of the memory's in generation, an assumption.
 EFFICIENCY = 0.3
 LAUNCHING = 0.013  # seconds that Python takes to launch a pass through a layer, forward, backward or computed again; seen there too
-# FLOP/s of a core in training, and evaluation's share of them, by `bits`: those with which the default profile trained for 10.5 and
-# evaluated for 12.5 minutes on two cores with AVX-512; a step of `portable` takes 1.6 times as long there. Bytes/s: an assumption.
-CORE = {"avx512": (175e9, 0.75), "portable": (109e9, 0.9)}
+# FLOP/s of a core in training, and evaluation's share of them, by `bits`: those with which the default profile trained for 17.3 and 24.6
+# minutes, and evaluated for 19.6 and 23.0, on two rented cores with AVX-512. On another day these took 0.6 of it. Bytes/s: an assumption.
+CORE = {"avx512": (106e9, 0.79), "portable": (75e9, 0.93)}
 CORE_BANDWIDTH = 10e9
 DOWNLOAD = 100e6  # bytes/s from the Hub; an assumption
 STARTING = 10  # seconds in which a stage starts, is hashed and ends; what the short stages of the default profile take
