@@ -64,7 +64,8 @@ def forget(folder: Path, stage: str) -> None:
 def partials(folder: Path) -> list[str]:
     """What lies half-written beside outputs and in the scratch; training's checkpoints are none of it."""
     found = [path for name in ("data", "models", "reports") for path in (folder / name).rglob(".*.partial")]
-    return sorted(path.relative_to(folder).as_posix() for path in (*found, *(folder / ".scratch/check").glob("*")))
+    found += [path for path in (folder / ".scratch/check").glob("*") if path.suffix != ".lock"]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def checkpoint(folder: Path) -> int:

@@ -3,14 +3,17 @@
 It refuses and shapes no output, so no stage depends on it.
 """
 
+import hashlib
 import re
 import shutil
-import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from gguf import GGUFReader
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -118,6 +121,23 @@ def check_template(tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
         raise UserError(f"{source}: {error}") from None
 
 
+@contextmanager
+def working_folder(model: Path) -> Iterator[Path]:
+    """An empty folder for the check of a model folder, gone afterwards. What a killed check of the same one left is removed first.
+
+    It lies in .scratch: a large vocabulary takes gigabytes, more than some /tmp has.
+    """
+    path = scratch_folder("check") / hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:16]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def check_gguf(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a model of whose first layers llama.cpp makes no file that it can read, or whose tokenizer it writes otherwise.
 
@@ -127,11 +147,8 @@ def check_gguf(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         UserError: gives the converter's last line, or the first difference.
     """
     ids = [id for probe in gguf_files.PROBES for id in tokenizer(probe, add_special_tokens=False)["input_ids"]]
-    scratch_folder("check").mkdir(
-        parents=True, exist_ok=True
-    )  # gigabytes for a large vocabulary, more than some /tmp has
-    with tempfile.TemporaryDirectory(dir=scratch_folder("check")) as scratch:
-        first, path = Path(scratch) / "first", Path(scratch) / "first.gguf"
+    with working_folder(folder) as scratch:
+        first, path = scratch / "first", scratch / "first.gguf"
         try:
             with quietly():
                 model = load(folder, torch.bfloat16, config=shallow_config(folder))

@@ -13,7 +13,7 @@ from transformers import Gemma3Config
 
 from hermes.console import UserError
 from hermes.model.base import load_base
-from hermes.model.base_check import check_adapter, check_base, check_lengths, check_weights
+from hermes.model.base_check import check_adapter, check_base, check_lengths, check_weights, working_folder
 from hermes.settings.base import BaseSettings
 from tests.hermes.test_architectures import small_config, small_model
 from tests.stages.test_train import FP32, NF4, SETTINGS
@@ -174,3 +174,16 @@ def test_an_adapter_of_linear_layers_under_their_own_names_passes(
 ) -> None:
     small_model(name).save_pretrained(tmp_path)
     check_adapter(tmp_path, SETTINGS.model_copy(update={"lora_modules": modules}), onto)
+
+
+def test_what_a_killed_check_left_is_gone_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with working_folder(Path("models/base")) as first:
+        (first / "half.gguf").touch()
+        shutil.copytree(first, tmp_path / "kept")
+    assert not first.exists()
+    shutil.copytree(tmp_path / "kept", first)  # as `kill -9` leaves it
+    with working_folder(Path("models/base")) as again, working_folder(Path("models/another")) as other:
+        assert again == first != other
+        assert not list(again.iterdir())
+    assert not [path for path in Path(".scratch/check").iterdir() if path.suffix != ".lock"]
