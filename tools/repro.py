@@ -21,7 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from huggingface_hub.errors import HfHubHTTPError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from voluptuous import Invalid
 
 from hermes import hub, params
 from hermes.artifacts import read_json
@@ -29,13 +33,14 @@ from hermes.console import UserError, say, warn
 from hermes.evaluation import benchmarks
 from hermes.run import run_tool
 from tools import compare_published, doctor, provenance, sources, verify
-from tools.dvc_runs import DVC, Relay, environment, only_one
+from tools.dvc_runs import DVC, SCRATCH, Relay, environment, only_one
 from tools.profiles import put_back, selected
 
 GPQA, PUNKT = "Idavidrein/gpqa", "tokenizers/punkt_tab"
 CLOSED = (401, 403, 404)  # what the Hub answers where a repository is not for this user
 KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 LOCK, METRICS, REPORT = Path("dvc.lock"), Path("reports/metrics.json"), Path("reports/report.html")
+BROKEN = "dvc.lock.broken"
 WHOLE_GRAPH = {"-f", "--force", "-q", "--quiet", "-v", "--verbose"}  # with these a finished run is a new report
 
 
@@ -118,11 +123,32 @@ def prepare_punkt() -> None:
             ) from None
 
 
+def mend_lock() -> None:
+    """Takes back the committed dvc.lock where DVC cannot read the one here, as after a kill while it wrote that.
+
+    The stages that had finished come back from DVC's cache of runs. What has the marks of a git conflict is left to its owner.
+    """
+    try:
+        text = LOCK.read_text() if LOCK.is_file() else ""
+        if "<<<<<<<" not in text and (found := YAML(typ="safe").load(text)):  # an empty one is none to DVC
+            COMPILED_LOCKFILE_SCHEMA(found)
+    except (YAMLError, Invalid, ValueError):  # of what is no text, too
+        committed = doctor.git(Path.cwd(), "show", f"HEAD:{LOCK}")
+        LOCK.replace(SCRATCH / BROKEN)
+        if committed is not None:
+            LOCK.write_text(committed)
+        warn(
+            f"repro: DVC cannot read {LOCK}, as after a kill while it wrote that; it is {SCRATCH / BROKEN} now, and "
+            f"{'nothing' if committed is None else 'the committed one'} is in its place. Stages that had finished come from DVC's cache"
+        )
+
+
 def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ()) -> int:
     """Runs `dvc repro` with the arguments `rest` under a profile, or `dvc exp run` with changed values; DVC's exit code."""
     with only_one("repro") as lock, Relay() as relay:
         if put_back():
             warn(f"repro: {params.PARAMS} is as it was before a run that was killed")
+        mend_lock()
         killed = out_of_memory_kills()
         with selected(profile):
             if doctor.uses_gpu():

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import util
 from pathlib import Path
@@ -241,6 +242,52 @@ def wait_for_lock() -> None:
             except BlockingIOError:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
+
+
+LOCK = (
+    "schema: '2.0'\nstages:\n  one:\n    cmd: run\n    outs:\n    - path: data/raw\n      hash: md5\n      md5: abc\n"
+)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+@pytest.mark.parametrize("text", [LOCK[:49], LOCK[:-40], LOCK + "  two: {cmd: run, outs: [{path", b"\xff\xfe"])
+def test_a_dvc_lock_that_a_killed_dvc_left_gives_way_to_the_committed_one(
+    text: str | bytes,
+    committed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shell = partial(subprocess.run, check=True, capture_output=True)
+    shell(["git", "init", "-q"])
+    lock = Path("dvc.lock")
+    if committed:
+        lock.write_text(LOCK)
+        shell(["git", "add", "dvc.lock"])
+        shell(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "a run"])
+    Path(".scratch").mkdir()
+    broken = text if isinstance(text, bytes) else text.encode()
+    lock.write_bytes(broken)
+    repro.mend_lock()
+    assert (lock.read_text() if lock.exists() else None) == (LOCK if committed else None)
+    assert Path(".scratch/dvc.lock.broken").read_bytes() == broken
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "repro: DVC cannot read dvc.lock, as after a kill while it wrote that; it is .scratch/dvc.lock.broken now"
+    )
+
+
+@pytest.mark.parametrize("text", ["", LOCK, LOCK + "<<<<<<< HEAD\n", None])
+def test_a_dvc_lock_that_dvc_reads_or_that_git_could_not_merge_is_left_alone(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("dvc.lock").write_text(text)
+    repro.mend_lock()
+    assert (Path("dvc.lock").read_text() if Path("dvc.lock").exists() else None) == text
+    assert capsys.readouterr().err == ""
 
 
 def test_an_edit_made_during_the_run_stays(checkout: Path) -> None:
