@@ -21,11 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from huggingface_hub.errors import HfHubHTTPError
+from pydantic import BaseModel
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from voluptuous import Invalid
 
 from hermes import hub, params
 from hermes.artifacts import read_json
@@ -123,6 +122,27 @@ def prepare_punkt() -> None:
             ) from None
 
 
+class Held(BaseModel):
+    """A dependency or an out of dvc.lock."""
+
+    path: str
+
+
+class Recorded(BaseModel):
+    """A stage of dvc.lock, as far as DVC insists on it."""
+
+    cmd: str | list[str]
+    deps: list[Held] = []
+    params: dict[str, dict[str, Any]] = {}
+    outs: list[Held] = []
+
+
+class LockFile(BaseModel):
+    """A dvc.lock."""
+
+    stages: dict[str, Recorded] = {}
+
+
 def mend_lock() -> None:
     """Takes back the committed dvc.lock where DVC cannot read the one here, as after a kill while it wrote that.
 
@@ -131,8 +151,8 @@ def mend_lock() -> None:
     try:
         text = LOCK.read_text() if LOCK.is_file() else ""
         if "<<<<<<<" not in text and (found := YAML(typ="safe").load(text)):  # an empty one is none to DVC
-            COMPILED_LOCKFILE_SCHEMA(found)
-    except (YAMLError, Invalid, ValueError):  # of what is no text, too
+            LockFile.model_validate(found)
+    except (YAMLError, ValueError):  # pydantic's, or of what is no text
         committed = doctor.git(Path.cwd(), "show", f"HEAD:{LOCK}")
         LOCK.replace(SCRATCH / BROKEN)
         if committed is not None:
