@@ -146,7 +146,8 @@ class LockFile(BaseModel):
 def mend_lock() -> None:
     """Takes back the committed dvc.lock where DVC cannot read the one here, as after a kill while it wrote that.
 
-    The stages that had finished come back from DVC's cache of runs. What has the marks of a git conflict is left to its owner.
+    Stages that had finished come back from DVC's cache of runs, but for a few that take seconds. What has the marks of a git conflict is
+    left to its owner.
     """
     try:
         text = LOCK.read_text() if LOCK.is_file() else ""
@@ -157,9 +158,10 @@ def mend_lock() -> None:
         LOCK.replace(SCRATCH / BROKEN)
         if committed is not None:
             LOCK.write_text(committed)
+        instead = "nothing" if committed is None else "the committed one"
         warn(
-            f"repro: DVC cannot read {LOCK}, as after a kill while it wrote that; it is {SCRATCH / BROKEN} now, and "
-            f"{'nothing' if committed is None else 'the committed one'} is in its place. Stages that had finished come from DVC's cache"
+            f"repro: DVC cannot read {LOCK}, as after a kill while it wrote that; it is {SCRATCH / BROKEN} now, and {instead} is in its "
+            "place. Long stages that had finished come from DVC's cache"
         )
 
 
