@@ -19,10 +19,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from huggingface_hub.errors import HfHubHTTPError
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -122,10 +122,15 @@ def prepare_punkt() -> None:
             ) from None
 
 
-class Held(BaseModel):
+class Held(BaseModel, strict=True):
     """A dependency or an out of dvc.lock."""
 
     path: str
+    hash: str = "md5"
+    md5: Annotated[str, Field(min_length=3)] | Annotated[int, Field(ge=100)] | None = None  # as DVC takes it
+    size: int = 0
+    nfiles: int = 0
+    isexec: bool = False
 
 
 class Recorded(BaseModel):
@@ -140,6 +145,7 @@ class Recorded(BaseModel):
 class LockFile(BaseModel):
     """A dvc.lock."""
 
+    version: Literal["2.0"] = Field(alias="schema")
     stages: dict[str, Recorded] = {}
 
 

@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import util
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import nltk
 import pytest
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from hermes.console import UserError
 from hermes.run import run_tool
@@ -276,6 +279,33 @@ def test_a_dvc_lock_that_a_killed_dvc_left_gives_way_to_the_committed_one(
     assert line.startswith(
         "repro: DVC cannot read dvc.lock, as after a kill while it wrote that; it is .scratch/dvc.lock.broken now"
     )
+
+
+def test_a_dvc_lock_cut_anywhere_is_judged_as_dvc_does() -> None:
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    text = (
+        LOCK
+        + "      size: 12\n      nfiles: 3\n    deps:\n    - path: a.csv\n      hash: md5\n      md5: 699a\n      isexec: true\n"
+    )
+    text += (
+        "    params:\n      params.yaml:\n        seed: 42\n        profiles.cpu.model:\n          source: embedded\n"
+    )
+
+    def is_sound(check: Callable[[Any], object], cut: str) -> bool:
+        try:
+            check(YAML(typ="safe").load(cut) or YAML(typ="safe").load(LOCK))  # an empty one is none to DVC
+        except (YAMLError, Invalid, ValueError):
+            return False
+        return True
+
+    cuts = [text[:end] for end in range(len(text) + 1)]
+    ours, theirs = (
+        [is_sound(check, cut) for cut in cuts] for check in (repro.LockFile.model_validate, COMPILED_LOCKFILE_SCHEMA)
+    )
+    assert [cut[-30:] for cut, a, b in zip(cuts, ours, theirs, strict=True) if a != b] == []
+    assert 0 < sum(ours) < len(cuts)
 
 
 @pytest.mark.parametrize("text", ["", LOCK, LOCK + "<<<<<<< HEAD\n", None])
