@@ -156,9 +156,9 @@ def mend_lock() -> None:
     left to its owner.
     """
     try:
-        text = LOCK.read_text() if LOCK.is_file() else ""
-        if "<<<<<<<" not in text and (found := YAML(typ="safe").load(text)):  # an empty one is none to DVC
-            LockFile.model_validate(found)
+        text = LOCK.read_text() if LOCK.is_file() else None  # an empty one is refused by DVC
+        if text is not None and "<<<<<<<" not in text:
+            LockFile.model_validate(YAML(typ="safe").load(text))
     except (YAMLError, ValueError):  # pydantic's, or of what is no text
         committed = doctor.git(Path.cwd(), "show", f"HEAD:{LOCK}")
         LOCK.replace(SCRATCH / BROKEN)
