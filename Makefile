@@ -19,6 +19,7 @@ override takes.verify := STAGE QUICK BITS
 override takes.plan := PROFILE GPU
 override takes.rehearse := PROFILE LAYERS PAIRS
 override takes.base := RESOLVE
+override takes.chat := MODEL
 override takes.publish := REPO PROFILE LICENCE PUSH
 override takes.bench := FULL
 override takes.doctor := PROFILE
@@ -99,9 +100,9 @@ sweep: setup
 verify: setup
 	$(PY) -m tools.verify $(call option,STAGE,--stage=) $(call option,BITS,--bits=) $(call switch,QUICK,--quick)
 
-## make chat                talk to the trained model
+## make chat                talk to the trained model, in any form      make chat MODEL=gptq
 chat: setup
-	$(PY) -m tools.chat
+	$(PY) -m tools.chat $(call option,MODEL,--model=)
 
 ##
 ## Read

@@ -22,7 +22,7 @@ from hermes.params import PARAMS, read_yaml
 
 Bits = Literal["portable", "avx512"]
 # The stages whose computing is worth it; the others are portable always. They track `bits`.
-CHOOSE = ("reference", "train", "merge", "evaluate")
+CHOOSE = ("reference", "train", "merge", "compress", "evaluate")
 # By Intel's guide ("Conditional Numerical Reproducibility") STRICT gives MKL's own products the same bits with any number of threads, too.
 # None unsets a variable.
 VARIABLES: dict[str, dict[str, str | None]] = {

@@ -1,8 +1,8 @@
-"""Stage evaluate: base, merged and every GGUF on the same held-out tasks -> data/evaluation.
+"""Stage evaluate: base, merged and every smaller file on the same held-out tasks -> data/evaluation.
 
 Asked are strict instruction accuracy over greedy answers, which is a task of lm-eval (hermes/evaluation/tasks/instructions.yaml),
 preference accuracy on held-out pairs, and the log-likelihood of plain answers. The latter two go by the ids that training would make of
-them. Beside them, over full distributions, is the divergence of each GGUF (and of bfloat16) from the merged weights run in float32. An
+them. Beside them, over full distributions, is the divergence of each file (and of bfloat16) from the merged weights run in float32. An
 answer that reaches the token limit is unfinished and fails. All questions meet all models, so every comparison is paired
 (hermes/evaluation/intervals.py).
 
@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from datasets.utils.logging import disable_progress_bar
@@ -35,7 +35,7 @@ from hermes.console import UserError, say
 from hermes.evaluation import benchmarks, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
 from hermes.evaluation.held_out import HeldOut, read_held_out
-from hermes.evaluation.intervals import paired_gain
+from hermes.evaluation.intervals import paired_gain, ratio_interval
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
@@ -44,10 +44,13 @@ from hermes.model.gguf import GgufModel
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
 from hermes.settings.base import BaseSettings
+from hermes.settings.compress import Method
 from hermes.settings.evaluate import EvaluateSettings
+from hermes.settings.quantize import GGUF_TYPES
 
 RAW, SUBSET, ADAPTER = Path("data/raw"), Path("data/subset"), Path("models/adapter")
-BASE, MERGED, GGUF = Path("models/base"), Path("models/merged"), Path("models/gguf")
+BASE, MERGED = Path("models/base"), Path("models/merged")
+GGUF, COMPRESSED = Path("models/gguf"), Path("models/compressed")
 OUTPUT, TASKS = Path("data/evaluation"), Path(__file__).parent.parent / "hermes/evaluation/tasks"
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
@@ -64,7 +67,25 @@ class Params(params.Params):
 
 def path_of(name: str) -> Path:
     """The folder or the file of the model of this name."""
-    return {"base": BASE, "merged": MERGED}.get(name, GGUF / f"{name}.gguf")
+    whole = {"base": BASE, "merged": MERGED} | {method: COMPRESSED / method for method in get_args(Method)}
+    return whole.get(name, GGUF / f"{name}.gguf")
+
+
+def asked_files(settings: EvaluateSettings) -> list[str]:
+    """The smaller files that are evaluated beside base and merged, from the largest GGUF on.
+
+    Raises:
+        UserError: one was not made.
+    """
+    made = [*read_json(GGUF / "quantize.json")["files"], *read_json(COMPRESSED / "compress.json")["files"]]
+    if settings.types == "all":
+        return sorted({*made} - {"f16"}, key=[*GGUF_TYPES, *get_args(Method)].index)
+    for name in settings.types:
+        if name not in made:
+            raise UserError(
+                f"params.yaml: `evaluate.types` names {name}, which was not made; add it to `quantize.types` or `compress.methods`"
+            )
+    return list(settings.types)
 
 
 def write_answers(model: ChatModel, settings: EvaluateSettings) -> Answers:
@@ -168,12 +189,17 @@ def perplexity(model: ChatModel, plain: HeldOut) -> dict[str, Any]:
     return {"value": math.exp(-total / tokens), "tokens": tokens, "answers": len(plain.rows)}
 
 
+def topic_of(row: dict[str, Any], number: int) -> str:
+    """What a held-out row is about, by which intervals are clustered; its number where the data does not say."""
+    return str(number if row.get("topic") is None else row["topic"])
+
+
 def preferences(model: ChatModel, pairs: HeldOut) -> Answers:
     """Of each pair whether the chosen answer is the likelier one, and the log-likelihoods of both in nats, end tokens included."""
     scores = model.scores_of(pairs.prompts, pairs.answers)
     return [
         {
-            "topic": str(number if row.get("topic") is None else row["topic"]),
+            "topic": topic_of(row, number),
             "right": float(chosen > rejected),
             "log_likelihoods": [chosen, rejected],
         }
@@ -187,7 +213,7 @@ def evaluate_model(
     open_model: Opener,
     held_out: dict[str, HeldOut],
     exact: "Exact | None",
-) -> tuple[dict[str, Any], Answers, dict[str, float | int]]:
+) -> tuple[dict[str, Any], Answers, dict[str, Any]]:
     """All that one model is asked while it is loaded once.
 
     Returns:
@@ -247,6 +273,7 @@ def compare(after: Answers, before: Answers, against: str) -> dict[str, Any]:
 class Exact:
     """The merged model in float32 on the chosen answers of held-out pairs: logits (answer tokens, vocabulary) by the pair's number."""
 
+    topics: list[str]
     prompts: list[Ids]
     answers: list[list[Ids]]
     logits: dict[int, torch.Tensor]
@@ -260,12 +287,28 @@ class Exact:
         logits = {i: rows.cpu() for i, (rows,) in chat.logits_of(prompts, answers)}
         del model, chat
         release()
-        return cls(prompts, answers, logits)
+        return cls([topic_of(row, i) for i, row in enumerate(pairs.rows[: len(prompts)])], prompts, answers, logits)
 
-    def divergence(self, model: ChatModel) -> dict[str, float | int]:
-        """Mean KL(merged in float32 || model) in nats a token, and top-1 agreement."""
-        found = model.logits_of(self.prompts, self.answers)
-        return divergence((self.logits[i], rows.float().cpu()) for i, (rows,) in found)
+    def divergence(self, model: ChatModel) -> dict[str, Any]:
+        """Mean KL(merged in float32 || model) in nats a token with its interval, top-1 agreement, and what both are sums of, by pair."""
+        parts = {
+            i: divergence([(self.logits[i], rows.float().cpu())])
+            for i, (rows,) in model.logits_of(self.prompts, self.answers)
+        }
+        by_topic = [
+            (self.topics[i], found["mean_kl"] * found["tokens"], int(found["tokens"]))
+            for i, found in sorted(parts.items())
+        ]
+        spread, tokens = ratio_interval(by_topic), sum(count for *_, count in by_topic)
+        agreed = sum(found["top1_agreement"] * found["tokens"] for found in parts.values())
+        return {
+            "mean_kl": spread["mean"],
+            "low": spread["low"],
+            "high": spread["high"],
+            "top1_agreement": round(agreed) / tokens,
+            "tokens": tokens,
+            "by_topic": by_topic,
+        }
 
 
 def faithfulness(loaded: Params, tokenizer: PreTrainedTokenizerBase, pairs: HeldOut) -> dict[str, dict[str, Any]]:
@@ -327,21 +370,16 @@ def divergence(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, 
 def main() -> None:
     loaded = params.load(Params)
     settings = loaded.evaluate
-    check_together(RAW, SUBSET, BASE, ADAPTER, MERGED, GGUF)
+    check_together(RAW, SUBSET, BASE, ADAPTER, MERGED, GGUF, COMPRESSED)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
     set_determinism(settings.threads)
     tokenizer = load_tokenizer(MERGED)
-    names: list[str] = ["base", "merged", *settings.types]
-    for name in names[2:]:
-        if not (GGUF / f"{name}.gguf").is_file():
-            raise UserError(
-                f"params.yaml: `evaluate.types` names {name}, which is not in {GGUF}; add it to `quantize.types`"
-            )
-        with GgufModel(
-            GGUF / f"{name}.gguf", threads=1, weights=False
-        ):  # a damaged one is found before hours of others
-            pass
+    names = ["base", "merged", *asked_files(settings)]
+    for path in map(path_of, names):
+        if path.suffix == ".gguf":  # a damaged one is found before hours of others
+            with GgufModel(path, threads=1, weights=False):
+                pass
     held_out = read_held_out(settings, tokenizer)
     dtype = compute_type(loaded.bits)
     open_model = partial(opened, batching=settings, tokenizer=tokenizer, dtype=dtype)

@@ -62,6 +62,7 @@ def fetch_embedded(target: Path) -> str:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(target)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded here is no part of a model
     tokenizer.save_pretrained(target)
     return package.version
 

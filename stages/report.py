@@ -2,7 +2,7 @@
 
 Nothing is measured here: each number is one that a stage wrote, or a count of its rows, so that the page can be rebuilt
 on any machine. A task that the profile does not evaluate is left out. The HTML is the Markdown page as one file, without
-scripts and without the network. What lies in DVC's cache (the table of GGUF files, scores and answers) is copied to reports/, so that git
+scripts and without the network. What lies in DVC's cache (the table of files, scores and answers) is copied to reports/, so that git
 carries it and a review needs no cache; logs of benchmark suites stay behind, being large and the questions of others.
 """
 
@@ -15,7 +15,7 @@ from hermes.artifacts import complete_folder, write_json
 from hermes.console import UserError
 from hermes.pages import figures, published_run
 from hermes.pages.render import interval, percent, points, render, render_html
-from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, flips, gguf_files, pair, read_inputs
+from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, flips, pair, read_inputs, smaller_files
 from hermes.run import run_stage
 
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
@@ -31,7 +31,7 @@ def metrics(inputs: Inputs) -> Row:
     results, gain = inputs.results, inputs.comparison["merged"]
     compared = {name: results[name] for name in ("base", "merged")}
     found: Row = {
-        "gguf_kl": {name: inputs.divergence[name]["mean_kl"] for name in results if name in inputs.divergence},
+        "quantized_kl": {name: inputs.divergence[name]["mean_kl"] for name in results if name in inputs.divergence},
         "train": {"first_loss": inputs.summary["first_loss"]},
     }
     if gain["strict"]:
@@ -77,9 +77,9 @@ def samples(inputs: Inputs, kinds: Sequence[str]) -> tuple[list[Row], list[Row]]
 
 
 def quantized_files(inputs: Inputs) -> list[Row]:
-    """The GGUF files from the largest to the smallest, with what was measured of each; None: not measured."""
+    """The smaller files from the largest to the smallest, with what was measured of each; None: not measured."""
     files, score = [], main_score(inputs)
-    for name, file in gguf_files(inputs.quantize, inputs.divergence).items():
+    for name, file in smaller_files(inputs.quantize, inputs.divergence).items():
         found = (inputs.results.get(name) or {}).get(score)
         accuracy = found.get("seen", found)["accuracy"] if found else None
         gain = inputs.comparison.get(name, {}).get(score)
@@ -200,7 +200,7 @@ def main() -> None:
     with complete_folder(FIGURES) as folder:
         draw_figures(content, folder)
     write_json(METRICS, metrics(inputs))
-    shutil.copyfile(QUANTIZE, REPORTS / QUANTIZE.name)
+    write_json(REPORTS / QUANTIZE.name, inputs.quantize)
     with complete_folder(REPORTS / "eval") as folder:
         shutil.copytree(EVALUATION, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("suites"))
     render("report.md.j2", MARKDOWN, content)

@@ -76,7 +76,7 @@ def table_of(heading: str) -> list[list[str]]:
 def cpu_params(**sections: dict[str, Any]) -> dict[str, Any]:
     """The committed params.yaml with `cpu` as its only profile, in which these sections have other values."""
     tree = read_yaml(ROOT / "params.yaml")
-    profile = tree["profiles"]["cpu"]
+    profile = tree["profiles"]["cpu"] | {"merge": tree["profiles"]["cpu"]["merge"] | {"base": "bf16"}}
     return tree | {"profile": "cpu", "profiles": {"cpu": profile | {k: profile[k] | v for k, v in sections.items()}}}
 
 

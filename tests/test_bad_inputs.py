@@ -1164,8 +1164,8 @@ TOOLS: list[tuple[str, Change, str, str]] = [  # a tool with arguments or files 
     (
         "chat outside its folder",
         wrote(GGUF, "x"),
-        "tools.chat --gguf ../gguf/f16",
-        r"^chat: models/gguf/\.\./gguf/f16\.gguf: no such file; choose one of f16$",
+        "tools.chat --model ../gguf/f16",
+        r"^chat: MODEL=\.\./gguf/f16: neither a GGUF file nor a folder with safetensors; there is f16",
     ),
     (
         "chat without a base",

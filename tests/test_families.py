@@ -6,16 +6,29 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
 from ruamel.yaml import YAML
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from hermes.artifacts import read_json, write_json
-from stages import evaluate, fetch_data, fetch_model, merge, quantize, reference, report, subset, tokenize, train
+from stages import (
+    compress,
+    evaluate,
+    fetch_data,
+    fetch_model,
+    merge,
+    quantize,
+    reference,
+    report,
+    subset,
+    tokenize,
+    train,
+)
 from tests.conftest import ROOT, cpu_params
 from tests.hermes.test_architectures import small_model
 from tests.test_pipeline import small_data
 
-STAGES = (fetch_data, fetch_model, subset, tokenize, reference, train, merge, quantize, evaluate, report)
+STAGES = (fetch_data, fetch_model, subset, tokenize, reference, train, merge, quantize, compress, evaluate, report)
 SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FAMILIES: dict[str, list[str]] = {
     "llama": SEPARATE,
@@ -82,14 +95,18 @@ def test_all_stages(
     tokenizer = gemma_tokenizer(tmp_path / "my-model") if name == "gemma2" else embedded_tokenizer
     write_model(name, tmp_path / "my-model", tokenizer)
     small_data(tmp_path / "small-data")
+    (architecture,) = read_json(tmp_path / "my-model/config.json")["architectures"]
+    methods = ["gptq", "awq"] if architecture in AWQ_MAPPING_REGISTRY else ["gptq"]
     tree: dict[str, Any] = cpu_params(
         data={"source": "./small-data"},
         model={"source": "./my-model"},
         subset={"k": 12},
         base={"threads": 1},
         train={"lora_modules": FAMILIES[name], "batch_size": 4, "evaluations": 1},
+        calibration={"pairs": 4},
         quantize={"types": ["Q8_0"]},
-        evaluate={"types": ["f16", "Q8_0"], "max_new_tokens": 4, "divergence_pairs": 2, "threads": 1},
+        compress={"methods": methods, "group_size": 16, "awq_pairs": 2, "threads": 1},
+        evaluate={"types": ["f16", "Q8_0", *methods], "max_new_tokens": 4, "divergence_pairs": 2, "threads": 1},
     )
     for file in ("dvc.yaml", "packages.yaml"):
         shutil.copy(ROOT / file, file)
@@ -99,6 +116,6 @@ def test_all_stages(
     metrics = read_json(Path("reports/metrics.json"))
     assert abs(metrics["train"]["first_loss"] - 0.693147) < 5e-3
     # llama.cpp's files of Mistral and Phi-3 know no window, which is 8 tokens here: the report says how far off they are.
-    assert (metrics["gguf_kl"]["f16"] < 1e-3) == (name not in ("mistral", "phi3"))
+    assert (metrics["quantized_kl"]["f16"] < 1e-3) == (name not in ("mistral", "phi3"))
     assert read_json(Path("models/merged/merge.json"))["base"] == "bf16"
     assert metrics["preference_accuracy"].keys() == {"base", "merged"}

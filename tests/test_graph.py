@@ -32,6 +32,7 @@ DISTRIBUTIONS = {
     "markupsafe": "MarkupSafe",
     "PIL": "pillow",
     "convert_hf_to_gguf": "convert-hf-to-gguf",
+    "compressed_tensors": "compressed-tensors",
 }
 # They check, wait or report, and leave no trace in an output.
 SHAPE_NOTHING = {"pydantic", "ruamel", "tqdm", "filelock", "wandb"}

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What every target takes beside DEVICE and PYTHON, and as which option its program gets it.
 OPTIONS = {
     "repro": {"PROFILE": "--profile="},
+    "chat": {"MODEL": "--model="},
     "train": {
         "PROFILE": "--profile=",
         "BETA": "--set-param=beta=",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,14 +25,18 @@ ENVIRONMENT = os.environ | {
     "GIT_COMMITTER_EMAIL": "t@example.org",
 }
 BEFORE_TRAIN = ("fetch_data", "fetch_model", "subset", "tokenize", "reference")
-FROM_TRAIN = ("train", "merge", "quantize", "evaluate", "report")
+FROM_TRAIN = ("train", "merge", "quantize", "compress", "evaluate", "report")
 SMALL = [
     "profiles.cpu.base.threads=1",
     "profiles.cpu.subset.k=12",
     "profiles.cpu.train.batch_size=4",
     "profiles.cpu.train.evaluations=1",
-    "profiles.cpu.quantize.types=[Q8_0]",
-    "profiles.cpu.evaluate.types=[f16,Q8_0]",
+    "profiles.cpu.merge.base=bf16",
+    "profiles.cpu.calibration.pairs=4",
+    "profiles.cpu.quantize.types=[Q8_0,Q4_0]",
+    "profiles.cpu.compress.threads=1",
+    "profiles.cpu.compress.awq_pairs=2",
+    "profiles.cpu.evaluate.types=[f16,Q8_0,gptq,awq]",
     "profiles.cpu.evaluate.threads=1",
     "profiles.cpu.evaluate.max_new_tokens=8",
     "profiles.cpu.evaluate.divergence_pairs=2",
@@ -121,9 +126,9 @@ def repro(clone: Path) -> str:
 def test_repro_runs_every_stage_and_reports(clone: Path, repro: str) -> None:
     assert sorted(ran(repro)) == sorted((*BEFORE_TRAIN, *FROM_TRAIN))
     metrics = json.loads((clone / "reports/metrics.json").read_text())
-    assert set(metrics["strict_accuracy"]) == {"base", "merged", "f16", "Q8_0"}
+    assert set(metrics["strict_accuracy"]) == {"base", "merged", "f16", "Q8_0", "gptq", "awq"}
     assert abs(metrics["train"]["first_loss"] - 0.693147) < 5e-3
-    assert metrics["gguf_kl"]["f16"] < 1e-3
+    assert metrics["quantized_kl"]["f16"] < 1e-3
     page = (clone / "reports/report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert not list((clone / "models").rglob("*.bin")) + list((clone / "models").rglob("*.pkl"))
@@ -161,6 +166,22 @@ def test_a_second_clone_in_another_folder_makes_the_same_bits(clone: Path, repro
     expected = outs(clone)
     assert {path: made[path] for path in made} == {path: expected[path] for path in made}
     assert "models/adapter" in made
+
+
+PROGRAMS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/use-the-model.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_a_program_of_the_page_about_using_the_model_runs(number: int, clone: Path, repro: str) -> None:
+    answer = run(clone, sys.executable, "-c", PROGRAMS[number])
+    assert answer.strip() or "print" not in PROGRAMS[number]
+
+
+def test_the_page_about_using_the_model_has_programs() -> None:
+    assert [
+        bool(re.search(name, text)) for name, text in zip(("merged", "gptq", "adapter", "gguf"), PROGRAMS, strict=True)
+    ] == [True] * 4
 
 
 def test_an_unknown_key_stops_a_stage_in_one_line_and_keeps_its_outputs(clone: Path, repro: str) -> None:

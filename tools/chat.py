@@ -1,44 +1,80 @@
 """The tuned model and its base side by side in the terminal, on the same questions.
 
     python -m tools.chat                       (or: make chat)
-    python -m tools.chat --gguf Q8_0           another of models/gguf
+    python -m tools.chat --model gptq          another: a type of models/gguf, a method of models/compressed, or merged
+    python -m tools.chat --model ~/x/y.gguf    any GGUF file, or any folder that Transformers reads
     echo 'Tell me about salt.' | python -m tools.chat
 
-Both are GGUF files that llama.cpp decodes greedily; an answer appears as it is written. Each model keeps a conversation of its own, since
-it goes on from its answers. The base's GGUF is made once, in .scratch under the hash of the base; it is bf16, as the base was trained.
+llama.cpp decodes files and Transformers folders, both greedily; an answer appears as it is written. Each model keeps a conversation of its
+own, since it goes on from its answers. The base's GGUF is made once, in .scratch under the hash of the base; it is bf16, as the base was
+trained.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
+import torch
+from gguf import GGUFReader
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes.artifacts import complete_file, sha256_folder
 from hermes.console import UserError, escaped, printable, warn
 from hermes.data.chat_template import check_bounded
 from hermes.data.chat_text import ends_of_answer, rendered
+from hermes.model.base import compute_type, load
 from hermes.model.gguf import GgufModel
-from hermes.model.gguf_files import convert
+from hermes.model.gguf_files import check_vocabulary, convert, metadata
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_tool
 
 BASE, MERGED, GGUF, SCRATCH = Path("models/base"), Path("models/merged"), Path("models/gguf"), Path(".scratch/chat")
+COMPRESSED, IMPORTANCE = Path("models/compressed"), "imatrix.gguf"  # the latter is no model
 CONTEXT, MAX_NEW_TOKENS = 2048, 256
+Ids = list[int]
+
+
+class Model(Protocol):
+    """What a conversation needs of a model: the tokens that end an answer, how many fit, and answers to prompts, `stopped` by nobody."""
+
+    ends: set[int]
+    context: int
+
+    def generate(
+        self, prompts: Sequence[Ids], max_new_tokens: int, /, *, stopped: Callable[[Ids], bool] | None
+    ) -> list[Ids]: ...
+
+
+class Folder:
+    """A model folder in Transformers that answers as a GGUF file does."""
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = load(path, compute_type("portable")).eval()
+        self.ends, self.context = ends_of_answer(tokenizer), CONTEXT
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Ids], max_new_tokens: int, /, *, stopped: Callable[[Ids], bool] | None
+    ) -> list[Ids]:
+        """The likeliest tokens after each prompt; `stopped` sees an answer grow."""
+        from hermes.evaluation.chat_models import greedy_answers  # which takes seconds to import
+
+        return greedy_answers(self.model, list(prompts), self.ends, max_new_tokens, stopped)
 
 
 class Conversation:
     """One model's side of the chat: its history, and its next answer."""
 
-    def __init__(self, model: GgufModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.history: list[dict[str, str]] = []
 
@@ -88,20 +124,66 @@ def base_gguf() -> Path:
     return path
 
 
-def tuned_gguf(kind: str | None) -> Path:
-    """The tuned model's GGUF of a type, or the smallest; a UserError where there is none, which names those there are."""
-    made = sorted(GGUF.glob("*.gguf"), key=lambda file: (file.stat().st_size, file.name))
-    path = made[0] if made and kind is None else GGUF / f"{kind or '*'}.gguf"
-    if path not in made:
-        mend = f"choose one of {', '.join(sorted(file.stem for file in made))}" if made else "run: make repro"
-        raise UserError(f"{path}: no such file; {mend}")
-    if not (MERGED / "tokenizer_config.json").is_file():
-        raise UserError(f"{MERGED}: no tokenizer there; run: make repro")
-    return path
+def gguf_files() -> list[Path]:
+    """The tuned model's GGUF files, the smallest first."""
+    files = (file for file in GGUF.glob("*.gguf") if file.name != IMPORTANCE)
+    return sorted(files, key=lambda file: (file.stat().st_size, file.name))
 
 
-def open_gguf(path: Path, tokenizer: PreTrainedTokenizerBase) -> GgufModel:
-    """A GGUF file that answers up to where the chat template ends an answer, or to the end of the sequence."""
+def models_here() -> dict[str, Path]:
+    """The tuned model in all its forms, by the name that --model takes, GGUF files first."""
+    folders = [path for path in (*sorted(COMPRESSED.glob("*")), MERGED) if (path / "config.json").is_file()]
+    return {file.stem: file for file in gguf_files()} | {path.name: path for path in folders}
+
+
+def find_model(name: str | None) -> Path:
+    """The file or the folder of a model by its name or its path, or of the smallest GGUF; a UserError names those there are."""
+    if name is None:
+        if not (files := gguf_files()):
+            raise UserError(f"{GGUF}/*.gguf: no such file; run: make repro")
+        return files[0]
+    here = models_here()
+    path = here.get(name) or Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return path
+    raise UserError(
+        f"MODEL={name}: neither a GGUF file nor a folder with safetensors; there is {', '.join(here) or 'nothing here'}"
+    )
+
+
+def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model: a folder's own, that of the merged model for its GGUF files, else the one inside the file.
+
+    Raises:
+        UserError: there is none, it has no chat template or one that takes too much, or llama.cpp reads texts of the file otherwise.
+    """
+    if path.is_dir() or path.parent == GGUF:
+        folder = MERGED if path.is_file() else path
+        if not (folder / "tokenizer_config.json").is_file():
+            raise UserError(f"{folder}: no tokenizer there; run: make repro")
+        tokenizer = load_tokenizer(folder)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever the libraries raise about the files of others
+            raise UserError(
+                f"{path}: Transformers cannot read its tokenizer ({error}); take its folder instead"
+            ) from None
+        check_vocabulary(path, metadata(GGUFReader(path)), tokenizer)
+    if not tokenizer.chat_template:
+        raise UserError(f"{path}: has no chat template; choose a model that was tuned for conversations")
+    check_bounded(tokenizer)
+    return tokenizer
+
+
+def open_model(path: Path, tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[Model]:
+    """A file or a folder that answers up to where the chat template ends an answer, or to the end of the sequence."""
+    if path.is_dir():
+        return nullcontext(Folder(path, tokenizer))
     model = GgufModel(path, os.cpu_count() or 1, context=CONTEXT)
     model.ends = ends_of_answer(tokenizer)
     return model
@@ -157,18 +239,21 @@ def chat(conversations: dict[str, Conversation], is_terminal: bool, console: Con
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.chat", description="Talk to the tuned model and its base.")
     parser.add_argument(
-        "--gguf", metavar="TYPE", help="a file of models/gguf, without its ending; the smallest by default"
+        "--model",
+        metavar="NAME",
+        help="of models/gguf or models/compressed, merged, or a path; the smallest GGUF by default",
     )
-    tuned = tuned_gguf(parser.parse_args().gguf)
+    tuned = find_model(parser.parse_args().model)
     is_terminal = sys.stdin.isatty()
     console = Console(highlight=False)
-    files = {f"tuned ({tuned.stem})": tuned, "base (bf16)": base_gguf()}
-    tokenizer = load_tokenizer(MERGED)
-    check_bounded(tokenizer)
+    is_ours = tuned in models_here().values()
+    sides = {f"tuned ({tuned.stem})" if is_ours else tuned.name: (tuned, tokenizer_of(tuned))}
+    if is_ours or (BASE / "config.json").is_file():
+        sides["base (bf16)"] = base_gguf(), tokenizer_of(BASE)
     with ExitStack() as stack:
         conversations = {
-            heading: Conversation(stack.enter_context(open_gguf(path, tokenizer)), tokenizer)
-            for heading, path in files.items()
+            heading: Conversation(stack.enter_context(open_model(path, tokenizer)), tokenizer)
+            for heading, (path, tokenizer) in sides.items()
         }
         if is_terminal:
             with suppress(ImportError):

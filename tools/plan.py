@@ -5,14 +5,14 @@
 
 The shape of the model comes from models/base if that is the profile's, from what is known of the published base, or from the Hub; lengths
 from data/tokens if those are the profile's data, else a mix with the means of such data. Memory of training is computed as
-tools/memory_plan.py says, for the largest row of an epoch. All numbers are predictions: a GPU's until `make gpu-check` has confirmed them
-on one, a CPU's from the default profile's times on two cores of either kind.
+tools/memory_plan.py says, for the largest row of an epoch; evaluation_plan.py and quantization_plan.py have the models' part. All numbers
+are predictions: a GPU's until `make gpu-check` has confirmed them on one, a CPU's from the default profile's times on two cores of either
+kind.
 
 A run that does not fit is refused, with the smallest change that would: here, and on a GPU by `make repro` and run-stage before they start.
 """
 
 import argparse
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,13 +31,25 @@ from hermes.model import llama3
 from hermes.model.gguf import UBATCH
 from hermes.model.llama3 import Shape
 from hermes.pages import published_run
-from hermes.params import read_yaml
 from hermes.run import run_tool
 from hermes.settings import experiment
 from hermes.settings.experiment import Profile
 from hermes.settings.sources import is_folder
 from tools.disk import held, room
+from tools.evaluation_plan import ASSUMED, MIXES, evaluation_seconds, held_out, kind
 from tools.memory_plan import CONTEXT, GIB, SIZES, Memory, gibibytes, on_one_gpu, training_memory, with_overhead
+from tools.quantization_plan import (
+    BITS,
+    compress_host,
+    compress_memory,
+    compress_seconds,
+    evaluated,
+    folder_size,
+    gguf_size,
+    gguf_types,
+    quantize_seconds,
+    weights_of,
+)
 
 RAW, TOKENS, BASE, SUBSET = Path("data/raw"), Path("data/tokens"), Path("models/base"), Path("reports/subset.json")
 KNOWN = {"embedded": Shape(30, 576, 1536, 9, 3, 64, 49_152, tied=True), published_run.BASE: llama3.SHAPE}
@@ -52,30 +64,14 @@ class Device(NamedTuple):
     evaluating: float = 1.0  # share of the FLOP/s that evaluation reaches
     is_gpu: bool = True
 
-
-class Mix(NamedTuple):
-    """A kind of data before it is here: how much is held out, and (mean, deviation of the logarithm) of tokens."""
-
-    pairs: int
-    kinds: int  # of instruction
-    questions: int  # of a kind
-    plain: int
-    lengths: list[tuple[float, float]]  # of prompts, chosen and rejected answers
+    @property
+    def reached(self) -> tuple[float, float]:
+        """FLOP/s and bytes/s that computing gets of them."""
+        share = EFFICIENCY if self.is_gpu else 1.0
+        return self.flops * share, self.bandwidth * share
 
 
-class Work(NamedTuple):
-    """A part of an evaluation: questions, the choices of each (0 where the answer is written), tokens of a prompt and of an answer."""
-
-    questions: int
-    choices: int
-    prompt: int
-    answer: int
-
-
-ASSUMED = read_yaml(Path(__file__).with_suffix(".yaml"))
 GPUS = {name: Device(**gpu) for name, gpu in ASSUMED["gpus"].items()}
-MIXES = {name: Mix(**mix) for name, mix in ASSUMED["mixes"].items()}
-SUITES = {name: [Work(**part) for part in parts] for name, parts in ASSUMED["suites"].items()}
 # Of the dense rate in training and scoring, as seen in training on one H100; of the memory's in generation, an assumption.
 EFFICIENCY = 0.3
 LAUNCHING = 0.013  # seconds that Python takes to launch a pass through a layer, forward, backward or computed again; seen there too
@@ -85,9 +81,7 @@ CORE = {"avx512": (106e9, 0.79), "portable": (75e9, 0.93)}
 CORE_BANDWIDTH = 10e9
 DOWNLOAD = 100e6  # bytes/s from the Hub; an assumption
 STARTING = 10  # seconds in which a stage starts, is hashed and ends; what the short stages of the default profile take
-# Weights a second on two CPU cores, as the committed rehearsal did them: merged, written as f16, and quantized to one more type.
-MERGED, CONVERTED, QUANTIZED = 8e9 / 120, 8e9 / 130, 8e9 / 320
-BITS = {"f16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_K_M": 5.7, "Q4_K_M": 4.9}  # a weight, about
+MERGED = 8e9 / 120  # weights a second on two CPU cores, as the committed rehearsal did them
 PYTHON = GIB  # of a process with torch, its model apart; with it training's memory on two cores was within 11 % of reports/bench.md
 ORDERS = 100
 
@@ -103,6 +97,16 @@ class Lengths(NamedTuple):
     def tokens(self) -> np.ndarray:
         """Tokens of each pair in a row, its prompt once and the last of each answer not at all."""
         return self.prompt + self.chosen + self.rejected - 2
+
+    @property
+    def means(self) -> tuple[int, int]:
+        """Tokens of a prompt and of an answer in the mean."""
+        return round(self.prompt.mean()), round((self.chosen + self.rejected).mean() / 2)
+
+    @property
+    def calibrating(self) -> np.ndarray:
+        """Tokens of each prompt with its chosen answer."""
+        return self.prompt + self.chosen
 
     def largest_row(self, pairs: int) -> tuple[int, int]:
         """(tokens, answer tokens) of the largest row of so many pairs in `ORDERS` random orders: training's own is not known here."""
@@ -124,11 +128,6 @@ class Run(NamedTuple):
 
 
 Change = dict[str, dict[str, Any]]  # values of a profile, by section and key
-
-
-def weights_of(shape: Shape) -> int:
-    """How many a model of this shape has."""
-    return shape.linear_weights + shape.other_weights
 
 
 def model_shape(loaded: Profile) -> Shape:
@@ -156,17 +155,6 @@ def model_shape(loaded: Profile) -> Shape:
         if not isinstance(error, hub.ERRORS):
             raise
         raise hub.failure(error, source, str(revision)) from None
-
-
-def kind(loaded: Profile) -> str:
-    """The kind of the profile's data, one of `MIXES`."""
-    return "embedded" if loaded.data.source == "embedded" else "Hermes"
-
-
-def held_out(loaded: Profile) -> int:
-    """How many pairs validation and test each have."""
-    pairs = MIXES[kind(loaded)].pairs
-    return min(loaded.subset.held_out_k or pairs, pairs)
 
 
 def pair_lengths(loaded: Profile) -> tuple[Lengths, str]:
@@ -201,53 +189,24 @@ def pair_lengths(loaded: Profile) -> tuple[Lengths, str]:
     return Lengths(*(values[whole <= limit] for values in drawn)), source
 
 
-def evaluation_seconds(run: Run, flops: float, bandwidth: float) -> float:
-    """Time of every task and suite on base, merged and every GGUF.
-
-    Tokens cost FLOPs, and those that are written a pass over the weights a batch too. Transformers reads a prompt once for two choices, or
-    for all of one token, llama.cpp once for all.
-    """
-    loaded, shape, lengths = run
-    e, mix = loaded.evaluate, MIXES[kind(loaded)]
-    questions = mix.kinds * min(e.questions_per_kind or mix.questions, mix.questions)
-    prompt, answer = round(lengths.prompt.mean()), round((lengths.chosen + lengths.rejected).mean() / 2)
-    tasks = {
-        "preference": Work(held_out(loaded) + e.divergence_pairs, 2, prompt, answer),
-        "instructions": Work(questions, 0, prompt, e.max_new_tokens // 2),
-        "plain": Work(mix.plain, 1, prompt, answer),
-    }
-
-    def seconds(part: Work, file: str) -> float:
-        batch, together = (e.batch_size, 2) if file in ("base", "merged") else (e.slots, e.slots)
-        prompts = max(1, math.ceil(part.choices / together)) if part.answer > 1 else 1
-        answers = part.questions * max(1, part.choices) * part.answer
-        read = part.questions * prompts * part.prompt + answers
-        passes = answers / batch * weights_of(shape) * BITS.get(file, 16.0) / 8 if part.choices == 0 else 0
-        return (
-            2 * (shape.linear_weights * read + shape.vocabulary * shape.hidden * answers) / flops + passes / bandwidth
-        )
-
-    parts = [*(tasks[name] for name in e.tasks), *(part for name in e.suites for part in SUITES[name])]
-    return sum(seconds(part, file) for part in parts for file in ("base", "merged", *e.types))
-
-
 def seconds_of(run: Run, device: Device) -> dict[str, float]:
     """The time of every stage; the four short ones are one entry.
 
     Reference and train take the FLOPs of their matrix products at the device's rate. A forward has 2 a weight and token, and a backward as
     many. Where activations are recomputed there is a forward more. On a GPU they take at least what Python needs to launch the products.
-    The other stages go by the rehearsal's rates, and by an assumed one of the network.
+    Merge and quantize go by the rehearsal's rates, and the download by an assumed one of the network.
     """
     loaded, shape, lengths = run
     train, pairs, weights = loaded.train, len(lengths.prompt), weights_of(shape)
-    share = EFFICIENCY if device.is_gpu else 1.0
+    flops, bandwidth = device.reached
+    calibrating = float(lengths.calibrating.mean())
     answers = (lengths.chosen + lengths.rejected).sum() * shape.vocabulary * shape.hidden
     forward = 2 * float(lengths.tokens.sum() * shape.linear_weights + answers) / pairs
 
     def computing(asked: float, batch_size: int) -> float:
         """So many pairs forward, or as much backward."""
         launched = asked / batch_size * shape.layers * (LAUNCHING if device.is_gpu else 0)
-        return max(asked * forward / (device.flops * share), launched)
+        return max(asked * forward / flops, launched)
 
     trained = pairs * train.epochs
     if train.max_steps is not None:
@@ -258,10 +217,17 @@ def seconds_of(run: Run, device: Device) -> dict[str, float]:
         "reference": computing(pairs + validated, loaded.reference.batch_size),
         "train": computing(passes * trained + train.evaluations * validated, train.batch_size),
         "merge": weights / MERGED,
-        "quantize": weights / CONVERTED + len(loaded.quantize.types) * weights / QUANTIZED,
-        "evaluate": evaluation_seconds(run, device.flops * share * device.evaluating, device.bandwidth * share),
+        "quantize": quantize_seconds(loaded, shape, calibrating, flops * device.evaluating),
+        "compress": compress_seconds(loaded, shape, calibrating, flops, bandwidth),
+        "evaluate": sum(evaluating(run, device).values()),
     }
     return {stage: seconds + STARTING for stage, seconds in found.items()} | {"the others": 4 * STARTING}
+
+
+def evaluating(run: Run, device: Device) -> dict[str, float]:
+    """The time of evaluation by model."""
+    flops, bandwidth = device.reached
+    return evaluation_seconds(*run[:2], *run.lengths.means, flops * device.evaluating, bandwidth)
 
 
 def training_step(run: Run, is_gpu: bool) -> Memory:
@@ -282,6 +248,8 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
 
     The forward is tried on a first layer in float32 (hermes/training/exactness.py), before the base is loaded, and in evaluate beside it.
 
+    The importance matrix takes the f16 file and a cache for its longest pair, and compress what tools/quantization_plan.py says.
+
     On a CPU three things more lie in the same memory: Python itself, the logits that evaluate keeps, and the largest matrix twice in
     float32, where weights are merged or quantized.
     """
@@ -295,19 +263,32 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     tried = 4 * (shape.other_weights + shape.linear_weights // shape.layers)
     tried += 8 * int(max(lengths.chosen.max(), lengths.rejected.max())) * shape.vocabulary
     size = 2 if is_gpu else SIZES[loaded.base.dtype]
-    evaluating = [size * weights + max(e.batch_size * e.context * cache * size // 2, tried)]
-    evaluating += [round(weights * BITS.get(kind, 16.0) / 8) + cells * cache for kind in e.types]
-    evaluating += [4 * weights + e.context * shape.vocabulary * 4] if e.divergence_pairs else []
+    needed = [size * weights + max(e.batch_size * e.context * cache * size // 2, tried)]
+    needed += [gguf_size(kind, shape) + cells * cache for kind in evaluated(loaded, shape) if kind in BITS]
+    needed += [4 * weights + e.context * shape.vocabulary * 4] if e.divergence_pairs else []
     kept = base.weights + base.constants
     found = {"reference": max(tried, kept + forward), "train": max(tried, with_overhead(step) - CONTEXT)}
-    found["evaluate"] = max(evaluating)
+    found["evaluate"] = max(needed)
+    longest = int(lengths.calibrating.max())
+    found["quantize"] = gguf_size("f16", shape) + longest * cache if loaded.quantize.imatrix else 0
+    found["compress"] = compress_memory(loaded, shape, float(lengths.calibrating.mean()), longest, size)
     if is_gpu:
         found["train"] = max(found["train"], kept)
         return {stage: memory + CONTEXT for stage, memory in found.items()}
     found["evaluate"] += int(e.divergence_pairs * 2 * lengths.chosen.mean() * shape.vocabulary * 4)
-    largest = 8 * max(shape.vocabulary * shape.hidden, *(inputs * outputs for inputs, outputs in shape.linear.values()))
-    found |= dict.fromkeys(("merge", "quantize"), largest)
+    found |= {"merge": largest_matrix(shape), "quantize": max(largest_matrix(shape), found["quantize"])}
     return {stage: memory + PYTHON for stage, memory in found.items()}
+
+
+def largest_matrix(shape: Shape) -> int:
+    """Bytes of the largest matrix, twice in float32, as merge and quantize hold it."""
+    return 8 * max(shape.vocabulary * shape.hidden, *(inputs * outputs for inputs, outputs in shape.linear.values()))
+
+
+def host_memory(run: Run) -> int:
+    """Bytes of the host's memory that the stages need beside a GPU, merge, quantize and compress the most."""
+    passing = compress_host(run.settings, run.shape, float(run.lengths.calibrating.mean()))
+    return PYTHON + max(largest_matrix(run.shape), passing)
 
 
 def disk_of(loaded: Profile, shape: Shape) -> dict[str, int]:
@@ -317,9 +298,10 @@ def disk_of(loaded: Profile, shape: Shape) -> dict[str, int]:
     model's, one is left.
     """
     weights = weights_of(shape)
-    files = sum(round(weights * BITS[kind] / 8) for kind in ("f16", *loaded.quantize.types))
+    files = sum(gguf_size(kind, shape) for kind in ("f16", *gguf_types(loaded, shape)))
+    folders = len(loaded.compress.methods) * folder_size(loaded, shape)
     adapter = 3 * training_memory(shape, loaded.base, loaded.train, 0, 0).adapter
-    return {"fetch_model": 2 * weights, "train": adapter, "merge": 2 * weights, "quantize": files}
+    return {"fetch_model": 2 * weights, "train": adapter, "merge": 2 * weights, "quantize": files, "compress": folders}
 
 
 def run_of(loaded: Profile) -> tuple[Run, str]:
@@ -348,6 +330,12 @@ def changes(loaded: Profile, stage: str) -> Iterator[Change]:
         if base.quantization != "nf4":
             kept = {"quantization": "nf4", "keep_dequantized": False}
             yield from ({"base": kept, "train": other} for other in (checkpointing, *smaller))
+    elif stage == "quantize":
+        yield {"quantize": {"imatrix": False}}
+    elif stage == "compress":
+        yield from (
+            {"compress": {"methods": kept}} for kept in (["awq"], []) if set(kept) < set(loaded.compress.methods)
+        )
     else:
         yield {"evaluate": {"divergence_pairs": 0}}
         for size in halves(max(e.batch_size, e.slots)):
@@ -409,6 +397,9 @@ def report(run: Run, source: str, name: str, device: Device) -> str:
     if device.is_gpu:
         lines += ["", "train, by component; CUDA and what its allocator loses come on top"]
         lines += [f"  {name:<10} {gibibytes(value):>12}" for name, value in training_step(run, True)._asdict().items()]
+        lines += ["", f"memory of the host: {gibibytes(host_memory(run))}"]
+    lines += ["", "evaluate, by model; gptq and awq as Transformers unpacks them"]
+    lines += [f"  {name:<10} {value / 60:>12,.1f} minutes" for name, value in evaluating(run, device).items()]
     return "\n".join(lines)
 
 

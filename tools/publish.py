@@ -2,9 +2,11 @@
 
     python -m tools.publish --repo owner/name [--profile a40] [--licence apache-2.0] [--push]
 
-A release is what the commit says: with a change in the working tree, or a stage that is not up to date, there is none. Its folder,
-`.scratch/release/owner--name`, is made of links to the artifacts and of three files more: the card, the licence, and the notice that
-the licence asks for. It becomes one commit on the Hub, which also removes there what is not in it, so that nobody sees half of it.
+A release is what the commit says: with a change in the working tree, or a stage that is not up to date, there is none. It is several
+repositories: owner/name has the merged model and the adapter, owner/name-GGUF the files for llama.cpp, and one for each method of
+models/compressed has its folder. Each lies in a folder of `.scratch/release`, made of links to the artifacts and of a few files more: the
+card, the licence, the notice that the licence asks for, and Ollama's Modelfile. Each becomes one commit on the Hub, which also removes
+there what is not in it, so that nobody sees half of it. The one that the others name as their base comes last.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -21,18 +23,29 @@ from huggingface_hub.utils import validate_repo_id
 
 from hermes import hub
 from hermes.artifacts import MANIFEST, complete_folder, read_json, scratch_folder, sha256_file
-from hermes.console import UserError, say
+from hermes.console import UserError, say, warn
 from hermes.pages.render import render
 from hermes.pages.results import Inputs, Row, read_inputs
 from hermes.params import read_yaml
 from hermes.run import run_tool
+from hermes.settings.compress import Method
 from stages.report import page
 from tools.doctor import git
 from tools.dvc_runs import dvc, only_one
 from tools.profiles import selected
 
 BASE, DATA = Path("models/base/manifest.json"), Path("data/raw/manifest.json")
-FOLDERS = {"": Path("models/merged"), "gguf": Path("models/gguf"), "adapter": Path("models/adapter")}
+MERGED, GGUF, COMPRESSED = Path("models/merged"), Path("models/gguf"), Path("models/compressed")
+# The repositories in the order of their pushes: what their names end in, and the folders of each by their place in it.
+SUFFIXES = {"gguf": "-GGUF", "gptq": "-GPTQ-Int4", "awq": "-AWQ", "merged": ""}
+FOLDERS = {
+    "gguf": {"": GGUF},
+    "gptq": {"": COMPRESSED / "gptq"},
+    "awq": {"": COMPRESSED / "awq"},
+    "merged": {"": MERGED, "adapter": Path("models/adapter")},
+}
+METHODS = get_args(Method)
+IMPORTANCE = "imatrix.gguf"  # what the rounding went by; no model
 CARD = "README.md"
 KEPT = ".gitattributes"  # the Hub's own file in a repository
 
@@ -87,9 +100,10 @@ def terms_of(source: str, stated: Sequence[str]) -> tuple[Terms, ...]:
 
 
 def check_name(repo: str, terms: Sequence[Terms] = ()) -> None:
-    """Refuses, by a UserError, a name that the Hub or a licence does not allow."""
+    """Refuses, by a UserError, a name that the Hub or a licence does not allow, with all that it may end in."""
     try:
-        validate_repo_id(repo)
+        for suffix in SUFFIXES.values():
+            validate_repo_id(f"{repo}{suffix}")
         owner, name = repo.split("/")
     except (HFValidationError, ValueError):
         raise UserError(f"REPO={repo}: not a repository of the Hub; expected owner/name") from None
@@ -102,12 +116,17 @@ def check_name(repo: str, terms: Sequence[Terms] = ()) -> None:
             )
 
 
-def artifacts() -> Iterator[tuple[str, Path]]:
-    """The place in the release and here of every artifact in it; a UserError where one is missing."""
-    for place, folder in FOLDERS.items():
+def kinds() -> list[str]:
+    """The repositories of a release in the order of their pushes: one for each method that was asked for, and two always."""
+    return [kind for kind in SUFFIXES if kind not in METHODS or (COMPRESSED / kind).is_dir()]
+
+
+def artifacts(kind: str) -> Iterator[tuple[str, Path]]:
+    """The place in a repository and here of every artifact in it; a UserError where one is missing."""
+    for place, folder in FOLDERS[kind].items():
         found = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         found = [path for path in found if path.name != MANIFEST]  # which names folders that a release has not
-        if not any(path.suffix in (".safetensors", ".gguf") for path in found):
+        if not any(path.suffix in (".safetensors", ".gguf") and path.name != IMPORTANCE for path in found):
             raise UserError(f"{folder}: holds no weights; run `make repro`, or `.venv/bin/dvc checkout`")
         for path in found:
             yield f"{place}/{path.name}".lstrip("/"), path
@@ -139,8 +158,11 @@ def stated(data: Row) -> dict[str, str]:
     }
 
 
-def measured(inputs: Inputs, data: Row) -> list[EvalResult]:
-    """The scores of the merged model as the Hub's metadata has them: on held-out rows, then those of every benchmark of the suites."""
+def measured(model: str, inputs: Inputs, data: Row) -> list[EvalResult]:
+    """The scores of a model as the Hub's metadata has them: on held-out rows, then those of every benchmark of the suites.
+
+    None where it was not evaluated.
+    """
 
     def result(kind: str, name: str, score: Row, **dataset: Any) -> EvalResult:
         return EvalResult(
@@ -151,15 +173,17 @@ def measured(inputs: Inputs, data: Row) -> list[EvalResult]:
             **dataset,
         )
 
-    merged, found = inputs.results["merged"], []
+    results, found = inputs.results.get(model), []
+    if results is None:
+        return []
     source, revision = data["source"], data["revision"]
     rows = {"dataset_type": source, "dataset_name": f"held-out rows of {source}", "dataset_revision": revision}
-    if merged["strict"]:
-        found.append(result("accuracy", "strict instruction accuracy", merged["strict"]["seen"], **rows))
-    if merged["preference"]:
-        found.append(result("accuracy", "preference accuracy by likelihood", merged["preference"], **rows))
+    if results["strict"]:
+        found.append(result("accuracy", "strict instruction accuracy", results["strict"]["seen"], **rows))
+    if results["preference"]:
+        found.append(result("accuracy", "preference accuracy by likelihood", results["preference"], **rows))
     for suite, row in inputs.suites.items():
-        scores = row["models"]["merged"]
+        scores = row["models"][model]
         for part, score in {"average": scores["average"], **scores["benchmarks"]}.items():
             # Results that differ in their name alone would become one, hence the config.
             place = {"dataset_type": suite, "dataset_name": f"{row['title']}: {part}", "dataset_config": part}
@@ -167,55 +191,94 @@ def measured(inputs: Inputs, data: Row) -> list[EvalResult]:
     return found
 
 
-def metadata(name: str, inputs: Inputs, terms: Sequence[Terms], base: Row, data: Row) -> str:
-    """The YAML that the Hub reads at the top of a card."""
+def metadata(repo: str, kind: str, inputs: Inputs, terms: Sequence[Terms], base: Row, data: Row) -> str:
+    """The YAML that the Hub reads at the top of the card of a repository; the smaller ones are made from owner/name, `repo`."""
     several = len(terms) > 1
     merged_of = [model["hub"] for model in constituents(base) if model["hub"]]
+    origin: Row = {"base_model": repo, "base_model_relation": "quantized"}
+    if kind == "merged":
+        origin = {"base_model": hub_name(base["source"]) or merged_of or None}
     return ModelCardData(
-        model_name=name,
-        base_model=hub_name(base["source"]) or merged_of or None,
+        model_name=f"{repo}{SUFFIXES[kind]}".split("/")[1],
+        **origin,
         datasets=[found] if (found := hub_name(data["source"])) else None,
-        library_name="transformers",
+        library_name="gguf" if kind == "gguf" else "transformers",
         pipeline_tag="text-generation",
         license="other" if several else terms[0].id,
         license_name="-and-".join(licence.id for licence in terms) if several else None,
         license_link="LICENSE" if several else None,
-        tags=["dpo", "preference", "qlora", "gguf", "hermes-dpo"],
-        eval_results=measured(inputs, data) or None,
+        tags=["dpo", "preference", "qlora", "hermes-dpo", *([] if kind == "merged" else [kind])],
+        eval_results=measured(kind, inputs, data) or None,
     ).to_yaml()
 
 
-def assemble(folder: Path, repo: str, commit: str, terms: Sequence[Terms]) -> list[Row]:
-    """Makes the folder of the release anew; returns its files but for the card, which lists them."""
+def folder_of(repo: str) -> Path:
+    """Where a repository of a release is assembled."""
+    return scratch_folder("release") / repo.replace("/", "--")
+
+
+def smallest_gguf() -> Path:
+    """The file that examples and the Modelfile name, as `make chat` takes it."""
+    from tools.chat import gguf_files  # which takes seconds to import
+
+    return gguf_files()[0]
+
+
+def write_modelfile(target: Path) -> None:
+    """Writes Ollama's Modelfile into a folder of the GGUF files, or says why there is none."""
+    from tools.modelfile import Unwritable, modelfile
+
+    gguf = smallest_gguf()
+    try:
+        (target / "Modelfile").write_text(modelfile(gguf, MERGED, gguf.name))
+    except Unwritable as error:
+        warn(f"no Modelfile for Ollama: {error}")
+
+
+def fill(target: Path, kind: str, terms: Sequence[Terms]) -> list[Row]:
+    """Puts the files of a repository into its folder, but for the card; returns path, size in bytes and sha256 of each."""
+    for place, source in artifacts(kind):
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        (target / place).symlink_to(source.resolve())
+    if kind == "gguf":
+        write_modelfile(target)
+    (target / "LICENSE").write_text("\n\n".join(Path(licence.text).read_text() for licence in terms))
+    notices = [licence.notice for licence in terms if licence.notice]
+    if notices:
+        (target / "NOTICE").write_text("\n".join(notices) + "\n")
+    return [
+        {"path": path.relative_to(target).as_posix(), "size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(target.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def assemble(repo: str, commit: str, terms: Sequence[Terms]) -> dict[str, list[Row]]:
+    """Makes the folders of a release anew; returns the files of each repository but for its card, which lists them."""
     inputs, base, data = read_inputs(), read_json(BASE), read_json(DATA)
-    name = repo.split("/")[1]
-    with complete_folder(folder) as target:
-        for place, source in artifacts():
-            (target / place).parent.mkdir(parents=True, exist_ok=True)
-            (target / place).symlink_to(source.resolve())
-        (target / "LICENSE").write_text("\n\n".join(Path(licence.text).read_text() for licence in terms))
-        notices = [licence.notice for licence in terms if licence.notice]
-        if notices:
-            (target / "NOTICE").write_text("\n".join(notices) + "\n")
-        files = [
-            {"path": path.relative_to(target).as_posix(), "size": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(target.rglob("*"))
-            if path.is_file()
-        ]
-        content = page(inputs) | {
-            "metadata": metadata(name, inputs, terms, base, data),
-            "name": name,
-            "repo": repo,
-            "commit": commit,
-            "terms": terms,
-            "base": base | {"hub": hub_name(base["source"])},
-            "constituents": constituents(base),
-            "data": data | {"hub": hub_name(data["source"]), "terms": KNOWN["data"].get(data["source"])},
-            "stated": stated(data),
-            "release": files,
-        }
-        render("card.md.j2", target / CARD, content)
-    return files
+    shown = page(inputs) | {
+        "repo": repo,
+        "repositories": {kind: f"{repo}{SUFFIXES[kind]}" for kind in kinds()},
+        "commit": commit,
+        "terms": terms,
+        "base": base | {"hub": hub_name(base["source"])},
+        "constituents": constituents(base),
+        "data": data | {"hub": hub_name(data["source"]), "terms": KNOWN["data"].get(data["source"])},
+        "stated": stated(data),
+    }
+    made: dict[str, list[Row]] = {}
+    for kind, name in shown["repositories"].items():
+        with complete_folder(folder_of(name)) as target:
+            made[name] = fill(target, kind, terms)
+            content = shown | {
+                "metadata": metadata(repo, kind, inputs, terms, base, data),
+                "kind": kind,
+                "name": name.split("/")[1],
+                "release": made[name],
+                "example": smallest_gguf().stem,
+            }
+            render("card.md.j2" if kind == "merged" else "card_quantized.md.j2", target / CARD, content)
+    return made
 
 
 def refusal(error: Exception, repo: str) -> UserError:
@@ -261,21 +324,23 @@ def main() -> None:
         raise UserError(
             "no token to push with; set HF_TOKEN to one that may write (https://huggingface.co/settings/tokens)"
         )
-    commit, folder = check_commit(), scratch_folder("release") / options.repo.replace("/", "--")
+    commit = check_commit()
     with only_one("repro"), selected(options.profile):
         check_results()
         terms = terms_of(read_json(BASE)["source"], options.licence)
         check_name(options.repo, terms)
-        files = assemble(folder, options.repo, commit, terms)
-    for file in files:
-        say(f"{file['size']:>14,}  {file['sha256']}  {file['path']}")
-    say(f"card: {folder / CARD}")
+        release = assemble(options.repo, commit, terms)
+    for repo, files in release.items():
+        say(f"{repo}:", *(f"{file['size']:>14,}  {file['sha256']}  {file['path']}" for file in files))
+        say(f"card: {folder_of(repo) / CARD}")
     if options.push:
-        say(f"pushed: {push(folder, options.repo, commit)}")
+        for repo in release:
+            say(f"pushed: {push(folder_of(repo), repo, commit)}")
     else:
-        total = sum(file["size"] for file in files)
+        sizes = [file["size"] for files in release.values() for file in files]
         say(
-            f"{len(files) + 1} files, {total / 1e9:.2f} GB, would become {options.repo}; nothing is pushed without PUSH=1"
+            f"{len(sizes) + len(release)} files, {sum(sizes) / 1e9:.2f} GB, would become {', '.join(release)}; "
+            "nothing is pushed without PUSH=1"
         )
 
 

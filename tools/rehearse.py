@@ -6,8 +6,9 @@
 
 It proves what can be proved without the data and the weights: that every stage works at that size, and what memory, disk and time each
 takes. It works in a copy of the code, .scratch/rehearsal, whose params.yaml selects the profile. The weights are random, the tokenizer is
-Llama-3's own, and the rows are shaped like Hermes' and enough for one optimizer step. DVC runs the stages up to the GGUF there; then that
-file is loaded and writes 8 tokens. The learning rate has no warm-up, so that the step moves the adapter.
+Llama-3's own, and the rows are shaped like Hermes' and enough for one optimizer step. DVC runs the stages up to the GGUF and the 4-bit
+weights there, which two pairs calibrate; then the GGUF is loaded and writes 8 tokens. The learning rate has no warm-up, so that the step
+moves the adapter. GPTQ or AWQ is left out where disk or memory has no room for it.
 
 What has run is not run again: start it again after an interruption. reports/rehearsal.json and .md say what each stage took, rehearsal-8
 what it took with a step of 8 pairs. With fewer layers they are in the copy.
@@ -43,18 +44,21 @@ from hermes.model.llama3 import Shape
 from hermes.model.safetensors_stream import DTYPES, PIECE, Stored, write_folder
 from hermes.pages import render
 from hermes.run import run_tool
+from hermes.settings.compress import Method
 from hermes.settings.experiment import Profile
-from tools import disk
+from tools import disk, plan
 from tools.dvc_runs import environment
-from tools.plan import BITS, load, model_shape, pair_lengths, weights_of
+from tools.memory_plan import gibibytes
+from tools.plan import Run, changed, device_here, load, model_shape, on_cpu, pair_lengths
 from tools.profiles import write_params
+from tools.quantization_plan import folder_size, gguf_size, weights_of
 
 ROOT = Path(__file__).parent.parent
 REPORTS = Path("reports")
-STAGES = ("fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize")
+STAGES = ("fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize", "compress")
 SOURCE = "random-model"
 COLUMNS = ("question", "chosen", "rejected")
-TYPE, NEW_TOKENS, HELD_OUT = "Q4_K_M", 8, 4
+TYPE, NEW_TOKENS, HELD_OUT, CALIBRATING = "Q4_K_M", 8, 4, 2
 FOLDERS = ("hermes", "stages", "tools", "data/embedded")  # that are copied, fetch_data's dependency among them
 FILES = ("packages.yaml", "requirements-math.lock", "dvc.yaml", "run-stage", ".dvcignore", ".dvc/config")
 RUNNING = re.compile(r"Running stage '(\w+)'")  # as DVC says it, and the program after this line
@@ -110,8 +114,30 @@ def random_rows(loaded: Profile, tokenizer: PreTrainedTokenizerBase, count: int,
     return [row(i) for i in random.choice(len(lengths.prompt), count)]
 
 
-def overrides(loaded: Profile, pairs: int) -> dict[str, dict[str, Any]]:
+def methods_with_room(loaded: Profile, shape: Shape, needed: int) -> tuple[list[Method], dict[str, str]]:
+    """The methods of `compress` that memory and disk here can hold beside `needed` bytes on disk, and what each other one lacks."""
+    bits = params.read_yaml(params.PARAMS)["bits"]
+    device = device_here(loaded.base.threads, bits)[1]
+    run = Run(loaded if device.is_gpu else on_cpu(loaded, bits), shape, pair_lengths(loaded)[0])
+    kept: list[Method] = []
+    lacking: dict[str, str] = {}
+    for method in loaded.compress.methods:
+        alone = changed(run, {"compress": {"methods": [method], "awq_pairs": CALIBRATING}})
+        memory, size = plan.memory_of(alone, device.is_gpu)["compress"], folder_size(loaded, shape)
+        if memory > device.memory:
+            lacking[method] = f"{gibibytes(memory)} of memory, of which there are {gibibytes(device.memory)}"
+        elif disk.room(ROOT, needed + size * (len(kept) + 1))[1]:
+            lacking[method] = f"{gibibytes(size)} more on the disk"
+        else:
+            kept.append(method)
+    return kept, lacking
+
+
+def overrides(loaded: Profile, pairs: int, shape: Shape, methods: list[Method]) -> dict[str, dict[str, Any]]:
     """What the rehearsal sets in the profile: its material, one step that moves the adapter, and this machine's threads."""
+    group = loaded.compress.group_size
+    divides = group is not None and not any(inputs % group for inputs, _ in shape.linear.values())
+    threads = {"threads": os.cpu_count() or 1}
     batch_size = math.gcd(pairs, loaded.train.batch_size)  # so that the step is of all of them
     step = {"batch_size": batch_size, "accumulation": pairs // batch_size, "max_steps": 1}
     columns = {name: name for name in COLUMNS} | {"score": "delta_score", "system": None}
@@ -121,9 +147,11 @@ def overrides(loaded: Profile, pairs: int) -> dict[str, dict[str, Any]]:
         "data": rows | {"columns": columns, "splits": splits, "decontaminate": []},
         "model": {"source": f"./{SOURCE}", "revision": None},
         "subset": {"k": pairs},
-        "base": {"threads": os.cpu_count() or 1},
+        "base": threads,
         "train": step | {"warmup_steps": 0, "warmup_ratio": 0.0, "evaluations": 0},
+        "calibration": {"pairs": CALIBRATING},
         "quantize": {"types": [TYPE]},
+        "compress": threads | {"methods": methods, "group_size": group if divides else None, "awq_pairs": CALIBRATING},
         "evaluate": {"types": [TYPE]},
     }
 
@@ -135,7 +163,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def prepare(folder: Path, profile: str, loaded: Profile, pairs: int, shape: Shape) -> None:
+def prepare(folder: Path, profile: str, loaded: Profile, pairs: int, shape: Shape, methods: list[Method]) -> None:
     """Makes the copy that the rehearsal runs in: code, params, rows, and random weights until they are fetched. What is there stays."""
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -155,7 +183,7 @@ def prepare(folder: Path, profile: str, loaded: Profile, pairs: int, shape: Shap
     elif not (folder / SOURCE).is_dir():
         say(f"rehearse: writing {weights_of(shape) / 1e9:.2f} billion random weights")
         random_model(folder / SOURCE, shape, tokenizer)
-    write_params(ROOT / params.PARAMS, folder / params.PARAMS, profile, overrides(loaded, pairs))
+    write_params(ROOT / params.PARAMS, folder / params.PARAMS, profile, overrides(loaded, pairs, shape, methods))
 
 
 def memory_of(process: psutil.Process) -> tuple[int, int]:
@@ -223,11 +251,14 @@ def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, 
     loaded, records = load(profile), folder / "records.json"
     held = disk_used(folder) if folder.is_dir() else 0
     # base, merged model and f16 GGUF have two bytes a weight
-    free, mend = disk.room(ROOT, weights_of(shape) * (3 * 2 + BITS[TYPE] / 8) - held)
+    needed = 3 * 2 * weights_of(shape) + gguf_size(TYPE, shape) - held
+    free, mend = disk.room(ROOT, needed)
     if mend:
         raise UserError(f"{free}; {mend}, or use fewer --layers")
-    prepare(folder, profile, loaded, pairs, shape)
-    run_watched([sys.executable, "-m", "dvc", "repro", STAGES[-1]], folder, records)
+    methods, lacking = methods_with_room(loaded, shape, needed)
+    say(*(f"rehearse: {method} is left out, since it needs {what}" for method, what in lacking.items()))
+    prepare(folder, profile, loaded, pairs, shape, methods)
+    run_watched([sys.executable, "-m", "dvc", "repro", *STAGES[-2:]], folder, records)
     if not (largest := moved(folder / "models/adapter")):
         raise UserError("train: the step left the adapter's B factors at zero, so the merge proves nothing")
     run_watched([sys.executable, "-c", GENERATE], folder, records)
@@ -243,6 +274,8 @@ def rehearse(profile: str, shape: Shape, pairs: int, folder: Path) -> dict[str, 
         "stages": read_json(records),
         "merge": read_json(folder / "models/merged/merge.json"),
         "tokens": read_json(folder / "reports/data.json")["train"]["tokens"],
+        "compressed": read_json(folder / "models/compressed/compress.json")["files"],
+        "left_out": lacking,
     }
 
 

@@ -27,11 +27,20 @@ from ruamel.yaml.error import YAMLError
 from hermes import params
 from hermes.artifacts import complete_file, write_json
 from hermes.console import UserError, say
-from hermes.evaluation.intervals import paired_gain
+from hermes.evaluation.intervals import paired_gain, paired_ratio
 from hermes.pages import figures
 from hermes.pages.figures import Curves
 from hermes.pages.render import clean, interval, percent, points, render, render_html, setting
-from hermes.pages.results import Row, flips, gguf_files, pair, parse_answers, parse_curves, parse_mapping, shown_params
+from hermes.pages.results import (
+    Row,
+    flips,
+    pair,
+    parse_answers,
+    parse_curves,
+    parse_mapping,
+    shown_params,
+    smaller_files,
+)
 from hermes.run import run_tool
 
 OUTPUT = Path("reports/review")
@@ -164,9 +173,20 @@ def strict_gain(before: Mapping[str, Row], after: Mapping[str, Row], seen: bool)
 
 
 def quantization(revision: Revision) -> dict[str, Row]:
-    """Size and divergence of each GGUF of a revision, from the largest to the smallest; None: not measured."""
+    """Size and divergence of each smaller file of a revision, from the largest to the smallest; None: not measured."""
     quantize = revision.read("reports/quantize.json", parse_mapping)
-    return gguf_files(quantize, revision.read("reports/eval/divergence.json", parse_mapping))
+    return smaller_files(quantize, revision.read("reports/eval/divergence.json", parse_mapping))
+
+
+def kl_change(old: Row | None, new: Row | None) -> dict[str, Any] | None:
+    """By which share a file's mean KL changes from one revision to the other, with its paired interval; None where that is not known."""
+    before, after = (
+        {topic: (kl, tokens) for topic, kl, tokens in file["by_topic"]} if file and file.get("by_topic") else {}
+        for file in (old, new)
+    )
+    if before.keys() != after.keys() or not before or not sum(kl for kl, _ in before.values()):
+        return None
+    return dict(paired_ratio([(topic, kl, after[topic][0], tokens) for topic, (kl, tokens) in before.items()]))
 
 
 def review(base: str, head: str | None = None) -> list[str]:
@@ -184,7 +204,11 @@ def review(base: str, head: str | None = None) -> list[str]:
         "unseen_gain": strict_gain(old_answers, new_answers, seen=False),
         "answers": compare_answers(old_answers, new_answers),
         "shown": SHOWN_ANSWERS,
-        "files": [(name, old_files.get(name), new_files.get(name)) for name in dict.fromkeys([*old_files, *new_files])],
+        "files": [
+            (name, old, new, kl_change(old, new))
+            for name in dict.fromkeys([*old_files, *new_files])
+            for old, new in [(old_files.get(name), new_files.get(name))]
+        ],
     }
     write_pages("review", [before, after], content)
     return summarize(content)

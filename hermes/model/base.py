@@ -7,12 +7,20 @@ layer.
 
 import gc
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from hermes.bits import CHOSEN, Bits, can
 from hermes.console import UserError
@@ -127,14 +135,20 @@ def load_config(folder: Path) -> PreTrainedConfig:
 def load(
     folder: Path,
     dtype: torch.dtype,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: BitsAndBytesConfig | CompressedTensorsConfig | None = None,
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Loads a local model folder onto the device, without remote code; a configuration with fewer layers gives that many.
 
+    What the stage compress packed to 4 bits is unpacked, to the type of its scales and then to `dtype`.
+
     Raises:
         UserError: the folder is missing, damaged or no model.
     """
+    stated = getattr(config or load_config(folder), "quantization_config", None)
+    if isinstance(stated, dict) and stated.get("quant_method") == "compressed-tensors":
+        quantization = CompressedTensorsConfig(dequantize=True)
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

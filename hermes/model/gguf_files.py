@@ -1,28 +1,27 @@
 """GGUF files made by llama.cpp: converted from safetensors, then quantized."""
 
+import ctypes
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import llama_cpp
-from gguf import GGUFReader
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from transformers import PreTrainedTokenizerBase
 
 from hermes.console import UserError
 from hermes.model.gguf import GgufModel, quiet_llama_cpp
+from hermes.settings.quantize import GGUF_TYPES, WEIGHED
 from hermes.shortage import lack
 
-FILE_TYPES = {
-    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
-    "Q5_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
-    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-}
-
-
+FILE_TYPES: dict[str, int] = {name: getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}") for name in GGUF_TYPES}
 PROBES = (
     "Hello, world!",
     "The year 2024 costs 1,234.56 dollars.",
@@ -61,22 +60,64 @@ def convert(model: Path, target: Path, kind: Literal["f16", "bf16"]) -> None:
         raise UserError(f"{model}: cannot be converted to GGUF: {last}")
 
 
-def quantize(source: Path, target: Path, kind: str, threads: int = 0) -> None:
-    """Quantizes a GGUF file to another type with llama.cpp.
+def quantize(
+    source: Path,
+    target: Path,
+    kind: str,
+    threads: int = 0,
+    importance: Mapping[str, np.ndarray] | None = None,
+    tensor_types: Mapping[str, GGMLQuantizationType] = MappingProxyType({}),
+) -> None:
+    """Quantizes a GGUF file to another type with llama.cpp; the number of threads changes no bit.
+
+    Args:
+        source: the file in float16.
+        target: the file to write.
+        kind: one of `FILE_TYPES`.
+        threads: CPU threads; 0 takes all.
+        importance: of each column of a tensor, by the tensor's name (hermes/model/importance.py).
+        tensor_types: of tensors that do not go by `kind`.
 
     Raises:
-        UserError: llama.cpp refuses the file.
+        UserError: llama.cpp refuses the file, or the type without `importance`.
     """
+    if kind in WEIGHED and importance is None:
+        raise UserError(f"{kind} is rounded by an importance matrix alone; set `quantize.imatrix: true`")
     quiet_llama_cpp()
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = FILE_TYPES[kind]
     settings.nthread = threads
+    entry, override = llama_cpp.llama_model_imatrix_data, llama_cpp.llama_model_tensor_override
+    if importance is not None:  # both lists end with an empty entry
+        pointer = ctypes.POINTER(ctypes.c_float)
+        columns = {name: np.ascontiguousarray(data, dtype=np.float32) for name, data in importance.items()}
+        entries = [entry(name.encode(), data.ctypes.data_as(pointer), data.size) for name, data in columns.items()]
+        settings.imatrix = (entry * (len(entries) + 1))(*entries)
+    if tensor_types:
+        overrides = [override(f"^{re.escape(name)}$".encode(), stored) for name, stored in tensor_types.items()]
+        settings.tt_overrides = (override * (len(overrides) + 1))(*overrides)
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
         free = shutil.disk_usage(target.parent).free / 2**30
         raise UserError(
             f"{source}: llama.cpp cannot quantize it to {kind}; {free:.1f} GiB are free there: if that is too little, free some and run "
             "the same command again, else delete it and run `dvc repro quantize`"
         )
+
+
+def layer_matrices(reader: GGUFReader) -> list[ReaderTensor]:
+    """The matrices of the layers of a file in float16 that quantizing rounds; one tensor may hold those of several experts."""
+    return [
+        tensor
+        for tensor in reader.tensors
+        if tensor.tensor_type == GGMLQuantizationType.F16 and re.fullmatch(r"blk\..*\.weight", tensor.name)
+    ]
+
+
+def share_divided(reader: GGUFReader) -> float:
+    """The share of the weights of these matrices whose rows blocks of 256 divide; else llama.cpp falls back to blocks of 32."""
+    matrices = layer_matrices(reader)
+    divided = sum(int(tensor.n_elements) for tensor in matrices if tensor.shape[0] % 256 == 0)
+    return divided / sum(int(tensor.n_elements) for tensor in matrices)
 
 
 def metadata(reader: GGUFReader) -> dict[str, Any]:

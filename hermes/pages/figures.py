@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 Curves = Mapping[str, Sequence[float]]
 Row = dict[str, Any]
@@ -112,28 +112,42 @@ def gains_by_kind(rows: Sequence[Row]) -> Figure:
 
 @STYLED
 def quantization_tradeoff(files: Sequence[Row], score: str) -> Figure:
-    """Distance from the merged model, and change of the named score with its paired interval, for each GGUF that was evaluated."""
-    figure = _figure(height=3.1)
+    """Over the size of each evaluated file: distance from the merged model, and change of the named score, with their 95 % intervals."""
+    figure = _figure(height=3.6)
     left, right = figure.subplots(1, 2)
-    distances = [math.nan if file["mean_kl"] is None else file["mean_kl"] for file in files]
-    left.plot(distances, "o-", color=BLUE, ms=7, lw=1.2)
+    shown = [file for file in files if file["mean_kl"] is not None]
+    for file in shown:
+        size, kl = file["bytes"] / 1e6, file["mean_kl"]
+        if file["low"] is not None:
+            left.plot([size, size], [file["low"], file["high"]], "-", color=_colour(file), lw=2.5, alpha=0.5)
+        left.plot(size, kl, "o", color=_colour(file), ms=7)
+        left.annotate(file["name"], (size, kl), xytext=(6, 4), textcoords="offset points", fontsize=8)
     left.set_title("Mean KL from merged, nats per token")
-    if min(distances) > 0:
+    if shown and min(file["mean_kl"] for file in shown) > 0:
         left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        left.yaxis.set_minor_formatter(NullFormatter())
     right.axhline(0, color=INK, lw=0.8)
-    for x, file in enumerate(files):
+    for file in files:
         if gain := file["against_merged"]:
-            colour = GREEN if gain["low"] > 0 else RED if gain["high"] < 0 else MUTED
-            right.plot([x, x], [gain["low"], gain["high"]], "-", color=colour, lw=2.5)
-            right.plot(x, gain["points"], "o", color=colour, ms=7)
-    right.set_title(f"{score} against merged, points")
+            size = file["bytes"] / 1e6
+            right.plot([size, size], [gain["low"], gain["high"]], "-", color=_colour(file), lw=2.5, alpha=0.5)
+            right.plot(size, gain["points"], "o", color=_colour(file), ms=7)
+            right.annotate(file["name"], (size, gain["points"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    right.set_title(f"{score}, points from merged")
     for axes in (left, right):
-        axes.set_xticks(range(len(files)), [f"{file['name']}\n{file['bytes'] / 1e6:,.0f} MB" for file in files])
-        axes.set_xlim(-0.5, len(files) - 0.5)
+        axes.set_xlabel("MB")
+        axes.margins(x=0.18)
         axes.tick_params(length=0, which="both")
-        axes.grid(visible=False, axis="x")
+    for colour, label in ((BLUE, "GGUF"), (ORANGE, "GPTQ and AWQ")):
+        left.plot([], [], "o", color=colour, label=label)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def _colour(file: Row) -> str:
+    return ORANGE if "group_size" in file else BLUE
 
 
 def _figure(height: float) -> Figure:

@@ -16,7 +16,8 @@ from hermes.console import UserError
 from hermes.pages.figures import Curves, Row
 
 REPORTS = Path("reports")
-EVALUATION, QUANTIZE = Path("data/evaluation"), Path("models/gguf/quantize.json")
+EVALUATION = Path("data/evaluation")
+QUANTIZE, COMPRESS = Path("models/gguf/quantize.json"), Path("models/compressed/compress.json")
 SUITES = EVALUATION / "suites.json"
 TASKS = ("strict", "preference", "perplexity", "failures")
 T = TypeVar("T")
@@ -51,6 +52,8 @@ class Apart(Shape):
 
     mean_kl: float
     top1_agreement: float
+    low: float | None = None
+    high: float | None = None
 
 
 class Rounded(Shape):
@@ -83,15 +86,15 @@ class Merges(Shape):
 
 
 class File(Shape):
-    """A GGUF file in quantize.json."""
+    """A GGUF file in quantize.json, or a folder of 4-bit weights in compress.json."""
 
     bytes: int
     bits_per_weight: float
-    fallback: int
+    fallback: int | None = None
 
 
 class Files(Shape):
-    """quantize.json."""
+    """quantize.json and compress.json."""
 
     files: dict[str, File]
 
@@ -183,7 +186,10 @@ class Trained(Shape):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stages wrote, as they wrote it; `results` are in the order of the page: base, merged, GGUFs by size."""
+    """What the stages wrote, as they wrote it.
+
+    `quantize` has the folders of compress.json among its files. `results` are in the order of the page: base, merged, files by size.
+    """
 
     profile: str
     params: Mapping[str, Any]
@@ -209,12 +215,13 @@ def read_inputs() -> Inputs:
     """
     tree = params.read_yaml(params.PARAMS)
     profile = params.selected_profile(tree)
-    quantize = read(QUANTIZE, shaped(Files))
+    quantize, compress = (read(path, shaped(Files)) for path in (QUANTIZE, COMPRESS))
+    quantize["files"] |= compress["files"]
     comparison = read(EVALUATION / "comparison.json", shaped(dict[str, Compared]))
     divergence = read(EVALUATION / "divergence.json", shaped(dict[str, Apart]))
     if "merged" not in comparison:
         raise UserError(f"{EVALUATION}/comparison.json: says nothing of merged; {REMAKE}")
-    models = ["base", "merged", *(name for name in gguf_files(quantize, divergence) if name in comparison)]
+    models = ["base", "merged", *(name for name in smaller_files(quantize, divergence) if name in comparison)]
     train = REPORTS / "train"
     summary, history = read(train / "summary.json", shaped(Trained)), read(train / "history.csv", parse_curves)
     validation = read(train / "evaluation.csv", parse_curves)
@@ -333,10 +340,15 @@ def shown_params(tree: Mapping[str, Any], profile: str) -> dict[str, Any]:
     return {"profile": profile, **top, **tree["profiles"][profile]}
 
 
-def gguf_files(quantize: Row, divergence: Row) -> dict[str, Row]:
-    """The size and the divergence of each GGUF file, from the largest to the smallest; None: not measured."""
+DISTANCE_KEYS = ("mean_kl", "low", "high", "top1_agreement", "by_topic")
+FILE_KEYS = ("fallback", "weight_error", "weight_stretch")
+
+
+def smaller_files(quantize: Row, divergence: Row) -> dict[str, Row]:
+    """The size and the divergence of each file, from the largest to the smallest; None: not measured, or not of its kind."""
     files = sorted(quantize["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))
-    return {name: {"mean_kl": None, "top1_agreement": None, **file, **divergence.get(name, {})} for name, file in files}
+    distances = {name: {key: divergence.get(name, {}).get(key) for key in DISTANCE_KEYS} for name, _ in files}
+    return {name: {**dict.fromkeys(FILE_KEYS), **file, **distances[name]} for name, file in files}
 
 
 def pair(before: Mapping[str, Row], after: Mapping[str, Row]) -> list[tuple[Row, Row]]:

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from hermes.evaluation.benchmarks import SUITES, SuiteName
 from hermes.params import Settings, each_once
 from hermes.settings.base import Count, CountOrZero, Threads
+from hermes.settings.compress import Method
 from hermes.settings.quantize import GgufType
 
 
@@ -27,10 +28,15 @@ class EvaluateSettings(Batching):
     tasks: Annotated[list[Literal["instructions", "preference", "plain"]], Field(min_length=1)]
     questions_per_kind: Count | None
     suites: list[SuiteName]
-    types: list[Literal["f16", GgufType]]
+    types: Literal["all"] | list[Literal["f16", GgufType, Method]]
     divergence_pairs: CountOrZero
 
-    _each_once = field_validator("tasks", "suites", "types")(each_once)
+    _each_once = field_validator("tasks", "suites")(each_once)
+
+    @field_validator("types")
+    @classmethod
+    def _types_once(cls, types: str | list[str]) -> str | list[str]:
+        return types if isinstance(types, str) else each_once(types)
 
     @model_validator(mode="after")
     def _answers_fit(self) -> "EvaluateSettings":

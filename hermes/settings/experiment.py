@@ -5,6 +5,7 @@ stage depends on it.
 """
 
 from pathlib import Path
+from typing import get_args
 
 from pydantic import model_validator
 
@@ -12,6 +13,8 @@ from hermes import params
 from hermes.bits import Bits
 from hermes.params import PARAMS, Settings
 from hermes.settings.base import BaseSettings
+from hermes.settings.calibration import CalibrationSettings
+from hermes.settings.compress import CompressSettings, Method
 from hermes.settings.data import DataSettings
 from hermes.settings.evaluate import EvaluateSettings
 from hermes.settings.merge import MergeSettings
@@ -35,16 +38,31 @@ class Profile(Settings):
     reference: ReferenceSettings
     train: TrainSettings
     merge: MergeSettings
+    calibration: CalibrationSettings
     quantize: QuantizeSettings
+    compress: CompressSettings
     evaluate: EvaluateSettings
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Profile":
         if self.merge.base == "nf4" and self.base.quantization != "nf4":
             raise ValueError("`merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
-        if missing := sorted(set(self.evaluate.types) - {"f16", *self.quantize.types}):
+        methods = {*get_args(Method)}
+        asked = {*self.evaluate.types} if isinstance(self.evaluate.types, list) else set()
+        files = (
+            asked - methods - {"f16"} if isinstance(self.quantize.types, list) else set()
+        )  # a ladder is known with the model
+        for key, missing in (
+            ("quantize.types", files - {*self.quantize.types}),
+            ("compress.methods", asked & methods - {*self.compress.methods}),
+        ):
+            if missing:
+                raise ValueError(
+                    f"`evaluate.types` asks for {min(missing)}, which is not made; add it to `{key}` or take it out"
+                )
+        if (pairs := self.compress.awq_pairs) > self.calibration.pairs:
             raise ValueError(
-                f"`evaluate.types` asks for {missing[0]}, which is not made; add it to `quantize.types` or take it out"
+                f"`compress.awq_pairs` is {pairs}; `calibration.pairs` is {self.calibration.pairs}: it can be no more"
             )
         return self
 

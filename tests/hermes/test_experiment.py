@@ -24,17 +24,28 @@ SHARE: dict[str, Any] = {
 # A key of the profile cpu, or of the top level behind a slash; a value that it cannot have; what the message says of it.
 MISTAKES: list[tuple[str, Any, str]] = [
     ("evaluate.typs", ["f16"], r"unknown key `profiles\.cpu\.evaluate\.typs`; allowed there: batch_size, .* types"),
-    ("evaluate.types", ["Q4_K_S"], r"`profiles\.cpu\.evaluate\.types\.0` is 'Q4_K_S': Input should be 'f16', 'Q8_0'"),
+    ("evaluate.types", ["Q9_K"], r"`profiles\.cpu\.evaluate\.types\.0` is 'Q9_K': Input should be 'f16', 'Q8_0', .*, 'gptq' or 'awq'$"),
+    ("evaluate.types", "ladder", r"evaluate\.types` is 'ladder': Input should be 'all' or Input should be a valid list$"),
     ("merge.max_shard_size", "lots", r"`profiles\.cpu\.merge\.max_shard_size` is 'lots': write it like 200MB or 5GB"),
     ("evaluate.types", ["f16", "f16"], r"evaluate\.types` .* f16 is in it twice"),
-    ("evaluate.types", ["Q6_K"], r"`evaluate\.types` asks for Q6_K, which is not made; add it to `quantize\.types`"),
     ("evaluate.tasks", [], r"evaluate\.tasks` is \[\]: List should have at least 1 item"),
     ("evaluate.suites", ["mmlu"], r"evaluate\.suites\.0` is 'mmlu': Input should be 'nous'"),
     ("evaluate.context", 96, r"`max_new_tokens` \(96 tokens\) leaves no room for a prompt in `context` \(96\)"),
     ("evaluate.slots", 1, r"evaluate\.slots` is 1: Input should be greater than or equal to 2"),
     ("evaluate.threads", 100_000, r"evaluate\.threads` is 100000: Input should be less than or equal to 1024"),
     ("quantize.types", ["Q8_0", "Q8_0"], r"quantize\.types` .* Q8_0 is in it twice"),
-    ("quantize.types", "Q8_0", r"quantize\.types` is 'Q8_0': Input should be a valid list"),
+    ("quantize.types", "Q8_0", r"quantize\.types` is 'Q8_0': Input should be 'ladder' or Input should be a valid list$"),
+    ("quantize.types", "all", r"quantize\.types` is 'all': Input should be 'ladder' or Input should be a valid list$"),
+    ("quantize.types", ["f16"], r"quantize\.types\.0` is 'f16': Input should be 'Q8_0', .* or 'IQ2_M'$"),
+    ("quantize.imatrix", "yes", r"quantize\.imatrix` is 'yes': Input should be a valid boolean"),
+    ("calibration.pairs", 0, r"calibration\.pairs` is 0: Input should be greater than 0$"),
+    ("calibration.pairs", 15, r"`compress\.awq_pairs` is 16; `calibration\.pairs` is 15: it can be no more$"),
+    ("compress.awq_pairs", 129, r"`compress\.awq_pairs` is 129; `calibration\.pairs` is 128: it can be no more$"),
+    ("compress.awq_pairs", 0, r"compress\.awq_pairs` is 0: Input should be greater than 0$"),
+    ("compress.methods", ["gguf"], r"compress\.methods\.0` is 'gguf': Input should be 'gptq' or 'awq'$"),
+    ("compress.methods", ["awq", "awq"], r"compress\.methods` .* awq is in it twice; name it once$"),
+    ("compress.group_size", 8, r"compress\.group_size` is 8: Input should be greater than or equal to 16$"),
+    ("compress.threads", 0, r"compress\.threads` is 0: Input should be greater than or equal to 1$"),
     ("base.quantization", "none", r"`keep_dequantized: true` goes with `quantization: nf4`"),
     ("base.dtype", "float16", r"base\.dtype` is 'float16': Input should be 'bfloat16' or 'float32'"),
     ("train.learning_rate", 1.0e30, r"train\.learning_rate` is 1e\+30: Input should be less than or equal to 1"),
@@ -97,10 +108,10 @@ MISTAKES: list[tuple[str, Any, str]] = [
 ]  # fmt: skip
 
 
-def write(path: Path, key: str, value: Any) -> None:
-    """Writes the committed params.yaml with one value changed."""
+def write(path: Path, key: str, value: Any, source: Path = ROOT / "params.yaml") -> None:
+    """Writes the committed params.yaml, or another, with one value changed."""
     yaml = YAML(pure=True)
-    tree = yaml.load(ROOT / "params.yaml")
+    tree = yaml.load(source)
     place = tree if key.startswith("/") else tree["profiles"]["cpu"]
     *sections, last = key.removeprefix("/").split(".")
     for section in sections:
@@ -118,6 +129,49 @@ def test_a_mistake_in_any_section_is_one_line_that_names_the_key(
     with pytest.raises(UserError, match=said) as caught:
         experiment.check(tmp_path / "params.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "missing"),
+    [
+        (["Q8_0"], ["Q6_K"], "quantize.types"),
+        (["Q8_0"], ["f16", "Q8_0", "gptq", "Q4_0"], "quantize.types"),
+        (["Q8_0"], ["f16", "Q8_0", "gptq"], None),
+        (["Q8_0"], "all", None),
+        ("ladder", ["f16", "Q4_0", "Q4_K_M", "awq"], None),
+        ([], ["gptq", "awq"], None),
+        ([], [], None),
+    ],
+)
+def test_what_is_evaluated_has_to_be_made(
+    made: Any, asked: Any, missing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "params.yaml"
+    write(path, "quantize.types", made)
+    write(path, "evaluate.types", asked, path)
+    if missing is None:
+        assert experiment.check(path, "cpu").profile.evaluate.types == asked
+    else:
+        with pytest.raises(
+            UserError, match=rf"asks for {asked[-1]}, which is not made; add it to `{missing}` or take it out$"
+        ):
+            experiment.check(path, "cpu")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_method_that_is_evaluated_has_to_be_made(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "params.yaml"
+    write(path, "compress.methods", [{"gptq": "awq", "awq": "gptq"}[method]])
+    assert experiment.check(path, "cpu").profile.evaluate.types == "all"  # of what is made
+    write(path, "evaluate.types", ["f16", method], path)
+    with pytest.raises(
+        UserError, match=rf"asks for {method}, which is not made; add it to `compress\.methods` or take it out$"
+    ):
+        experiment.check(path, "cpu")
 
 
 def test_a_further_source_is_an_entry_with_all_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

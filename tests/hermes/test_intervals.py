@@ -8,7 +8,7 @@ from statistics import mean
 import numpy as np
 import pytest
 
-from hermes.evaluation.intervals import Row, paired_gain
+from hermes.evaluation.intervals import Row, paired_gain, paired_ratio, ratio_interval
 
 
 def gain(rows: list[Row]) -> float:
@@ -108,3 +108,24 @@ def test_95_of_100_intervals_hold_the_true_gain() -> None:
         hits += float(result["low"]) <= 10.0 <= float(result["high"])
     assert 0.91 <= hits / 300 <= 0.99
     assert math.isclose(gain(make_rows(1000, topics=4000)), 10.0, abs_tol=1.0)  # the simulated truth is what it says
+
+
+def test_a_mean_a_token_weighs_topics_by_their_tokens_and_its_interval_holds_the_truth() -> None:
+    assert ratio_interval([("a", 2.0, 1), ("b", 1.0, 9)])["mean"] == pytest.approx(0.3)
+    assert ratio_interval([("a", 1.0, 2)] * 3) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    hits = 0
+    for seed in range(200):
+        random = Random(seed)
+        topics = [(str(i), random.randint(5, 15)) for i in range(40)]
+        found = ratio_interval([(name, n * (1 + random.gauss(0, 0.5)), n) for name, n in topics], resamples=400)
+        hits += found["low"] <= 1.0 <= found["high"]
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_a_change_of_a_mean_is_paired() -> None:
+    rows = [
+        (str(i), 1.0 + i, (1.0 + i) * 0.8, 10) for i in range(20)
+    ]  # a fifth less in every topic, which differ widely
+    found = paired_ratio(rows)
+    assert [found[key] for key in ("change", "low", "high")] == pytest.approx([-0.2, -0.2, -0.2])
+    assert found["n"] == 200

@@ -11,7 +11,8 @@ from hermes.console import UserError
 from hermes.run import run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize", "evaluate"]
+BEFORE_MERGE = ["fetch_data", "fetch_model", "subset", "tokenize", "reference", "train"]
+STAGES = [*BEFORE_MERGE, "merge", "quantize", "compress", "evaluate"]
 MODULES = [f"stages.{name}" for name in STAGES]
 PIPELINE = """
 stages:

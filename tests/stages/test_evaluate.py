@@ -295,7 +295,17 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
     Path("data/subset").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(ROWS), "data/subset/test.parquet")
     evaluate.RAW.mkdir()
-    for folder in (evaluate.RAW, evaluate.SUBSET, evaluate.ADAPTER, evaluate.MERGED, evaluate.GGUF):
+    evaluate.COMPRESSED.mkdir()
+    for folder, name in ((evaluate.GGUF, "quantize.json"), (evaluate.COMPRESSED, "compress.json")):
+        (folder / name).write_text(json.dumps({"files": {"f16": {}} if name == "quantize.json" else {}}))
+    for folder in (
+        evaluate.RAW,
+        evaluate.SUBSET,
+        evaluate.ADAPTER,
+        evaluate.MERGED,
+        evaluate.GGUF,
+        evaluate.COMPRESSED,
+    ):
         write_manifest(folder)
     profile = read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]
     section = {"suites": ["nous"], "types": ["f16"], "tasks": ["preference"], "slots": 4, "divergence_pairs": 2}
@@ -325,6 +335,46 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
     assert found["rounding"] == {"base": "bf16"}
     assert [found[onto]["rounding"]["weights"] for onto in ("bf16", "nf4")] == [2 * 64 * 64] * 2
     assert found["bf16"]["rounding"]["relative_error"] != found["nf4"]["rounding"]["relative_error"]
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [("all", ["Q8_0", "Q4_0", "gptq", "awq"]), (["awq", "f16"], ["awq", "f16"]), (["Q5_0"], None), ([], [])],
+)
+def test_the_files_that_are_evaluated_are_those_that_were_made(
+    types: Any, expected: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path, names in (
+        ("models/gguf/quantize", ("f16", "Q4_0", "Q8_0")),
+        ("models/compressed/compress", ("awq", "gptq")),
+    ):
+        Path(path).parent.mkdir(parents=True)
+        Path(f"{path}.json").write_text(json.dumps({"files": {name: {} for name in names}}))
+    if expected is None:
+        with pytest.raises(
+            UserError, match=r"names Q5_0, which was not made; add it to `quantize\.types` or `compress\.methods`$"
+        ):
+            evaluate.asked_files(settings_of(types=types))
+    else:
+        assert evaluate.asked_files(settings_of(types=types)) == expected
+
+
+def test_a_divergence_is_a_mean_over_tokens_with_an_interval_over_topics() -> None:
+    logits = {0: torch.tensor([[2.0, 0.0], [0.0, 1.0]]), 1: torch.tensor([[1.0, 3.0]])}
+    other = {0: torch.tensor([[1.0, 0.0], [1.0, 0.0]]), 1: torch.tensor([[1.0, 3.0]])}
+
+    class Answers:
+        def logits_of(self, prompts: Any, answers: Any) -> Any:
+            return ((i, [other[i]]) for i in (1, 0))
+
+    found = evaluate.Exact(["tea", "rain"], [[1], [2]], [[[1, 1]], [[1]]], logits).divergence(Answers())  # type: ignore[arg-type]
+    p, q = logits[0].log_softmax(-1), other[0].log_softmax(-1)
+    total = float((p.exp() * (p - q)).sum())
+    assert found["mean_kl"] == pytest.approx(total / 3)
+    assert (found["top1_agreement"], found["tokens"]) == (pytest.approx(2 / 3), 3)
+    assert found["by_topic"] == [("tea", pytest.approx(total), 2), ("rain", pytest.approx(0.0, abs=1e-9), 1)]
+    assert (found["low"], found["high"]) == (pytest.approx(0.0, abs=1e-9), pytest.approx(total / 2))
 
 
 def test_so_many_questions_of_every_kind_are_asked_spread_over_the_topics(

@@ -24,8 +24,9 @@ from stages import report
 
 KINDS = {"lowercase": True, "bullets": True, "json": True, "end_with": True, "brackets": False, "avoid_word": False}
 TOPICS = ("tea", "rivers", "chess", "bread", "clouds")
-MODELS = {"base": 0.3, "merged": 0.55, "f16": 0.55, "Q8_0": 0.55, "Q4_K_M": 0.5}
-FILES = {"Q4_K_M": 105_000_000, "Q8_0": 145_000_000, "f16": 271_000_000}
+MODELS = {"base": 0.3, "merged": 0.55, "f16": 0.55, "Q8_0": 0.55, "gptq": 0.52, "Q4_K_M": 0.5}
+FILES = {"Q4_K_M": 105_000_000, "gptq": 113_000_000, "Q8_0": 145_000_000, "f16": 271_000_000}
+COMPRESSED = {"gptq"}
 EVIL = 'x</div><script>alert("1")</script> | a cell | <img src="https://example.com/x.png"> `code` *bold*\n| --- |'
 
 
@@ -48,10 +49,20 @@ def write_reports(root: Path, beta: float = 0.1, seed: int = 0, rate: float | No
         _json(evaluation / f"{name}.json", _result(name, rows, random))
     against = {"merged": "base"} | dict.fromkeys(FILES, "merged")
     _json(evaluation / "comparison.json", {n: _compare(answers[old], answers[n], old) for n, old in against.items()})
-    kl = {"hf_bf16": 1e-5, "f16": 2e-6, "Q8_0": 4e-4, "Q4_K_M": 0.021}
+    kl = {"hf_bf16": 1e-5, "f16": 2e-6, "Q8_0": 4e-4, "gptq": 0.07, "Q4_K_M": 0.021}
     _json(
         evaluation / "divergence.json",
-        {name: {"mean_kl": value, "top1_agreement": 1 - value, "tokens": 5000} for name, value in kl.items()},
+        {
+            name: {
+                "mean_kl": value,
+                "low": 0.9 * value,
+                "high": 1.1 * value,
+                "top1_agreement": 1 - value,
+                "tokens": 5000,
+                "by_topic": [[topic, 1000 * value, 1000] for topic in TOPICS],
+            }
+            for name, value in kl.items()
+        },
     )
     apart = {
         "mean_kl": 0.0031,
@@ -70,8 +81,13 @@ def write_reports(root: Path, beta: float = 0.1, seed: int = 0, rate: float | No
     _json(evaluation / "merge.json", merges)
     _json(
         root / "models/gguf/quantize.json",
-        {"files": {name: _file(name) for name in FILES}, "metadata": {"architecture": "llama", "eos": 2}},
+        {
+            "files": {name: _file(name) for name in FILES if name not in COMPRESSED},
+            "metadata": {"architecture": "llama", "eos": 2},
+            "importance": {"pairs": 128, "tokens": 10_263, "matrices": 210},
+        },
     )
+    _json(root / "models/compressed/compress.json", {"files": {name: _folder(name) for name in COMPRESSED}})
     _json(reports / "subset.json", {split: _subset(split) for split in ("train", "validation", "test")})
     _json(reports / "data.json", {split: _tokenized(split) for split in ("train", "validation", "test")})
     _training(reports / "train", random)
@@ -146,6 +162,18 @@ def _file(name: str) -> dict[str, Any]:
         "weight_error": 0.0 if name == "f16" else 0.0512,
         "weight_stretch": 0.0 if name == "f16" else 0.0189,
         "sha256": "0" * 64,
+        "imatrix": name == "Q4_K_M",
+    }
+
+
+def _folder(name: str) -> dict[str, Any]:
+    return {
+        "bytes": FILES[name],
+        "bits_per_weight": round(FILES[name] * 8 / 134_515_008, 4),
+        "group_size": 32,
+        "pairs": 128,
+        "tokens": 10_263,
+        "sha256": {"model.safetensors": "1" * 64},
     }
 
 
@@ -474,7 +502,7 @@ def test_the_metrics_are_those_of_the_inputs(built: Path) -> None:
         name: results[name]["preference"]["accuracy"] for name in ("base", "merged")
     }
     assert found["perplexity"] == {name: results[name]["perplexity"]["value"] for name in ("base", "merged")}
-    assert found["gguf_kl"] == {name: divergence[name]["mean_kl"] for name in FILES}
+    assert found["quantized_kl"] == {name: divergence[name]["mean_kl"] for name in FILES}
     assert found["train"] == {"first_loss": 0.6931}
 
 
@@ -507,8 +535,18 @@ def test_fixed_and_broken_questions_are_counted_and_chosen_by_id(built: Path, mo
 def test_models_and_files_are_ordered_by_size(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(built)
     inputs = results.read_inputs()
-    assert list(inputs.results) == ["base", "merged", "f16", "Q8_0", "Q4_K_M"]
-    assert [file["name"] for file in report.quantized_files(inputs)] == ["f16", "Q8_0", "Q4_K_M"]
+    assert list(inputs.results) == ["base", "merged", "f16", "Q8_0", "gptq", "Q4_K_M"]
+    assert [file["name"] for file in report.quantized_files(inputs)] == ["f16", "Q8_0", "gptq", "Q4_K_M"]
+
+
+def test_a_folder_of_4_bits_says_what_it_was_made_from(built: Path) -> None:
+    text = (built / report.MARKDOWN).read_text()
+    assert (
+        f"| gptq | 4 bits in groups of 32, by 128 training pairs (10,263 tokens) | model.safetensors `{'1' * 64}` |"
+        in text
+    )
+    assert "| gptq | 113.0 | 6.72 | – | – | – | 0.07 | 0.063 to 0.077 | 93.00% |" in text
+    assert "100 Q4_K, 30 Q5_0, weighed |" in text
 
 
 def test_the_params_are_those_of_the_selected_profile(page: Page) -> None:
@@ -537,6 +575,7 @@ def test_the_headline_says_what_the_interval_allows(low: float, high: float, ver
         "reports/train/history.csv",
         "reports/train/summary.json",
         "models/gguf/quantize.json",
+        "models/compressed/compress.json",
         "data/evaluation/Q8_0.json",
         "data/evaluation/merged.jsonl",
     ],
@@ -578,14 +617,19 @@ def test_a_run_that_measured_preference_alone_is_reported_without_the_rest(
     monkeypatch.chdir(tmp_path)
     report.main()
     page = Page(report.HTML.read_text())
-    assert set(json.loads(report.METRICS.read_text())) == {"preference_accuracy", "preference_gain", "gguf_kl", "train"}
+    assert set(json.loads(report.METRICS.read_text())) == {
+        "preference_accuracy",
+        "preference_gain",
+        "quantized_kl",
+        "train",
+    }
     assert "the share of held-out pairs whose chosen answer is the likelier one from" in page.text
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
     assert "before-and-after-by-kind-of-instruction" not in page.ids
     assert sorted(path.name for path in report.FIGURES.iterdir()) == ["quantization.png", "training.png"]
     assert [file["score"] for file in report.quantized_files(results.read_inputs())] == [
         json.loads((evaluation / f"{name}.json").read_text())["preference"]["accuracy"]
-        for name in ("f16", "Q8_0", "Q4_K_M")
+        for name in ("f16", "Q8_0", "gptq", "Q4_K_M")
     ]
 
 
@@ -615,9 +659,9 @@ def test_a_run_with_one_gguf_file_or_none_evaluated_is_reported(
         path = tmp_path / f"data/evaluation/{name}.json"
         found = json.loads(path.read_text())
         _json(path, {key: value for key, value in found.items() if key not in FILES or key in kept})
-    path = tmp_path / "models/gguf/quantize.json"
-    found = json.loads(path.read_text())
-    _json(path, found | {"files": {name: found["files"][name] for name in kept}})
+    for path in (tmp_path / "models/gguf/quantize.json", tmp_path / "models/compressed/compress.json"):
+        found = json.loads(path.read_text())
+        _json(path, found | {"files": {name: file for name, file in found["files"].items() if name in kept}})
     monkeypatch.chdir(tmp_path)
     report.main()
     page = Page(report.HTML.read_text())
@@ -739,7 +783,8 @@ def test_suites_are_shown_with_their_differences_and_only_where_there_are_any(
     clipped = "A gain counts what the averages clip below chance."
     assert clipped in text
     assert clipped in page.text
-    row = f"| gsm8k | exact_match,strict-match | 5 | 100 | 3 | {' | '.join(f'{40 + 5 * i}.0% ± 2.0' for i in range(5))} | {'ab' * 20} |"
+    shown = " | ".join(f"{40 + 5 * i}.0% ± 2.0" for i in range(len(MODELS)))
+    row = f"| gsm8k | exact_match,strict-match | 5 | 100 | 3 | {shown} | {'ab' * 20} |"
     assert row in text
     assert text.count("Training pairs were not searched for its questions") == 3
     for suite in SUITES.values():

@@ -20,7 +20,7 @@ from hermes.artifacts import check_together, read_json, sha256_file, write_manif
 from hermes.console import UserError
 from tests.conftest import ROOT, cpu_params
 
-STAGES = ("fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize")
+STAGES = ("fetch_data", "fetch_model", "subset", "tokenize", "reference", "train", "merge", "quantize", "compress")
 RUN = f"from stages import {', '.join(STAGES)}; [stage.main() for stage in ({', '.join(STAGES)})]"
 # What each folder says that it was made from, in the order in which they are made.
 MADE_FROM = {
@@ -31,7 +31,8 @@ MADE_FROM = {
     "data/reference": ["data/tokens", "models/base"],
     "models/adapter": ["data/reference", "data/tokens", "models/base"],
     "models/merged": ["models/adapter", "models/base"],
-    "models/gguf": ["models/merged"],
+    "models/gguf": ["data/tokens", "models/merged"],
+    "models/compressed": ["data/tokens", "models/merged"],
 }
 # What each stage reads.
 READ = {
@@ -40,8 +41,12 @@ READ = {
     "reference": ["models/base", "data/tokens"],
     "train": ["models/base", "data/tokens", "data/reference"],
     "merge": ["models/base", "models/adapter"],
-    "quantize": ["models/merged"],
-    "evaluate": ["data/raw", "data/subset", "models/base", "models/adapter", "models/merged", "models/gguf"],
+    "quantize": ["models/merged", "data/tokens"],
+    "compress": ["models/merged", "data/tokens"],
+    "evaluate": [
+        *("data/raw", "data/subset", "models/base", "models/adapter", "models/merged", "models/gguf"),
+        "models/compressed",
+    ],
 }
 PAIRS = [
     (stage, folder, source)
@@ -54,7 +59,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    """A folder in which every stage up to quantize has run, on a tiny model and a few pairs."""
+    """A folder in which every stage up to compress has run, on a tiny model and a few pairs."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "mine").mkdir()
     for split in ("train", "validation", "test"):
@@ -69,8 +74,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> P
         subset={"k": 4},
         base={"threads": 1},
         train={"batch_size": 2, "max_steps": 2, "evaluations": 0},
+        calibration={"pairs": 2},
         quantize={"types": ["Q8_0"]},
-        evaluate={"tasks": ["preference"], "types": ["f16", "Q8_0"]},
+        compress={"methods": ["gptq"], "awq_pairs": 2, "threads": 1},
+        evaluate={"tasks": ["preference"], "types": ["f16", "Q8_0", "gptq"]},
     )
     YAML().dump(tree, folder / "params.yaml")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -136,11 +143,11 @@ def test_a_folder_made_from_another_one_is_refused(stage: str, folder: str, sour
 
 @pytest.mark.parametrize(("stage", "folder"), [(stage, folder) for stage in READ for folder in READ[stage]])
 def test_a_flipped_bit_is_refused_by_every_stage_that_reads_the_file(stage: str, folder: str, project: Path) -> None:
-    path = max(Path(folder).iterdir(), key=lambda path: (path.name != "manifest.json", path.stat().st_size))
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != "manifest.json"]
+    path = max(files, key=lambda path: path.stat().st_size)
     flip(path)
-    refused(
-        stage, rf"^{folder}: {re.escape(path.name)} differs, says its manifest\.json; delete it and run `dvc repro`$"
-    )
+    name = re.escape(path.relative_to(folder).as_posix())
+    refused(stage, rf"^{folder}: {name} differs, says its manifest\.json; delete it and run `dvc repro`$")
 
 
 def rows(change: Callable[[list[dict[str, list[float]]]], list[dict[str, list[float]]]]) -> None:

@@ -1,15 +1,20 @@
 """Two conversations run beside each other, each on its own history, and end quietly."""
 
 import io
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from hermes.console import UserError
+from hermes.model.base import load
+from hermes.model.compressed import compress, save
 from tools import chat
 from tools.chat import Conversation
 
@@ -107,7 +112,7 @@ def test_an_unfinished_answer_says_so() -> None:
 
 def test_an_answer_ends_where_the_chat_template_ends_one(gguf_file: Path, byte_tokenizer: Any) -> None:
     byte_tokenizer.chat_template = byte_tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
-    with chat.open_gguf(gguf_file, byte_tokenizer) as model:
+    with chat.open_model(gguf_file, byte_tokenizer) as model:
         assert model.ends == {byte_tokenizer.convert_tokens_to_ids("<|endoftext|>"), byte_tokenizer.eos_token_id}
 
 
@@ -118,15 +123,104 @@ def test_missing_models_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         chat.main()
     with pytest.raises(UserError, match=r"^models/base: no model there; run: make repro$"):
         chat.base_gguf()
+    with pytest.raises(UserError, match=r"^MODEL=gptq: neither a GGUF file .*; there is nothing here$"):
+        chat.find_model("gptq")
     chat.GGUF.mkdir(parents=True)
     (chat.GGUF / "Q8_0.gguf").touch()
-    with pytest.raises(UserError, match=r"Q4_K_M.gguf: no such file; choose one of Q8_0$"):
-        chat.tuned_gguf("Q4_K_M")
-    (chat.GGUF / "f16.gguf").write_bytes(b"larger")
-    chat.MERGED.mkdir()
-    (chat.MERGED / "tokenizer_config.json").touch()
-    assert chat.tuned_gguf(None) == chat.GGUF / "Q8_0.gguf"
-    assert chat.tuned_gguf("f16") == chat.GGUF / "f16.gguf"
+    with pytest.raises(UserError, match=r"^models/merged: no tokenizer there; run: make repro$"):
+        chat.tokenizer_of(chat.GGUF / "Q8_0.gguf")
+
+
+def test_a_model_is_found_by_its_name_or_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chat.GGUF.mkdir(parents=True)
+    for name, content in {"Q8_0": b"large", "Q4_0": b"less", "imatrix": b""}.items():
+        (chat.GGUF / f"{name}.gguf").write_bytes(content)
+    for folder in (chat.MERGED, chat.COMPRESSED / "gptq", Path("elsewhere"), Path("pickled"), Path("half")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+        (folder / ("model.bin" if folder.name == "pickled" else "model.safetensors")).touch()
+    Path("half/config.json").unlink()
+    (chat.COMPRESSED / "compress.json").touch()
+    Path("elsewhere/x.gguf").touch()
+    assert chat.find_model(None) == chat.GGUF / "Q4_0.gguf"
+    for name, path in {
+        "Q8_0": chat.GGUF / "Q8_0.gguf",
+        "gptq": chat.COMPRESSED / "gptq",
+        "merged": chat.MERGED,
+        "elsewhere": Path("elsewhere"),
+        "elsewhere/x.gguf": Path("elsewhere/x.gguf"),
+        f"{tmp_path}/elsewhere": tmp_path / "elsewhere",
+    }.items():
+        assert chat.find_model(name) == path
+    for name in ("Q4_K_M", "imatrix", "pickled", "half", "elsewhere/config.json", "../Q8_0", ""):
+        with pytest.raises(UserError, match=rf"^MODEL={name}: neither .*; there is Q4_0, Q8_0, gptq, merged$"):
+            chat.find_model(name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_answers_with_the_likeliest_tokens_as_they_come(
+    packed: bool, byte_model_folder: Path, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    if packed:
+        whole = load(byte_model_folder, torch.float32)
+        compress(whole, "gptq", [[*range(3, 99)]] * 2, size=32)
+        save(whole, byte_model_folder, tmp_path, torch.bfloat16)
+    with chat.open_model(tmp_path if packed else byte_model_folder, byte_tokenizer) as model:
+        assert model.ends == {byte_tokenizer.eos_token_id}
+        it, grown = Conversation(model, byte_tokenizer), list[str]()
+        ids = it.prompt([{"role": "user", "content": "Why?"}])
+        (answer,) = model.generate([ids], 20, stopped=None)
+        assert isinstance(model, chat.Folder)
+        expected = model.model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=20
+        )
+        assert answer == expected[0, len(ids) :].tolist()
+        assert it.ask("Why?", max_new_tokens=20, show=grown.append).startswith(it.text(answer))
+        assert grown == [it.text(answer[:n]) for n in range(1, len(answer))]
+
+
+def test_a_file_from_elsewhere_is_read_with_the_tokenizer_inside_it(
+    gguf_file: Path, embedded_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer = chat.tokenizer_of(gguf_file)
+    assert tokenizer.chat_template == embedded_tokenizer.chat_template
+    turns = [{"role": "user", "content": "naïve  café\n日本"}]
+    with chat.open_model(gguf_file, tokenizer) as model:
+        assert Conversation(model, tokenizer).prompt(turns) == Conversation(model, embedded_tokenizer).prompt(turns)
+    damaged = tmp_path / "x.gguf"
+    damaged.write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"x\.gguf: Transformers cannot read its tokenizer"):
+        chat.tokenizer_of(damaged)
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path: Path, byte_tokenizer: Any) -> None:
+    byte_tokenizer.chat_template = None
+    byte_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no chat template; choose a model that was tuned for conversations"):
+        chat.tokenizer_of(tmp_path)
+
+
+def test_the_base_stands_beside_the_tuned_model_and_beside_others_where_there_is_one(
+    byte_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(chat, "base_gguf", lambda: byte_model_folder)
+
+    def headings(name: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["chat", "--model", name])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n"))
+        chat.main()
+        shown = capsys.readouterr().out
+        return [heading for heading in ("mine", "tuned (merged)", "base (bf16)") if heading in shown]
+
+    shutil.copytree(byte_model_folder, "mine")
+    shutil.copytree(byte_model_folder, chat.MERGED)
+    assert headings("mine") == ["mine"]
+    shutil.copytree(byte_model_folder, chat.BASE)
+    assert headings("mine") == ["mine", "base (bf16)"]
+    assert headings("merged") == ["tuned (merged)", "base (bf16)"]
 
 
 def test_the_base_is_converted_once_for_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

