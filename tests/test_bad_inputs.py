@@ -55,6 +55,7 @@ SEALED = (
     "models/adapter",
     "models/merged",
     "models/gguf",
+    "models/compressed",
 )
 SPLITS = ("train", "validation", "test")
 PROGRESS = re.compile(r".*: \d+ of (\d+|\?) .*")  # hermes.console.Lines
@@ -1030,6 +1031,7 @@ REPORTS: list[tuple[str, Change, str, str]] = [  # what report reads: the file, 
     ),
     ("a number as a row", wrote(f"{EVAL}/base.jsonl", "1\n"), "base.jsonl", r"not what a stage wrote"),
     ("no files", wrote("models/gguf/quantize.json", "{}"), "quantize.json", r"`files`: Field required"),
+    ("no folders", wrote("models/compressed/compress.json", "{}"), "compress.json", r"`files`: Field required"),
     (
         "a size in words",
         keyed("models/gguf/quantize.json", "files.f16.bytes", "big"),
@@ -1341,7 +1343,8 @@ def test_a_bad_input_is_refused_in_one_line_and_leaves_the_rest_alone(
     monkeypatch.chdir(project)
     if row.with_gguf or row.name.startswith("GGUF"):
         shutil.copy(request.getfixturevalue("gguf_file"), project / GGUF)
-        write_manifest(project / "models/gguf")
+        for folder in ("models/gguf", "models/compressed"):
+            write_manifest(project / folder)
     row.change(project)
     if "manifest" not in row.name:
         seal(project)
