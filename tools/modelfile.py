@@ -15,7 +15,7 @@ from pathlib import Path
 import llama_cpp
 from transformers import PreTrainedTokenizerBase
 
-from hermes.console import UserError
+from hermes.console import UserError, say
 from hermes.data.chat_template import Messages
 from hermes.data.chat_text import ends_of_answer, rendered
 from hermes.model.base import load_config
@@ -157,7 +157,7 @@ def main() -> None:
         raise UserError(
             f"--model {name}: no file of {GGUF}; choose one of {', '.join(file.stem for file in gguf_files())}"
         )
-    print(modelfile(path, MERGED, path.as_posix()), end="")
+    say(*modelfile(path, MERGED, path.as_posix()).splitlines())
 
 
 if __name__ == "__main__":
