@@ -120,7 +120,7 @@ def test_the_page_names_every_stage(found: dict[str, Any]) -> None:
     assert "`make rehearse PROFILE=a40 PAIRS=2` on " in page
     assert "0.07 billion random weights (2 layers" in page
     assert "one optimizer step of 2 of the profile's 32 pairs" in page
-    assert "merge, GGUF Q4_K_M, GPTQ, AWQ, and 8 tokens written by the GGUF." in page
+    assert "merge, GGUF Q4_K_M, AWQ, GPTQ, and 8 tokens written by the GGUF." in page
     assert "left out" not in page
     rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
     assert rows == ["stage", *STAGES, "generate"]
@@ -157,11 +157,11 @@ def test_a_method_without_room_is_left_out_and_the_page_says_so(monkeypatch: pyt
             "pairs_of_profile": 32,
             "largest_b": 1e-5,
             "merge": {"swallowed": 0.5},
-            "compressed": {},
+            "compressed": {"gptq": {}},
             "left_out": {"awq": "0.12 GiB more on the disk"},
         }
     )
-    assert "merge, GGUF Q4_K_M, and 8 tokens" in page
+    assert "merge, GGUF Q4_K_M, GPTQ, and 8 tokens" in page
     assert "AWQ was left out, since it needs 0.12 GiB more on the disk." in page
 
 
