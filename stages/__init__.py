@@ -1,4 +1,4 @@
-"""The ten stages of dvc.yaml. No stage imports another; what two of them need is in hermes/."""
+"""The stages of dvc.yaml. No stage imports another; what two of them need is in hermes/."""
 
 import sys
 

@@ -4,6 +4,7 @@ Every run checks this first, so that a mistake in the last stage's section stops
 stage depends on it.
 """
 
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
@@ -19,7 +20,7 @@ from hermes.settings.data import DataSettings
 from hermes.settings.evaluate import EvaluateSettings
 from hermes.settings.merge import MergeSettings
 from hermes.settings.model import ModelSettings
-from hermes.settings.quantize import QuantizeSettings
+from hermes.settings.quantize import LADDERS, QuantizeSettings
 from hermes.settings.reference import ReferenceSettings
 from hermes.settings.subset import SubsetSettings
 from hermes.settings.tokenize import TokenizeSettings
@@ -49,11 +50,10 @@ class Profile(Settings):
             raise ValueError("`merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
         methods = {*get_args(Method)}
         asked = {*self.evaluate.types} if isinstance(self.evaluate.types, list) else set()
-        files = (
-            asked - methods - {"f16"} if isinstance(self.quantize.types, list) else set()
-        )  # a ladder is known with the model
+        ladder = {*chain(*LADDERS.values())}  # which of them is known with the model
+        made = {*self.quantize.types} if isinstance(self.quantize.types, list) else ladder
         for key, missing in (
-            ("quantize.types", files - {*self.quantize.types}),
+            ("quantize.types", asked - methods - {"f16"} - made),
             ("compress.methods", asked & methods - {*self.compress.methods}),
         ):
             if missing:

@@ -110,7 +110,7 @@ def test_an_expert_counts_the_tokens_that_are_sent_to_it(
     write_model("mixtral", {"sliding_window": None}, folder, embedded_tokenizer)
     gguf_files.convert(folder, file, "f16")
     found = check_against(
-        load(folder, torch.float32), file, GGUFReader(file), sequences_of(49152, (5, 60)), tolerance=1e-2
+        load(folder, torch.float32), file, GGUFReader(file), sequences_of(49152, (5, 60)), tolerance=2e-2
     )
     rows = found["blk.0.ffn_down_exps.weight"].rows
     assert len(rows) == 4
