@@ -50,7 +50,7 @@ class Profile(Settings):
             raise ValueError("`merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
         methods = {*get_args(Method)}
         asked = {*self.evaluate.types} if isinstance(self.evaluate.types, list) else set()
-        ladder = {*chain(*LADDERS.values())}  # which of them is known with the model
+        ladder = {*chain(*LADDERS.values())}  # all that one may hold; the model decides between them
         made = {*self.quantize.types} if isinstance(self.quantize.types, list) else ladder
         for key, missing in (
             ("quantize.types", asked - methods - {"f16"} - made),
