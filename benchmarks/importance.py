@@ -4,10 +4,12 @@
 
 For each type that suits the model, a file is made by models/gguf/imatrix.gguf, and another without it whose tensors have the same types.
 llama.cpp would mix them a little differently then, and compare files of two sizes. Both are held against the merged model in float32: KL
-over the tokens of the chosen answers to held-out test pairs, paired by pair.
+over the tokens of the chosen answers to held-out test pairs, paired by pair. A file whose answers `make repro` has in data/evaluation is
+asked the same instructions without the matrix, too.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +30,9 @@ from hermes.model.gguf_files import quantize
 from hermes.model.importance import read
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_tool
+from hermes.settings.evaluate import EvaluateSettings
 from hermes.settings.quantize import Blocks256
+from stages import evaluate
 from stages.evaluate import GGUF, MERGED, Exact, Opener, Params
 
 REPORTS = Path("reports")
@@ -50,20 +54,36 @@ def made(kind: str, by_importance: bool) -> Iterator[Path]:
     path.unlink()
 
 
-def compare(kind: str, exact: Exact, open_model: Opener) -> Result:
-    """The size of both files in bytes, the KL of each in nats a token, and by which share the importance matrix changes it."""
+def compare(kind: str, exact: Exact, open_model: Opener, settings: EvaluateSettings) -> Result:
+    """The size of both files in bytes, the KL of each in nats a token, and by which share the importance matrix changes it.
+
+    `strict` is the paired gain in strict accuracy that the matrix brings, in points, where data/evaluation has the answers of the file
+    that was made with it.
+
+    Raises:
+        UserError: those are of other questions.
+    """
     found = {}
+    strict = None
+    answered = evaluate.OUTPUT / f"{kind}.jsonl"
     for way in (False, True):
         with made(kind, way) as path, open_model(path) as model:
             size = path.stat().st_size
             found[way] = exact.divergence(model)
+            if not way and answered.is_file() and "instructions" in settings.tasks:
+                before = evaluate.grade_answers(evaluate.write_answers(model, settings), model.finished)
+                after = [json.loads(line) for line in answered.read_text().splitlines()]
+                if [row["id"] for row in before] != [row["id"] for row in after]:
+                    raise UserError(f"{answered}: has the answers to other questions; run `dvc repro evaluate`")
+                strict = evaluate.compare(after, before, "without")["strict"]
     rows = [
         (topic, before, after, tokens)
         for (topic, before, tokens), (_, after, _) in zip(
             found[False]["by_topic"], found[True]["by_topic"], strict=True
         )
     ]
-    return {"bytes": size, "without": found[False]["mean_kl"], "with": found[True]["mean_kl"], **paired_ratio(rows)}
+    kl = {"without": found[False]["mean_kl"], "with": found[True]["mean_kl"]}
+    return {"bytes": size, **kl, **paired_ratio(rows), "strict": strict}
 
 
 def measure(pairs: int | None) -> Result:
@@ -87,11 +107,16 @@ def measure(pairs: int | None) -> Result:
     open_model = partial(opened, batching=settings, tokenizer=tokenizer, dtype=compute_type(loaded.bits))
     types = [kind for kind in TYPES if described["divides_256"] >= 0.5 or kind not in get_args(Blocks256)]
     return {
-        "types": {kind: compare(kind, exact, open_model) for kind in types},
+        "types": {kind: compare(kind, exact, open_model, loaded.evaluate) for kind in types},
         "pairs": len(exact.prompts),
         "importance": described["importance"],
         "versions": {name: version(name) for name in ("llama-cpp-python", "torch", "transformers")},
     }
+
+
+def strict_cells(gain: Result | None) -> str:
+    """The last two cells of a row of the table."""
+    return f"{gain['points']:+.1f} | {gain['low']:+.1f} to {gain['high']:+.1f}" if gain else "– | –"
 
 
 def write_markdown(found: Result, path: Path) -> None:
@@ -104,16 +129,17 @@ def write_markdown(found: Result, path: Path) -> None:
         f"`python -m benchmarks.importance --pairs {found['pairs']}`: KL(merged in float32 || file) in nats a token over {tokens:,} tokens "
         f"of the chosen answers to {found['pairs']:,} held-out test pairs. The matrix is of {about['pairs']:,} training pairs "
         f"({about['tokens']:,} tokens). Without it each tensor has the same type as with it, and so the file the same size. "
-        "The change is paired by pair; its 95 % interval is over topics. "
+        "The change is paired by pair; its 95 % interval is over topics. Strict accuracy is of the types that `make repro` evaluated. "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         + ".",
         "",
-        "| type | MB | KL without | KL with | change | 95 % interval |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| type | MB | KL without | KL with | change | 95 % interval | strict accuracy, points | 95 % interval |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
         f"| {kind} | {row['bytes'] / 1e6:.1f} | {row['without']:.5f} | {row['with']:.5f} | {row['change']:+.1%} "
-        f"| {row['low']:+.1%} to {row['high']:+.1%} |"
+        f"| {row['low']:+.1%} to {row['high']:+.1%} "
+        f"| {strict_cells(row['strict'])} |"
         for kind, row in found["types"].items()
     ]
     with complete_file(path) as temporary:

@@ -1,5 +1,6 @@
 """The measurement of the importance matrix: what is compared has the same size, and the table says what was measured."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,14 @@ from gguf import GGUFReader
 from ruamel.yaml import YAML
 
 from benchmarks import importance as benchmark
+from hermes import params
 from hermes.artifacts import scratch_folder, write_json, write_manifest, write_parquet
 from hermes.console import UserError
+from hermes.evaluation.chat_models import opened
+from hermes.instructions.kinds import SEEN_KINDS
 from hermes.model import importance
+from hermes.model.tokenizer import load_tokenizer
+from stages import evaluate
 from tests.conftest import ROOT, cpu_params
 
 ROWS = [
@@ -32,7 +38,8 @@ def workplace(
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     for name in ("dvc.yaml", "packages.yaml"):
         shutil.copy(ROOT / name, name)
-    YAML().dump(cpu_params(evaluate={"divergence_pairs": 2}), Path("params.yaml"))
+    few = {"divergence_pairs": 2, "questions_per_kind": 1, "max_new_tokens": 4}
+    YAML().dump(cpu_params(evaluate=few), Path("params.yaml"))
     shutil.copytree(tiny_model_folder, "models/merged")
     write_parquet(Path("data/subset/test.parquet"), pa.Table.from_pylist(ROWS))
     Path("models/gguf").mkdir()
@@ -67,6 +74,30 @@ def test_each_type_that_suits_the_model_is_compared_at_one_size(workplace: dict[
     *_, last = (tmp_path / "importance.md").read_text().splitlines()
     row = found["types"]["Q4_0"]
     assert last.startswith(f"| Q4_0 | {sizes[0] / 1e6:.1f} | {row['without']:.5f} | {row['with']:.5f} | ")
+
+
+def test_strict_accuracy_is_compared_where_the_type_was_evaluated(workplace: dict[str, Any], tmp_path: Path) -> None:
+    """The file without the matrix answers now; a run of the experiment asked the one with it."""
+    settings = params.load(evaluate.Params).evaluate
+    tokenizer = load_tokenizer(Path("models/merged"))
+    with benchmark.made("Q4_0", True) as path, opened(path, settings, tokenizer, torch.float32) as model:
+        rows = evaluate.grade_answers(evaluate.write_answers(model, settings), model.finished)
+    answered = Path("data/evaluation/Q4_0.jsonl")
+    answered.parent.mkdir()
+    answered.write_text("".join(json.dumps(row | {"strict": True}) + "\n" for row in rows))
+    found = benchmark.measure(3)
+    torch.use_deterministic_algorithms(False)
+    gain = found["types"]["Q4_0"]["strict"]
+    assert gain == {"points": 100.0, "low": 100.0, "high": 100.0, "n": len(SEEN_KINDS)}
+    assert found["types"]["Q5_0"]["strict"] is None
+    benchmark.write_markdown(found, tmp_path / "importance.md")
+    *_, without, last = (tmp_path / "importance.md").read_text().splitlines()
+    assert without.endswith("| – | – |")
+    assert last.endswith("| +100.0 | +100.0 to +100.0 |")
+    answered.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    with pytest.raises(UserError, match=r"Q4_0.jsonl: has the answers to other questions; run `dvc repro evaluate`$"):
+        benchmark.measure(3)
+    torch.use_deterministic_algorithms(False)
 
 
 def test_files_that_were_made_without_the_matrix_are_one_line(workplace: dict[str, Any]) -> None:

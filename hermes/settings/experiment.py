@@ -4,7 +4,6 @@ Every run checks this first, so that a mistake in the last stage's section stops
 stage depends on it.
 """
 
-from itertools import chain
 from pathlib import Path
 from typing import get_args
 
@@ -50,10 +49,10 @@ class Profile(Settings):
             raise ValueError("`merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
         methods = {*get_args(Method)}
         asked = {*self.evaluate.types} if isinstance(self.evaluate.types, list) else set()
-        ladder = {*chain(*LADDERS.values())}  # all that one may hold; the model decides between them
-        made = {*self.quantize.types} if isinstance(self.quantize.types, list) else ladder
+        # The model decides which ladder is made; only one can be.
+        ladders = [self.quantize.types] if isinstance(self.quantize.types, list) else LADDERS.values()
         for key, missing in (
-            ("quantize.types", asked - methods - {"f16"} - made),
+            ("quantize.types", min((asked - methods - {"f16", *ladder} for ladder in ladders), key=len)),
             ("compress.methods", asked & methods - {*self.compress.methods}),
         ):
             if missing:
