@@ -50,8 +50,11 @@ You are a helpful assistant<|im_end|>
 ' }}{% endif %}"""
 
 LONGEST = (
+    "test_memory_plan.py",
     "test_kills.py",
     "test_pipeline.py",
+    "test_rehearse.py",
+    "test_collect.py",
     "test_fetch_data.py",
     "test_fetch_hub.py",
     "test_families.py",

@@ -130,6 +130,17 @@ def gguf_files() -> list[Path]:
     return sorted(files, key=lambda file: (file.stat().st_size, file.name))
 
 
+def default_gguf() -> Path:
+    """The largest file that is rounded, which answers most like the merged model; f16 where there is no other.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (files := gguf_files()):
+        raise UserError(f"{GGUF}/*.gguf: no such file; run: make repro")
+    return next((file for file in reversed(files) if file.stem != "f16"), files[-1])
+
+
 def models_here() -> dict[str, Path]:
     """The tuned model in all its forms, by the name that --model takes, GGUF files first."""
     folders = [path for path in (*sorted(COMPRESSED.glob("*")), MERGED) if (path / "config.json").is_file()]
@@ -137,11 +148,9 @@ def models_here() -> dict[str, Path]:
 
 
 def find_model(name: str | None) -> Path:
-    """The file or the folder of a model by its name or its path, or of the smallest GGUF; a UserError names those there are."""
+    """The file or the folder of a model by its name or its path, or `default_gguf`; a UserError names those there are."""
     if name is None:
-        if not (files := gguf_files()):
-            raise UserError(f"{GGUF}/*.gguf: no such file; run: make repro")
-        return files[0]
+        return default_gguf()
     here = models_here()
     path = here.get(name) or Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
@@ -241,7 +250,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="of models/gguf or models/compressed, merged, or a path; the smallest GGUF by default",
+        help="of models/gguf or models/compressed, merged, or a path; the largest rounded GGUF by default",
     )
     tuned = find_model(parser.parse_args().model)
     is_terminal = sys.stdin.isatty()

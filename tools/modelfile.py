@@ -1,7 +1,7 @@
 """A Modelfile, from which Ollama makes a model of a GGUF file: with the texts of the chat template, greedily, up to where an answer ends.
 
-    python -m tools.modelfile >Modelfile                      the smallest of models/gguf
-    python -m tools.modelfile --model Q8_0 >Modelfile         another of them
+    python -m tools.modelfile >Modelfile                      the largest rounded file of models/gguf
+    python -m tools.modelfile --model Q5_0 >Modelfile         another of them
 
 Ollama's templates are Go's, in which a chat template cannot be written in general. So conversations are shown to the chat template, and
 what it writes around the text of each role becomes the template. A chat template that writes anything else is refused.
@@ -150,7 +150,7 @@ def modelfile(gguf: Path, model: Path, place: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.modelfile", description="Write a Modelfile for Ollama.")
-    parser.add_argument("--model", metavar="TYPE", help="a file of models/gguf; the smallest by default")
+    parser.add_argument("--model", metavar="TYPE", help="a file of models/gguf; the largest rounded one by default")
     name = parser.parse_args().model
     path = find_model(name)
     if path.parent != GGUF:

@@ -217,18 +217,12 @@ def folder_of(repo: str) -> Path:
     return scratch_folder("release") / repo.replace("/", "--")
 
 
-def smallest_gguf() -> Path:
-    """The file that examples and the Modelfile name, as `make chat` takes it."""
-    from tools.chat import gguf_files  # which takes seconds to import
-
-    return gguf_files()[0]
-
-
 def write_modelfile(target: Path) -> None:
     """Writes Ollama's Modelfile into a folder of the GGUF files, or says why there is none."""
+    from tools.chat import default_gguf  # which takes seconds to import
     from tools.modelfile import Unwritable, modelfile
 
-    gguf = smallest_gguf()
+    gguf = default_gguf()
     try:
         (target / "Modelfile").write_text(modelfile(gguf, MERGED, gguf.name))
     except Unwritable as error:
@@ -255,6 +249,8 @@ def fill(target: Path, kind: str, terms: Sequence[Terms]) -> list[Row]:
 
 def assemble(repo: str, commit: str, terms: Sequence[Terms]) -> dict[str, list[Row]]:
     """Makes the folders of a release anew; returns the files of each repository but for its card, which lists them."""
+    from tools.chat import default_gguf  # which takes seconds to import
+
     inputs, base, data = read_inputs(), read_json(BASE), read_json(DATA)
     shown = page(inputs) | {
         "repo": repo,
@@ -275,7 +271,7 @@ def assemble(repo: str, commit: str, terms: Sequence[Terms]) -> dict[str, list[R
                 "kind": kind,
                 "name": name.split("/")[1],
                 "release": made[name],
-                "example": smallest_gguf().stem,
+                "example": default_gguf().stem,
             }
             render("card.md.j2" if kind == "merged" else "card_quantized.md.j2", target / CARD, content)
     return made

@@ -143,7 +143,10 @@ def test_a_model_is_found_by_its_name_or_its_path(tmp_path: Path, monkeypatch: p
     Path("half/config.json").unlink()
     (chat.COMPRESSED / "compress.json").touch()
     Path("elsewhere/x.gguf").touch()
-    assert chat.find_model(None) == chat.GGUF / "Q4_0.gguf"
+    assert chat.find_model(None) == chat.GGUF / "Q8_0.gguf"
+    (chat.GGUF / "f16.gguf").write_bytes(b"the largest")
+    assert chat.find_model(None) == chat.GGUF / "Q8_0.gguf"  # f16 is not rounded
+    (chat.GGUF / "f16.gguf").unlink()
     for name, path in {
         "Q8_0": chat.GGUF / "Q8_0.gguf",
         "gptq": chat.COMPRESSED / "gptq",

@@ -103,14 +103,14 @@ def test_a_slice_sampled_again_has_the_committed_bytes(
 ) -> None:
     """Bits are promised on one kind of CPU; on another one answers still begin alike far more often than two to one question do.
 
-    There some of the questions show it: without bfloat16 a whole chunk takes minutes.
+    There some of the questions show it, and the weights are in float16: llama.cpp is slow with bfloat16 where the CPU lacks it.
     """
     number, chunk = min(enumerate(collect.chunks(questions, LOADED.collect)), key=lambda entry: len(entry[1]))
     is_same_cpu = read_json(EMBEDDED / "sampled_on.json") == collect.processor()
     chunk = chunk if is_same_cpu else chunk[:SOME_QUESTIONS]
     monkeypatch.chdir(tmp_path)
     fetch_model.fetch_embedded(tmp_path / "base")
-    collect.convert(tmp_path / "base", tmp_path / "base.gguf", "bf16")
+    collect.convert(tmp_path / "base", tmp_path / "base.gguf", "bf16" if is_same_cpu else "f16")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     with GgufModel(tmp_path / "base.gguf", LOADED.collect.threads, LOADED.collect.slots, context=512) as model:
         found = collect.sample_chunk(chunk, model, tokenizer, LOADED.collect, LOADED.seed)

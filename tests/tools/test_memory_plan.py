@@ -227,8 +227,8 @@ def test_the_peak_of_a_step_is_predicted(
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+    model(**batch(1, 4, 4), fused_lm_head=True).log_probs.sum().backward()  # the gradients are there from now on
     rows = batch(4, 120, 160)
-    model(**rows, fused_lm_head=True).log_probs.sum().backward()  # the gradients are there from now on
     packed = pack_pairs(**rows)
     with LivePeak() as found:
         model(**rows, fused_lm_head=True).log_probs.sum().backward()

@@ -128,7 +128,7 @@ def test_the_command_writes_the_one_of_a_file_of_the_run(
     modelfile.GGUF.mkdir()
     for name in ("Q4_0", "Q8_0"):
         shutil.copy(gguf_file, modelfile.GGUF / f"{name}.gguf")
-    for options, name in (((), "Q4_0"), (("--model", "Q8_0"), "Q8_0")):
+    for options, name in (((), "Q8_0"), (("--model", "Q4_0"), "Q4_0")):
         monkeypatch.setattr(sys, "argv", ["modelfile", *options])
         modelfile.main()
         assert capsys.readouterr().out.startswith(f'FROM ./models/gguf/{name}.gguf\nTEMPLATE """')
