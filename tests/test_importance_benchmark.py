@@ -76,8 +76,11 @@ def test_each_type_that_suits_the_model_is_compared_at_one_size(workplace: dict[
     assert last.startswith(f"| Q4_0 | {sizes[0] / 1e6:.1f} | {row['without']:.5f} | {row['with']:.5f} | ")
 
 
+@pytest.mark.slow
 def test_strict_accuracy_is_compared_where_the_type_was_evaluated(workplace: dict[str, Any], tmp_path: Path) -> None:
     """The file without the matrix answers now; a run of the experiment asked the one with it."""
+    Path("data/raw").mkdir()
+    shutil.copy(ROOT / "data/embedded/questions.parquet", "data/raw")
     settings = params.load(evaluate.Params).evaluate
     tokenizer = load_tokenizer(Path("models/merged"))
     with benchmark.made("Q4_0", True) as path, opened(path, settings, tokenizer, torch.float32) as model:
