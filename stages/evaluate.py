@@ -119,14 +119,17 @@ def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
 
 
 def run_suites(settings: EvaluateSettings, dtype: torch.dtype, open_model: Opener, names: list[str]) -> dict[str, Path]:
-    """The folder of each model with the results and logs of all tasks of the suites; nothing where there are no suites.
+    """The folder of each model that suites are asked of, with the results and logs of all tasks; nothing where there are no suites.
 
     Raises:
         UserError: something is missing (hermes/evaluation/run_benchmarks.py), or a model was not asked the questions of those before it.
     """
     runs = benchmarks.runs(settings.suites)
     folders: dict[str, Path] = {}
-    for name in names if runs else ():
+    asked = {"base", "merged", *(names if settings.suite_types == "all" else settings.suite_types)}
+    if unknown := asked - {*names}:
+        raise UserError(f"params.yaml: `evaluate.suite_types` names {min(unknown)}, which `evaluate.types` does not evaluate")
+    for name in (name for name in names if runs and name in asked):
         say(f"suites on {name}")
         folders[name] = scratch_folder("suites") / run_benchmarks.folder_name(path_of(name), settings, dtype)
         run_benchmarks.run_all(runs, folders[name], partial(open_model, path_of(name)), settings.context)

@@ -174,7 +174,7 @@ def page(inputs: Inputs) -> Row:
         "suites": [
             {
                 **suite,
-                "models": {model: suite["models"][model] for model in inputs.results},
+                "models": {model: suite["models"][model] for model in inputs.results if model in suite["models"]},
                 "decontaminated": name in inputs.params.get("data.decontaminate", ()),
             }
             for name, suite in inputs.suites.items()

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from hermes.console import progress
 from hermes.data.chat_text import end_of_answer, ends_of_answer, rendered
 from hermes.data.prefixes import common_length
+from hermes.evaluation import choices
 from hermes.model.base import load, release
 from hermes.model.gguf import UBATCH, GgufModel, common_beginning
 from hermes.settings.evaluate import Batching
@@ -104,7 +105,7 @@ class ChatModel(TokenizedModel):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], Ids, Ids]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Sums of log-probabilities in nats; requests that follow each other with one context share its computation."""
+        """Sums of log-probabilities in nats; requests that follow each other with one context are the choices of one question."""
         prompts: list[Ids] = []
         answers: list[list[Ids]] = []
         for _, prompt, answer in requests:
@@ -112,7 +113,11 @@ class ChatModel(TokenizedModel):
                 prompts.append(prompt)
                 answers.append([])
             answers[-1].append(answer)
-        return [result for results in self.scores_of(prompts, answers) for result in results]
+        return [result for results in self.choices_of(prompts, answers) for result in results]
+
+    def choices_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[tuple[float, bool]]]:
+        """`scores_of` for the questions of a suite, which have many choices and often a beginning in common."""
+        return self.scores_of(prompts, answers)
 
     def scores_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[tuple[float, bool]]]:
         """For each answer to each prompt its log-probability in nats, and whether it is the greedy one."""
@@ -229,6 +234,7 @@ class HuggingFaceChat(ChatModel):
         super().__init__(tokenizer, max_new_tokens)
         self.model, self.batch_size = model.eval(), batch_size
         self.how, self.tried = Forward(), 0  # up to this many tokens
+        self.side_by_side, self.tried_choices = False, 0
 
     def prepare(self, prompts: list[Ids], answers: list[list[Ids]]) -> None:
         """Finds the forward that is exact for this model, again where a longer answer comes than any before."""
@@ -236,6 +242,24 @@ class HuggingFaceChat(ChatModel):
         longest = max((sum(map(len, pair)) for pair in pairs), default=0)
         if longest > self.tried:
             self.how, self.tried = choose_forward(Path(self.model.name_or_path), pairs), longest
+
+    def choices_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[tuple[float, bool]]]:
+        """All choices of a question side by side (hermes/evaluation/choices.py), where that is exact for this model."""
+        longest = max(
+            (len(prompt) + sum(map(len, found)) for prompt, found in zip(prompts, answers, strict=True)), default=0
+        )
+        if longest > self.tried_choices:
+            self.prepare(prompts, answers)
+            folder = Path(self.model.name_or_path)
+            self.side_by_side, self.tried_choices = choices.is_exact(folder, self.how, prompts, answers), longest
+        if not self.side_by_side:
+            return self.scores_of(prompts, answers)
+        found, bar = {}, progress(range(len(prompts)), "scoring", unit="question")
+        for number, scored in choices.scores(self.model, self.how, prompts, answers):
+            found[number] = scored
+            bar.update(1)
+        bar.close()
+        return [found[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
     def generate(self, prompts: list[Ids]) -> list[Ids]:

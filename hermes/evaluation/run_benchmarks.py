@@ -34,6 +34,7 @@ CODE = (
     "evaluation/run_benchmarks",
     "evaluation/suite_tasks",
     "evaluation/chat_models",
+    "evaluation/choices",
     "model/gguf",
     "model/base",
     "training/exactness",

@@ -238,7 +238,7 @@ def read_inputs() -> Inputs:
         )
     suites = read(SUITES, shaped(dict[str, Suite])) if SUITES.is_file() else {}
     for name, suite in suites.items():
-        if missing := [model for model in models if model not in suite["models"]]:
+        if missing := [model for model in ("base", "merged") if model not in suite["models"]]:
             raise UserError(f"{SUITES}: `{name}` says nothing of {missing[0]}; {REMAKE}")
     results = {name: dict.fromkeys(TASKS) | read(EVALUATION / f"{name}.json", shaped(Result)) for name in models}
     for name in ("base", "merged"):
