@@ -32,7 +32,7 @@ from hermes import params
 from hermes.artifacts import check_together, complete_file, complete_folder, read_json, scratch_folder, write_json
 from hermes.bits import Bits
 from hermes.console import UserError, say
-from hermes.evaluation import benchmarks, run_benchmarks
+from hermes.evaluation import benchmarks, evidence, general, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
 from hermes.evaluation.held_out import HeldOut, read_held_out
 from hermes.evaluation.intervals import paired_gain, ratio_interval
@@ -43,7 +43,7 @@ from hermes.model.base import as_computed, compute_type, load, load_base, releas
 from hermes.model.gguf import GgufModel
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
-from hermes.settings.base import BaseSettings
+from hermes.settings.base import BaseSettings, Beta
 from hermes.settings.compress import Method
 from hermes.settings.evaluate import EvaluateSettings
 from hermes.settings.quantize import GGUF_TYPES
@@ -61,6 +61,7 @@ class Params(params.Params):
     """Parameters of evaluate."""
 
     bits: Bits
+    beta: Beta
     base: BaseSettings
     evaluate: EvaluateSettings
 
@@ -102,8 +103,8 @@ def write_answers(model: ChatModel, settings: EvaluateSettings) -> Answers:
     return sorted(results["samples"]["instructions"], key=lambda sample: sample["doc_id"])
 
 
-def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
-    """The rows of data/evaluation/NAME.jsonl: one a question."""
+def grade_answers(samples: Answers, model: ChatModel) -> Answers:
+    """The rows of data/evaluation/NAME.jsonl, one a question, of a model that has just answered."""
     return [
         {name: sample["doc"][name] for name in ("id", "topic", "kind")}
         | {
@@ -113,8 +114,9 @@ def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
             "strict": bool(sample["strict"]) and is_finished,
             "grade": sample["grade"] if is_finished else 0.0,
             "finished": is_finished,
+            "tokens": tokens,
         }
-        for sample, is_finished in zip(samples, finished, strict=True)
+        for sample, is_finished, tokens in zip(samples, model.finished, model.lengths, strict=True)
     ]
 
 
@@ -227,7 +229,7 @@ def evaluate_model(
     rows: Answers = []
     with open_model(path_of(name)) as model:
         if "instructions" in settings.tasks:
-            rows = grade_answers(write_answers(model, settings), model.finished)
+            rows = grade_answers(write_answers(model, settings), model)
             summary |= {"strict": strict_summary(rows), "failures": failures(rows)}
         if "preference" in settings.tasks:
             summary["pairs"] = preferences(model, held_out["preference"])
@@ -235,6 +237,8 @@ def evaluate_model(
             summary["preference"] = {"accuracy": mean(right), "n": len(right)}
         if "plain" in settings.tasks:
             summary["perplexity"] = perplexity(model, held_out["plain"])
+        if "general" in settings.tasks and name in ("base", "merged"):
+            summary["general"] = general.ask(model, settings.context)
         apart = exact.divergence(model) if exact and name != "base" else {}
     return summary, rows, apart
 
@@ -395,6 +399,12 @@ def main() -> None:
         summaries[name], rows[name], apart[name] = evaluate_model(name, settings, open_model, held_out, exact)
     del exact
     pairs = {name: summaries[name].pop("pairs", []) for name in names}
+    asked = {name: summaries[name].pop("general", None) for name in ("base", "merged")}
+    beside = {
+        "answers": evidence.answers(rows["base"], rows["merged"]),
+        "margins": evidence.margins(pairs["base"], pairs["merged"], loaded.beta),
+        "general": general.compare(asked["base"], asked["merged"]) if asked["base"] and asked["merged"] else None,
+    }
     comparison = {}
     for name in names[1:]:
         against = "base" if name == "merged" else "merged"
@@ -409,6 +419,8 @@ def main() -> None:
             with complete_file(target / f"{name}.jsonl") as path:
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))
         write_json(target / "comparison.json", comparison)
+        write_json(target / "evidence.json", beside)
+        write_json(target / "pairs.json", pairs)
         measured = {{"merged": "hf_bf16"}.get(name, name): found for name, found in apart.items() if found}
         write_json(target / "divergence.json", measured)
         if folders:

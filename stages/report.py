@@ -143,6 +143,33 @@ def shares(inputs: Inputs) -> list[Row]:
     ]
 
 
+def side(found: Mapping[str, Any] | None) -> str:
+    """Whether a paired interval is above zero, below it, or holds it."""
+    if not found:
+        return "not asked"
+    return "better" if found["low"] > 0 else "worse" if found["high"] < 0 else "the same"
+
+
+def verdict(measured: Sequence[Row]) -> str | None:
+    """One word on what was measured before and after, intervals that hold zero being no difference; None where nothing was."""
+    sides = {side(share["gain"]) for share in measured}
+    if not sides:
+        return None
+    if {"better", "worse"} <= sides:
+        return "better in one respect and worse in another"
+    return next((name for name in ("better", "worse") if name in sides), "no difference seen")
+
+
+def falling(inputs: Inputs) -> Row | None:
+    """How training moved the log-probabilities of held-out answers from its first validation to its last; None where it had none."""
+    found = {name: inputs.validation.get(f"logps/{name}") for name in ("chosen", "rejected")}
+    rewards = {name: inputs.validation.get(f"rewards/{name}") for name in found}
+    if not all(found.values()) or not all(rewards.values()):
+        return None
+    beta = float(inputs.params["beta"])
+    return {name: {"last": found[name][-1], "gained": rewards[name][-1] / beta} for name in found}
+
+
 def first_look(inputs: Inputs) -> Row | None:
     """Where the main share rests on few questions: how many, the width of its interval, and the command for the whole run."""
     gain = next((share["gain"] for share in shares(inputs)), None)
@@ -160,6 +187,9 @@ def page(inputs: Inputs) -> Row:
     return vars(inputs) | {
         "first_look": first_look(inputs),
         "headline": [headline(row["gain"], row["before"], row["after"], row["what"]) for row in measured],
+        "verdict": verdict(measured),
+        "by_side": {name: [row for row in measured if side(row["gain"]) == name] for name in ("better", "worse", "the same")},
+        "falling": falling(inputs),
         "shares": measured,
         "smallest": next((file for file in reversed(files) if file["against_merged"]), None),
         "deviations": published_run.deviations(inputs.params),
@@ -188,6 +218,8 @@ def draw_figures(content: Row, folder: Path) -> None:
     """Writes the figures of a page's content into a folder."""
     losses = published_run.LOSSES if content["published"] else ()
     figures.save(figures.training_curves(content["history"], content["validation"], losses), folder / "training.png")
+    if margins := content["evidence"]["margins"]:
+        figures.save(figures.reward_margins(margins), folder / "margins.png")
     if content["kinds"]:
         figures.save(figures.gains_by_kind(content["kinds"]), folder / "kinds.png")
     if content["compared"]:

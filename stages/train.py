@@ -78,7 +78,7 @@ HISTORY = (
     "learning_rate",
     "grad_norm",
 )
-EVALUATION = ("loss", "preference_loss", "rewards/margins", "rewards/accuracies")
+EVALUATION = (*HISTORY[:6], "logps/chosen", "logps/rejected")
 
 
 class Params(params.Params, Science):

@@ -34,6 +34,7 @@ class Work(NamedTuple):
 
 ASSUMED = read_yaml(Path(__file__).with_name("plan.yaml"))
 MIXES = {name: Mix(**mix) for name, mix in ASSUMED["mixes"].items()}
+GENERAL = (200, 1, 25, 130)  # hermes/evaluation/general.py, which base and merged alone are asked
 HELD_OUT = "held-out"  # the stage's own tasks, on held-out rows
 SUITES = {name: [Work(**part) for part in parts] for name, parts in ASSUMED["suites"].items()}
 
@@ -64,6 +65,7 @@ def evaluation_seconds(
         "preference": Work(held_out(loaded) + e.divergence_pairs, 2, prompt, answer),
         "instructions": Work(questions, 0, prompt, e.max_new_tokens // 2),
         "plain": Work(mix.plain, 1, prompt, answer),
+        "general": Work(*GENERAL),
     }
 
     def seconds(part: Work, model: str) -> float:
@@ -78,7 +80,7 @@ def evaluation_seconds(
     files = evaluated(loaded, shape)
     asked = {"base", "merged", *(files if e.suite_types == "all" else e.suite_types)}
     return {
-        model: {HELD_OUT: sum(seconds(tasks[name], model) for name in e.tasks)}
+        model: {HELD_OUT: sum(seconds(tasks[name], model) for name in e.tasks if name != "general" or model not in files)}
         | {name: sum(seconds(part, model) for part in SUITES[name]) for name in e.suites if model in asked}
         for model in ("base", "merged", *files)
     }

@@ -77,7 +77,7 @@ class TokenizedModel(TemplateLM):
 class ChatModel(TokenizedModel):
     """What the two backends share: text to ids, and ids to the results that lm-eval expects.
 
-    `finished` says of each generated answer whether it ended before `max_new_tokens`.
+    `finished` says of each generated answer whether it ended before `max_new_tokens`, and `lengths` how many tokens it has.
     `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone.
     """
 
@@ -85,6 +85,7 @@ class ChatModel(TokenizedModel):
         super().__init__(tokenizer)
         self.max_new_tokens = max_new_tokens
         self.finished: list[bool] = []
+        self.lengths: list[int] = []
         self.stopped: Stopped | None = None
         self.tokens_together, self.answers_together = TOKENS_TOGETHER, TOKENS_TOGETHER
 
@@ -100,6 +101,7 @@ class ChatModel(TokenizedModel):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         answers = self.generate(prompts)
         self.finished = [ids[-1] in self.ends for ids in answers]
+        self.lengths = list(map(len, answers))
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
 
     def _loglikelihood_tokens(

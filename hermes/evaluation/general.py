@@ -37,12 +37,11 @@ def paragraphs() -> Iterator[tuple[str, str]]:
 
 
 def prose(tokenizer: PreTrainedTokenizerBase, longest: int) -> list[tuple[str, Ids]]:
-    """The ids of paragraphs, with the token that begins a text where there is one, cut to so many: as many as make `TOKENS`."""
+    """The ids of paragraphs, cut to so many tokens each: as many paragraphs as make `TOKENS`."""
     found: list[tuple[str, Ids]] = []
     for name, text in paragraphs():
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-        if len(ids := (first + ids)[:longest]) > 1:
+        ids = tokenizer(text)["input_ids"][:longest]  # with what a tokenizer puts before any text
+        if len(ids) > 1:
             found.append((name, ids))
         if sum(len(ids) - 1 for _, ids in found) >= TOKENS:
             break

@@ -25,7 +25,7 @@ class EvaluateSettings(Batching):
     """What is asked, of which split, and how it is batched."""
 
     split: Literal["validation", "test"]
-    tasks: Annotated[list[Literal["instructions", "preference", "plain"]], Field(min_length=1)]
+    tasks: Annotated[list[Literal["instructions", "preference", "plain", "general"]], Field(min_length=1)]
     questions_per_kind: Count | None
     suites: list[SuiteName]
     suite_types: Literal["all"] | list[Literal["f16", GgufType, Method]]
