@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hermes import params
 from hermes.artifacts import complete_folder, write_json
 from hermes.console import UserError
 from hermes.pages import figures, published_run
 from hermes.pages.render import interval, percent, points, render, render_html
 from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, flips, pair, read_inputs, smaller_files
 from hermes.run import run_stage
+from hermes.training.tracking import Artifact, Tracking
 
+LOCK = Path("dvc.lock")
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 SPLITS = ("train", "validation", "test")
@@ -226,6 +229,32 @@ def draw_figures(content: Row, folder: Path) -> None:
         figures.save(figures.quantization_tradeoff(content["compared"], content["score"]), folder / "quantization.png")
 
 
+def artifacts() -> list[Artifact]:
+    """The data and models of dvc.lock, each with the hashes of the data and models that its stage read."""
+    found, data = [], ("data/", "models/")
+    for stage in params.read_yaml(LOCK).get("stages", {}).values():
+        made_from = {dep["path"]: dep["md5"] for dep in stage.get("deps", ()) if dep["path"].startswith(data)}
+        for out in stage.get("outs", ()):
+            if (path := out["path"]).startswith(data):
+                kind = "model" if path.startswith("models/") else "dataset"
+                found.append(Artifact(path.replace("/", "-"), kind, out["md5"], made_from))
+    return found
+
+
+def track(inputs: Inputs) -> None:
+    """Adds the results to the W&B run of the training, where params.yaml wants one."""
+    with Tracking.start(dict(inputs.params), inputs.summary.get("run")) as tracking:
+        if tracking.run is None:
+            return
+        rows = [
+            (old["id"], old["kind"], old["question"], old["answer"], old["strict"], new["answer"], new["strict"])
+            for old, new in pair(inputs.answers["base"], inputs.answers["merged"])
+        ]
+        columns = ("id", "kind", "question", "base", "base follows", "merged", "merged follows")
+        numbers = {name: value for name, value in params.flatten(metrics(inputs)).items() if isinstance(value, int | float)}
+        tracking.results(inputs.summary["steps"] + 1, numbers, (columns, rows), sorted(FIGURES.glob("*.png")), artifacts())
+
+
 def main() -> None:
     inputs = read_inputs()
     content = page(inputs)
@@ -237,6 +266,7 @@ def main() -> None:
         shutil.copytree(EVALUATION, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("suites"))
     render("report.md.j2", MARKDOWN, content)
     render_html(MARKDOWN)
+    track(inputs)
 
 
 if __name__ == "__main__":
