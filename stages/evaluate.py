@@ -43,10 +43,11 @@ from hermes.model.base import as_computed, compute_type, load, load_base, releas
 from hermes.model.gguf import GgufModel
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
-from hermes.settings.base import BaseSettings, Beta
+from hermes.settings.base import BaseSettings
 from hermes.settings.compress import Method
 from hermes.settings.evaluate import EvaluateSettings
 from hermes.settings.quantize import GGUF_TYPES
+from hermes.settings.train import Beta
 
 RAW, SUBSET, ADAPTER = Path("data/raw"), Path("data/subset"), Path("models/adapter")
 BASE, MERGED = Path("models/base"), Path("models/merged")

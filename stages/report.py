@@ -85,8 +85,9 @@ def quantized_files(inputs: Inputs) -> list[Row]:
     for name, file in smaller_files(inputs.quantize, inputs.divergence).items():
         found = (inputs.results.get(name) or {}).get(score)
         accuracy = found.get("seen", found)["accuracy"] if found else None
-        gain = inputs.comparison.get(name, {}).get(score)
-        files.append({"name": name, **file, "score": accuracy, "against_merged": gain})
+        compared = inputs.comparison.get(name, {})
+        beside = {"against_merged": compared.get(score), "unseen": compared.get("unseen")}
+        files.append({"name": name, **file, "score": accuracy, **beside})
     return files
 
 
@@ -193,6 +194,7 @@ def page(inputs: Inputs) -> Row:
         "verdict": verdict(measured),
         "by_side": {name: [row for row in measured if side(row["gain"]) == name] for name in ("better", "worse", "the same")},
         "falling": falling(inputs),
+        "moved": [file["name"] for file in files if side(file["unseen"]) in ("better", "worse")],
         "shares": measured,
         "smallest": next((file for file in reversed(files) if file["against_merged"]), None),
         "deviations": published_run.deviations(inputs.params),

@@ -8,7 +8,6 @@ from hermes.params import Settings
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
-Beta = Annotated[float, Field(gt=0, le=1000)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 

@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from hermes.params import Settings, each_once
-from hermes.settings.base import Beta, Count, CountOrZero
+from hermes.settings.base import Count, CountOrZero
 
+Beta = Annotated[float, Field(gt=0, le=1000)]
 PositiveFiniteFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 LossType = Literal[
