@@ -31,11 +31,11 @@ NOUS = Path(__file__).parent / "tasks/nous"
 # Where the suites' tasks are; lm-eval reads every file of a folder, and all of its own take half a minute.
 FOLDERS = "agieval arc gsm8k hellaswag leaderboard mmlu/default openbookqa piqa super_glue/boolq truthfulqa winogrande"
 MATH = Path(sys.prefix) / "math"
-REVISIONS: dict[str, str] = read_yaml(Path(__file__).with_name("revisions.yaml"))
+REVISIONS: dict[str, str | None] = read_yaml(Path(__file__).with_name("revisions.yaml"))
 
 
 def load_pinned(path: str, *arguments: Any, **options: Any) -> Any:
-    """`datasets.load_dataset` at the commit that revisions.yaml has of this data set."""
+    """`datasets.load_dataset` at the commit that revisions.yaml has of this data set, if any."""
     return load_dataset(path, *arguments, **{"revision": REVISIONS.get(path)} | options)
 
 
@@ -101,7 +101,7 @@ def load_task(run: Run, manager: TaskManager) -> Task:
     except (*hub.ERRORS, DatasetsError) as error:
         source = str((manager.task_index[run.task].cfg or {}).get("dataset_path"))
         raise UserError(
-            f"task {run.task}: {hub.failure(hub.why_closed(source, 'dataset') or error, source, REVISIONS.get(source, 'main'))}"
+            f"task {run.task}: {hub.failure(hub.why_closed(source, 'dataset') or error, source, REVISIONS.get(source) or 'main')}"
         ) from None
     finally:
         enable_caching()
