@@ -13,7 +13,7 @@ override DVC := .venv/bin/dvc
 # What each target takes beside DEVICE and PYTHON, which are set-up's; what it cannot do without (one of these), and an example.
 override takes.repro := PROFILE
 override takes.train := PROFILE BETA LOSS SEED
-override takes.sweep := BETAS SEEDS
+override takes.sweep := BETAS SEEDS GRID
 override takes.review := BASE HEAD
 override takes.verify := STAGE QUICK BITS
 override takes.plan := PROFILE GPU
@@ -23,7 +23,7 @@ override takes.chat := MODEL
 override takes.publish := REPO PROFILE LICENCE PUSH
 override takes.bench := FULL
 override takes.doctor := PROFILE
-override needs.sweep := BETAS SEEDS
+override needs.sweep := BETAS SEEDS GRID
 override needs.review := BASE
 override needs.publish := REPO
 override example.sweep := BETAS=0.05,0.1,0.2
@@ -94,7 +94,7 @@ train: setup
 
 ## make sweep               an experiment for each beta, or each seed   make sweep BETAS=0.05,0.1,0.2
 sweep: setup
-	$(PY) -m tools.sweep $(call option,BETAS,--betas=) $(call option,SEEDS,--seeds=)
+	$(PY) -m tools.sweep $(call option,BETAS,--betas=) $(call option,SEEDS,--seeds=) $(call option,GRID,--grid=)
 
 ## make verify              rebuild the committed results, compare bits  make verify STAGE=train QUICK=1
 verify: setup

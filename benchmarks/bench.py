@@ -39,6 +39,9 @@ TARGETS = {
     "sweep.vs_trl": ("five betas, one reference pass, against five stock runs", ">= 8"),
     "evaluate.gguf_vs_http": ("log-likelihoods of a GGUF file in process, against lm-eval's HTTP model", ">= 5"),
     "generate.vs_single": ("answers a second, parallel sequences against one at a time", ">= 2.5"),
+    "evaluate.suites_vs_hf.shared": ("questions a second of a suite in MMLU's shape, against lm-eval's Transformers model", ">= 3"),
+    "evaluate.suites_vs_hf.unshared": ("the same in HellaSwag's shape", ">= 1.5"),
+    "evaluate.suites_vs_hf.generation": ("written answers a second in GSM8K's shape, against the same", ">= 2"),
     "scaling": ("seconds measured over seconds fitted, linear in unique tokens, answer tokens and attended positions", "0.8 to 1.2"),
     "repro.minutes": ("all stages, where one commit ran them all last", "<= 25"),
 }  # fmt: skip
@@ -128,6 +131,23 @@ def compare_evaluation(answers: int, prompts: int, repetitions: int) -> tuple[di
         ratios.setdefault("evaluate.gguf_vs_http", []).append(scored)
         ratios.setdefault("generate.vs_single", []).append(found["single"]["seconds"] / found["together"]["seconds"])
         raw.append(found)
+    return ratios, raw
+
+
+def compare_suites(questions: int, repetitions: int) -> tuple[dict[str, list[float]], list[Result]]:
+    """A suite's questions in three shapes through both models; whether both answer alike is in the raw results."""
+    ratios: dict[str, list[float]] = {}
+    raw = []
+    for _, shape in itertools.product(range(repetitions), ("shared", "unshared", "generation")):
+        ours, theirs = (measure(f"suites_{side}", shape=shape, questions=questions) for side in ("ours", "hf"))
+        ratios.setdefault(f"evaluate.suites_vs_hf.{shape}", []).append(theirs["seconds"] / ours["seconds"])
+        alike = sum(ours == theirs for ours, theirs in zip(ours["answers"], theirs["answers"], strict=True))
+        sides = {
+            name: {key: found[key] for key in ("seconds", "peak_rss")}
+            for name, found in (("ours", ours), ("hf", theirs))
+        }
+        apart = [abs(own - other) for own, other in zip(ours.get("totals", []), theirs.get("totals", []), strict=True)]
+        raw.append({"shape": shape, "questions": questions, "alike": alike, "apart": max(apart, default=None), **sides})
     return ratios, raw
 
 
@@ -230,6 +250,8 @@ def bench(full: bool) -> Result:
         best[mix], raw[mix] = details["best"], details["repetitions"]
     main = numbers["embedded"]
     found, raw["evaluation"] = compare_evaluation(16 if full else 4, 128 if full else 32, repetitions)
+    main |= {key: summary(values) for key, values in found.items()}
+    found, raw["suites"] = compare_suites(48 if full else 8, repetitions)
     main |= {key: summary(values) for key, values in found.items()}
     cells: list[Result] = []
     if full:

@@ -32,7 +32,7 @@ from hermes import params
 from hermes.artifacts import check_together, complete_file, complete_folder, read_json, scratch_folder, write_json
 from hermes.bits import Bits
 from hermes.console import UserError, say
-from hermes.evaluation import benchmarks, run_benchmarks
+from hermes.evaluation import benchmarks, evidence, general, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
 from hermes.evaluation.held_out import HeldOut, read_held_out
 from hermes.evaluation.intervals import paired_gain, ratio_interval
@@ -47,6 +47,7 @@ from hermes.settings.base import BaseSettings
 from hermes.settings.compress import Method
 from hermes.settings.evaluate import EvaluateSettings
 from hermes.settings.quantize import GGUF_TYPES
+from hermes.settings.train import Beta
 
 RAW, SUBSET, ADAPTER = Path("data/raw"), Path("data/subset"), Path("models/adapter")
 BASE, MERGED = Path("models/base"), Path("models/merged")
@@ -61,6 +62,7 @@ class Params(params.Params):
     """Parameters of evaluate."""
 
     bits: Bits
+    beta: Beta
     base: BaseSettings
     evaluate: EvaluateSettings
 
@@ -102,8 +104,8 @@ def write_answers(model: ChatModel, settings: EvaluateSettings) -> Answers:
     return sorted(results["samples"]["instructions"], key=lambda sample: sample["doc_id"])
 
 
-def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
-    """The rows of data/evaluation/NAME.jsonl: one a question."""
+def grade_answers(samples: Answers, model: ChatModel) -> Answers:
+    """The rows of data/evaluation/NAME.jsonl, one a question, of a model that has just answered."""
     return [
         {name: sample["doc"][name] for name in ("id", "topic", "kind")}
         | {
@@ -113,20 +115,26 @@ def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
             "strict": bool(sample["strict"]) and is_finished,
             "grade": sample["grade"] if is_finished else 0.0,
             "finished": is_finished,
+            "tokens": tokens,
         }
-        for sample, is_finished in zip(samples, finished, strict=True)
+        for sample, is_finished, tokens in zip(samples, model.finished, model.lengths, strict=True)
     ]
 
 
 def run_suites(settings: EvaluateSettings, dtype: torch.dtype, open_model: Opener, names: list[str]) -> dict[str, Path]:
-    """The folder of each model with the results and logs of all tasks of the suites; nothing where there are no suites.
+    """The folder of each model that suites are asked of, with the results and logs of all tasks; nothing where there are no suites.
 
     Raises:
         UserError: something is missing (hermes/evaluation/run_benchmarks.py), or a model was not asked the questions of those before it.
     """
     runs = benchmarks.runs(settings.suites)
     folders: dict[str, Path] = {}
-    for name in names if runs else ():
+    asked = {"base", "merged", *(names if settings.suite_types == "all" else settings.suite_types)}
+    if unknown := asked - {*names}:
+        raise UserError(
+            f"params.yaml: `evaluate.suite_types` names {min(unknown)}, which `evaluate.types` does not evaluate"
+        )
+    for name in (name for name in names if runs and name in asked):
         say(f"suites on {name}")
         folders[name] = scratch_folder("suites") / run_benchmarks.folder_name(path_of(name), settings, dtype)
         run_benchmarks.run_all(runs, folders[name], partial(open_model, path_of(name)), settings.context)
@@ -224,7 +232,7 @@ def evaluate_model(
     rows: Answers = []
     with open_model(path_of(name)) as model:
         if "instructions" in settings.tasks:
-            rows = grade_answers(write_answers(model, settings), model.finished)
+            rows = grade_answers(write_answers(model, settings), model)
             summary |= {"strict": strict_summary(rows), "failures": failures(rows)}
         if "preference" in settings.tasks:
             summary["pairs"] = preferences(model, held_out["preference"])
@@ -232,6 +240,8 @@ def evaluate_model(
             summary["preference"] = {"accuracy": mean(right), "n": len(right)}
         if "plain" in settings.tasks:
             summary["perplexity"] = perplexity(model, held_out["plain"])
+        if "general" in settings.tasks and name in ("base", "merged"):
+            summary["general"] = general.ask(model, settings.context)
         apart = exact.divergence(model) if exact and name != "base" else {}
     return summary, rows, apart
 
@@ -392,6 +402,12 @@ def main() -> None:
         summaries[name], rows[name], apart[name] = evaluate_model(name, settings, open_model, held_out, exact)
     del exact
     pairs = {name: summaries[name].pop("pairs", []) for name in names}
+    asked = {name: summaries[name].pop("general", None) for name in ("base", "merged")}
+    beside = {
+        "answers": evidence.answers(rows["base"], rows["merged"]),
+        "margins": evidence.margins(pairs["base"], pairs["merged"], loaded.beta),
+        "general": general.compare(asked["base"], asked["merged"]) if asked["base"] and asked["merged"] else None,
+    }
     comparison = {}
     for name in names[1:]:
         against = "base" if name == "merged" else "merged"
@@ -406,6 +422,8 @@ def main() -> None:
             with complete_file(target / f"{name}.jsonl") as path:
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))
         write_json(target / "comparison.json", comparison)
+        write_json(target / "evidence.json", beside)
+        write_json(target / "pairs.json", pairs)
         measured = {{"merged": "hf_bf16"}.get(name, name): found for name, found in apart.items() if found}
         write_json(target / "divergence.json", measured)
         if folders:

@@ -78,7 +78,7 @@ HISTORY = (
     "learning_rate",
     "grad_norm",
 )
-EVALUATION = ("loss", "preference_loss", "rewards/margins", "rewards/accuracies")
+EVALUATION = (*HISTORY[:6], "logps/chosen", "logps/rejected")
 
 
 class Params(params.Params, Science):
@@ -327,7 +327,7 @@ def run(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
     """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports; `made_from` as `run_key`."""
     tokenizer = load_tokenizer(BASE)
     main = distributed.is_main(loaded.train.processes)
-    with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
+    with Tracking.start(loaded.model_dump(mode="json"), scratch.name) if main else Tracking() as tracking:
         callbacks = [*([ProgressAndTracking(tracking)] if main else []), CheckpointAndStop(loaded.train.processes)]
         trainer = build_trainer(loaded, scratch, tokenizer, callbacks)
         trained = sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad)
@@ -353,7 +353,10 @@ def run(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
     REPORTS.mkdir(parents=True, exist_ok=True)
     write_history(trainer.state.log_history, HISTORY, REPORTS / "history.csv")
     write_history(trainer.state.log_history, EVALUATION, REPORTS / "evaluation.csv", prefix="eval_")
-    write_json(REPORTS / "summary.json", summarize(trainer, len(load_pairs("train")), trained, difference))
+    write_json(
+        REPORTS / "summary.json",
+        summarize(trainer, len(load_pairs("train")), trained, difference) | {"run": scratch.name},
+    )
     with complete_folder(ADAPTER) as folder:
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_adapter(model, folder, made_from[BASE.as_posix()], gathered)

@@ -219,13 +219,13 @@ def seconds_of(run: Run, device: Device) -> dict[str, float]:
         "merge": weights / MERGED,
         "quantize": quantize_seconds(loaded, shape, calibrating, flops * device.evaluating),
         "compress": compress_seconds(loaded, shape, calibrating, flops, bandwidth),
-        "evaluate": sum(evaluating(run, device).values()),
+        "evaluate": sum(sum(parts.values()) for parts in evaluating(run, device).values()),
     }
     return {stage: seconds + STARTING for stage, seconds in found.items()} | {"the others": 4 * STARTING}
 
 
-def evaluating(run: Run, device: Device) -> dict[str, float]:
-    """The time of evaluation by model."""
+def evaluating(run: Run, device: Device) -> dict[str, dict[str, float]]:
+    """The time of evaluation by model, and by what it is asked."""
     flops, bandwidth = device.reached
     return evaluation_seconds(*run[:2], *run.lengths.means, flops * device.evaluating, bandwidth)
 
@@ -398,8 +398,13 @@ def report(run: Run, source: str, name: str, device: Device) -> str:
         lines += ["", "train, by component; CUDA and what its allocator loses come on top"]
         lines += [f"  {name:<10} {gibibytes(value):>12}" for name, value in training_step(run, True)._asdict().items()]
         lines += ["", f"memory of the host: {gibibytes(host_memory(run))}"]
-    lines += ["", "evaluate, by model; gptq and awq as Transformers unpacks them"]
-    lines += [f"  {name:<10} {value / 60:>12,.1f} minutes" for name, value in evaluating(run, device).items()]
+    parts = evaluating(run, device)
+    asked = list(dict.fromkeys(part for found in parts.values() for part in found))
+    lines += ["", "minutes of evaluate, by model; gptq and awq as Transformers unpacks them"]
+    lines.append(f"  {'':<10}" + "".join(f" {part:>12}" for part in asked))
+    for model, found in parts.items():
+        cells = (f"{found[part] / 60:,.1f}" if part in found else "not asked" for part in asked)
+        lines.append(f"  {model:<10}" + "".join(f" {cell:>12}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -1,21 +1,30 @@
-"""One experiment for each beta, or for each seed, and their comparison.
+"""One experiment for each beta, for each seed, or for each point of a grid of parameters, and their comparison.
 
     python -m tools.sweep --betas 0.05,0.1,0.2         (or: make sweep BETAS=0.05,0.1,0.2)
     python -m tools.sweep --seeds 42,1,2               (or: make sweep SEEDS=42,1,2)
+    python -m tools.sweep --grid 'beta=0.05,0.1 train.learning_rate=1e-4,5e-4'
+                                                       (or: make sweep GRID='beta=0.05,0.1 train.learning_rate=1e-4,5e-4')
 
-Each value becomes an experiment, `beta-0.05` or `seed-1` and so on, derived from the workspace as it is. DVC runs them one after
-the other, each in a copy of the tracked files, so the workspace stays as it is. An experiment of that name on the same commit is
-replaced; what has not changed since then comes out of DVC's run cache. The last step compares those that succeeded.
+A key of a grid is one of the science, or one of the selected profile: `train.epochs` is `profiles.cpu.train.epochs`. All combinations are
+checked before the first runs. Each becomes an experiment, `beta-0.05` or `beta-0.05-epochs-2`, derived from the workspace as it is. DVC
+runs them one after the other, each in a copy of the tracked files, so the workspace stays as it is. An experiment of that name on the
+same commit is replaced; what has not changed since then comes out of DVC's run cache. The last step compares those that succeeded.
 """
 
 import argparse
+import itertools
 import re
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
+from hermes import params
 from hermes.console import UserError, say, warn
 from hermes.run import run_tool
+from hermes.settings import experiment
 from tools import doctor, sources
 from tools.dvc_runs import DVC, Relay, dvc, only_one
 
@@ -27,6 +36,11 @@ VALUES = {
     ),
     "seed": (re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII), "a whole number; write them like 42,1,2"),
 }
+EXAMPLE = "write it like 'beta=0.05,0.1 train.learning_rate=1e-4,5e-4'"
+AXIS = re.compile(
+    r"([a-z0-9_]+(?:\.[a-z0-9_]+)*)=([A-Za-z0-9][A-Za-z0-9.+_-]{0,40}(?:,[A-Za-z0-9][A-Za-z0-9.+_-]{0,40})*)", re.ASCII
+)
+MOST = 64  # experiments of a grid
 
 
 def parse(key: str, text: str) -> list[str]:
@@ -42,9 +56,77 @@ def parse(key: str, text: str) -> list[str]:
     return values
 
 
-def assignments(key: str, values: list[str]) -> dict[str, str]:
-    """What each experiment sets, by its name: {"beta-0.05": "beta=0.05", ...}."""
-    return {f"{key}-{value}": f"{key}={value}" for value in values}
+def assignments(key: str, values: list[str]) -> dict[str, list[str]]:
+    """What each experiment sets, by its name: {"beta-0.05": ["beta=0.05"], ...}."""
+    return {f"{key}-{value}": [f"{key}={value}"] for value in values}
+
+
+def grid(text: str) -> dict[str, list[str]]:
+    """What each experiment of a grid sets, by its name: {"beta-0.05-epochs-2": ["beta=0.05", "profiles.cpu.train.epochs=2"], ...}.
+
+    Raises:
+        UserError: it is no grid, a key is none of params.yaml, or a combination is one that params.yaml may not have.
+    """
+    tree = params.read_yaml(params.PARAMS)
+    profile = params.selected_profile(tree)
+    axes: dict[str, list[tuple[str, str]]] = {}
+    for part in text.split():
+        if not (found := AXIS.fullmatch(part)):
+            raise UserError(f"--grid: {part[:60]!r} is no key with its values; {EXAMPLE}")
+        key, values = found[1], found[2].split(",")
+        path = key if key in tree and key not in (*params.UNTRACKED, "profile") else f"profiles.{profile}.{key}"
+        if not isinstance(value_at(tree, path), str | int | float | None) or value_at(tree, path) is MISSING:
+            raise UserError(f"--grid: params.yaml has no value {key}, on top or in the profile {profile}")
+        if key in axes or len(set(values)) < len(values):
+            raise UserError(f"--grid: {key} or one of its values comes twice")
+        axes[key] = [(path, value) for value in values]
+    if not axes:
+        raise UserError(f"--grid: has no key; {EXAMPLE}")
+    points = list(itertools.product(*axes.values()))
+    if len(points) > MOST:
+        raise UserError(f"--grid: {len(points)} experiments; {MOST} at most")
+    for point in points:
+        check_point(tree, point)
+    return {
+        "-".join(f"{path.rpartition('.')[2]}-{value}" for path, value in point): [
+            f"{path}={value}" for path, value in point
+        ]
+        for point in points
+    }
+
+
+class Missing:
+    """Where params.yaml has no such key."""
+
+
+MISSING = Missing()
+
+
+def value_at(tree: object, path: str) -> object:
+    """The value of a tree at a path of keys, `MISSING` where it has none."""
+    for name in path.split("."):
+        if not isinstance(tree, Mapping) or name not in tree:
+            return MISSING
+        tree = tree[name]
+    return tree
+
+
+def check_point(tree: Mapping[str, object], point: tuple[tuple[str, str], ...]) -> None:
+    """Refuses, by a UserError, values that params.yaml may not have together."""
+    changed: dict[str, object] = yaml.safe_load(yaml.safe_dump(dict(tree)))
+    for path, value in point:
+        *above, last = path.split(".")
+        inner = value_at(changed, ".".join(above)) if above else changed
+        assert isinstance(inner, dict)
+        read = yaml.safe_load(value)
+        inner[last] = float(value) if isinstance(read, str) and re.fullmatch(r"[0-9.]+e[+-]?[0-9]+", value) else read
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder) / "params.yaml").write_text(yaml.safe_dump(changed))
+        try:
+            experiment.check(file)
+        except UserError as error:
+            said = ", ".join(f"{path}={value}" for path, value in point)
+            raise UserError(f"--grid: {said}: {str(error).replace(str(file), 'params.yaml')}") from None
 
 
 def check_repository(root: Path) -> None:
@@ -54,18 +136,20 @@ def check_repository(root: Path) -> None:
             raise UserError(f"{check.finding}; {check.mend}")
 
 
-def sweep(wanted: Mapping[str, str]) -> int:
+def sweep(wanted: Mapping[str, list[str]]) -> int:
     """Runs and compares the experiments (name: assignment); 1 where one failed or could not be compared, else a signal's 128 + number."""
     check_repository(Path.cwd())
     sources.refuse_changed()
     with only_one("sweep") as lock, Relay() as relay:
         existing, succeeded = dvc("exp", "list", "--name-only").split(), []
-        for number, (name, assignment) in enumerate(wanted.items(), start=1):
+        for number, (name, values) in enumerate(wanted.items(), start=1):
             say(f"{name}: experiment {number} of {len(wanted)}")
             if name in existing:
                 say(f"{name}: an experiment of this commit already, it is replaced")
                 dvc("exp", "remove", name)
-            code = relay.run([*DVC, "exp", "run", "--temp", "--set-param", assignment, "--name", name], lock)
+            code = relay.run(
+                [*DVC, "exp", "run", "--temp", *(f"--set-param={value}" for value in values), "--name", name], lock
+            )
             if relay.received:
                 warn("sweep: interrupted; experiments that had ended are kept")
                 return code or 128 + relay.received
@@ -83,9 +167,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.sweep", description="Run one experiment for each value.")
     parser.add_argument("--betas", metavar="LIST", help="for example 0.05,0.1,0.2")
     parser.add_argument("--seeds", metavar="LIST", help="for example 42,1,2")
+    parser.add_argument("--grid", metavar="AXES", help="for example 'beta=0.05,0.1 train.learning_rate=1e-4,5e-4'")
     given = parser.parse_args()
-    if (given.betas is None) == (given.seeds is None):
-        raise UserError("give either --betas or --seeds")
+    if sum(value is not None for value in (given.betas, given.seeds, given.grid)) != 1:
+        raise UserError("give either --betas, --seeds or --grid")
+    if given.grid is not None:
+        return sweep(grid(given.grid))
     key, text = ("beta", given.betas) if given.seeds is None else ("seed", given.seeds)
     return sweep(assignments(key, parse(key, text)))
 

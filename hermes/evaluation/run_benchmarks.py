@@ -34,6 +34,7 @@ CODE = (
     "evaluation/run_benchmarks",
     "evaluation/suite_tasks",
     "evaluation/chat_models",
+    "evaluation/choices",
     "model/gguf",
     "model/base",
     "training/exactness",
@@ -45,7 +46,7 @@ CODE = (
     "data/chat_text",
     "data/prefixes",
 )
-MATH_LOCK = "requirements-math.lock"
+MATH_LOCK, PINS = "requirements-math.lock", "hermes/evaluation/revisions.yaml"
 LONGEST_ANSWER = 256  # lm-eval's own, in tokens, where a task names none
 # A metric that lm-eval gives one second of the clock, so that equal runs differ; no suite counts it, and results and logs leave it out.
 TIMED = {"exact_match_original"}
@@ -172,7 +173,7 @@ def folder_name(model: Path, batching: Batching, dtype: torch.dtype) -> str:
     A suite's tasks say themselves how long an answer may be, so `max_new_tokens` is not among it.
     """
     tasks = sorted(path.name for path in (ROOT / NOUS).iterdir() if path.is_file())
-    files = [*(f"hermes/{name}.py" for name in CODE), MATH_LOCK, *(f"{NOUS}/{name}" for name in tasks)]
+    files = [*(f"hermes/{name}.py" for name in CODE), MATH_LOCK, PINS, *(f"{NOUS}/{name}" for name in tasks)]
     named = read_yaml(ROOT / "dvc.yaml")["stages"]["evaluate"]["params"]
     packages = next(entry["packages.yaml"] for entry in named if isinstance(entry, dict))
     versions = read_yaml(ROOT / "packages.yaml")

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import huggingface_hub
 import nltk
 import numpy as np
@@ -493,6 +495,22 @@ def test_a_plain_prompt_gets_the_beginning_of_sequence_token_once(byte_tokenizer
     assert model.tok_encode(f"{bos[0]}user")[:2] == [bos[1], byte_tokenizer.convert_tokens_to_ids("u")]
 
 
+def test_data_sets_are_read_at_the_commits_that_are_listed(
+    data: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str | None] = {}
+    whole = datasets.load_dataset
+
+    def seen(path: str, *arguments: Any, **options: Any) -> Any:
+        asked[path] = options["revision"]
+        return whole(path, *arguments, **options)
+
+    monkeypatch.setattr(suite_tasks, "load_dataset", seen)
+    suite_tasks.load_task(Run("arc_challenge", 0, False), manager)
+    assert asked == {"allenai/ai2_arc": suite_tasks.REVISIONS["allenai/ai2_arc"]}
+    assert re.fullmatch("[0-9a-f]{40}", asked["allenai/ai2_arc"] or "")
+
+
 def test_without_a_network_a_missing_data_set_is_one_line(
     tmp_path: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -500,7 +518,7 @@ def test_without_a_network_a_missing_data_set_is_one_line(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        UserError, match=r"^task openbookqa: allenai/openbookqa@main: .*check the name, the network"
+        UserError, match=r"^task openbookqa: allenai/openbookqa@[0-9a-f]{40}: .*check the name, the network"
     ) as error:
         suite_tasks.load_task(Run("openbookqa", 0, False), manager)
     assert "\n" not in str(error.value)

@@ -600,6 +600,6 @@ def test_tracking_that_breaks_does_not_break_training(
         def finish(self) -> None:
             raise ConnectionError("still gone")
 
-    monkeypatch.setattr(train.Tracking, "start", classmethod(lambda cls, config: cls(Broken())))
+    monkeypatch.setattr(train.Tracking, "start", classmethod(lambda cls, config, run_id: cls(Broken())))
     assert len(run(PARAMS)) == 6
     assert "W&B stopped logging: gone" in capsys.readouterr().err

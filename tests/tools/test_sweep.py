@@ -88,7 +88,45 @@ def test_seeds_keep_their_order_and_none_comes_twice() -> None:
 @pytest.mark.parametrize("words", [(), ("--betas", "0.1", "--seeds", "1")])
 def test_a_sweep_varies_one_thing(words: tuple[str, ...]) -> None:
     done = run(*words)
-    assert (done.returncode, done.stderr) == (1, "sweep: give either --betas or --seeds\n")
+    assert (done.returncode, done.stderr) == (1, "sweep: give either --betas, --seeds or --grid\n")
+
+
+def test_a_grid_is_every_combination_under_the_selected_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert sweep.grid("beta=0.05,0.1 train.learning_rate=1e-4,0.001") == {
+        "beta-0.05-learning_rate-1e-4": ["beta=0.05", "profiles.cpu.train.learning_rate=1e-4"],
+        "beta-0.05-learning_rate-0.001": ["beta=0.05", "profiles.cpu.train.learning_rate=0.001"],
+        "beta-0.1-learning_rate-1e-4": ["beta=0.1", "profiles.cpu.train.learning_rate=1e-4"],
+        "beta-0.1-learning_rate-0.001": ["beta=0.1", "profiles.cpu.train.learning_rate=0.001"],
+    }
+    assert sweep.grid("loss_type=ipo,hinge") == {
+        "loss_type-ipo": ["loss_type=ipo"],
+        "loss_type-hinge": ["loss_type=hinge"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"--grid: has no key; write it like 'beta=0\.05,0\.1 train"),
+        ("beta", r"--grid: 'beta' is no key with its values"),
+        ("beta=0.1,", r"--grid: 'beta=0\.1,' is no key"),
+        ("beta=--help", r"is no key with its values"),
+        ("gamma=1,2", r"params\.yaml has no value gamma, on top or in the profile cpu"),
+        ("train=1,2", r"params\.yaml has no value train"),
+        ("profile=cpu,quick", r"params\.yaml has no value profile"),
+        ("beta=0.1,0.1", r"beta or one of its values comes twice"),
+        ("beta=0.1 beta=0.2", r"beta or one of its values comes twice"),
+        ("beta=-1", r"is no key"),
+        ("beta=0.1 loss_type=ipo,other", r"--grid: beta=0\.1, loss_type=other: params\.yaml: `loss_type` is 'other'"),
+        ("seed=" + ",".join(map(str, range(65))), r"65 experiments; 64 at most"),
+    ],
+)
+def test_what_is_no_grid_is_refused_before_anything_runs(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=said) as error:
+        sweep.grid(text)
+    assert "\n" not in str(error.value)
 
 
 def test_experiment_names_are_valid_git_references() -> None:
