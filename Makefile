@@ -20,7 +20,7 @@ override takes.plan := PROFILE GPU
 override takes.rehearse := PROFILE LAYERS PAIRS
 override takes.base := RESOLVE
 override takes.chat := MODEL
-override takes.publish := REPO PROFILE LICENCE PUSH
+override takes.publish := REPO PROFILE LICENCE DATA PUSH
 override takes.bench := FULL
 override takes.doctor := PROFILE
 override needs.sweep := BETAS SEEDS GRID
@@ -29,7 +29,7 @@ override needs.publish := REPO
 override example.sweep := BETAS=0.05,0.1,0.2
 override example.review := BASE=main
 override example.publish := REPO=owner/name
-override SWITCHES := RESOLVE PUSH FULL QUICK
+override SWITCHES := RESOLVE PUSH FULL QUICK DATA
 override SETUP := DEVICE PYTHON
 override SPLIT := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder # of tests, a file to each free core
 
@@ -154,7 +154,7 @@ collect: setup
 ## make publish             show a release, or push it                  make publish REPO=owner/name PROFILE=cpu PUSH=1
 publish: setup
 	$(PY) -m tools.publish $(call option,REPO,--repo=) $(call option,PROFILE,--profile=) $(call option,LICENCE,--licence=) \
-		$(call switch,PUSH,--push)
+		$(call switch,DATA,--data) $(call switch,PUSH,--push)
 
 ## make test                run the fast tests
 test: setup

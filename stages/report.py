@@ -166,12 +166,13 @@ def verdict(measured: Sequence[Row]) -> str | None:
 
 def falling(inputs: Inputs) -> Row | None:
     """How training moved the log-probabilities of held-out answers from its first validation to its last; None where it had none."""
-    found = {name: inputs.validation.get(f"logps/{name}") for name in ("chosen", "rejected")}
-    rewards = {name: inputs.validation.get(f"rewards/{name}") for name in found}
-    if not all(found.values()) or not all(rewards.values()):
-        return None
-    beta = float(inputs.params["beta"])
-    return {name: {"last": found[name][-1], "gained": rewards[name][-1] / beta} for name in found}
+    beta, found = float(inputs.params["beta"]), {}
+    for name in ("chosen", "rejected"):
+        log_probs, rewards = (inputs.validation.get(f"{what}/{name}") for what in ("logps", "rewards"))
+        if not log_probs or not rewards:
+            return None
+        found[name] = {"last": log_probs[-1], "gained": rewards[-1] / beta}
+    return found
 
 
 def first_look(inputs: Inputs) -> Row | None:

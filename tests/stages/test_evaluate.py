@@ -310,6 +310,7 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
     profile = read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]
     section = {"suites": ["nous"], "types": ["f16"], "tasks": ["preference"], "slots": 4, "divergence_pairs": 2}
     loaded = evaluate.Params(
+        beta=0.1,
         bits="portable",
         base=BaseSettings(**profile["base"]),
         evaluate=EvaluateSettings(**profile["evaluate"] | section),
