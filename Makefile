@@ -21,15 +21,18 @@ override takes.rehearse := PROFILE LAYERS PAIRS
 override takes.base := RESOLVE
 override takes.chat := MODEL
 override takes.publish := REPO PROFILE LICENCE DATA PUSH
+override takes.wandb-report := ENTITY SAVE
 override takes.bench := FULL
 override takes.doctor := PROFILE
 override needs.sweep := BETAS SEEDS GRID
 override needs.review := BASE
 override needs.publish := REPO
+override needs.wandb-report := ENTITY
 override example.sweep := BETAS=0.05,0.1,0.2
 override example.review := BASE=main
 override example.publish := REPO=owner/name
-override SWITCHES := RESOLVE PUSH FULL QUICK DATA
+override example.wandb-report := ENTITY=name
+override SWITCHES := RESOLVE PUSH FULL QUICK DATA SAVE
 override SETUP := DEVICE PYTHON
 override SPLIT := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder # of tests, a file to each free core
 
@@ -65,7 +68,7 @@ override quote = '$(subst ','\'',$1)'
 override option = $(if $(filter $1,$(GIVEN)),$2$(call quote,$($1)))
 override switch = $(if $(filter $1,$(GIVEN)),$2)
 
-.PHONY: help setup checked repro train sweep verify experiments review chat report collect plan rehearse compare-published base publish bench \
+.PHONY: help setup checked repro train sweep verify experiments review chat report collect plan rehearse compare-published base publish wandb-report bench \
 	test test-all test-slow lint format doctor gpu-check
 
 help:
@@ -81,7 +84,7 @@ setup:
 # A mistake anywhere in params.yaml stops a target that runs the experiment before it begins.
 checked: setup
 	@$(PY) -m tools.check_params $(call option,PROFILE,--profile=)
-repro train sweep report plan rehearse publish bench: checked
+repro train sweep report plan rehearse publish wandb-report bench: checked
 
 ## make repro               bring every result up to date               make repro PROFILE=cpu
 repro: setup
@@ -155,6 +158,10 @@ collect: setup
 publish: setup
 	$(PY) -m tools.publish $(call option,REPO,--repo=) $(call option,PROFILE,--profile=) $(call option,LICENCE,--licence=) \
 		$(call switch,DATA,--data) $(call switch,PUSH,--push)
+
+## make wandb-report        compose a W&B report, or save it           make wandb-report ENTITY=name SAVE=1
+wandb-report: setup
+	$(PY) -m tools.wandb_report $(call option,ENTITY,--entity=) $(call switch,SAVE,--save)
 
 ## make test                run the fast tests
 test: setup

@@ -70,7 +70,8 @@ class WritableHub(Hub):
             assert hashlib.sha256(content).hexdigest() == path.rpartition("/")[2]
             self.stored[path.rpartition("/")[2]] = content
             return self.send(200)
-        writes = r"/api/repos/create|/api/validate-yaml|(/datasets)?/[^/]+/[^/]+\.git/.*|/api/(models|datasets)/[^/]+/[^/]+/(preupload|commit)/.*"
+        kept = r"/api/(models|datasets)/[^/]+/[^/]+/(preupload|commit)/.*"
+        writes = rf"/api/repos/create|/api/validate-yaml|(/datasets)?/[^/]+/[^/]+\.git/.*|{kept}"
         if self.command != "POST" or not re.fullmatch(writes, path):
             self.path = self.path.replace("/main", f"/{COMMIT}")
             return super().answer()
@@ -298,7 +299,7 @@ def test_the_pairs_and_answers_become_a_data_set_where_that_is_asked_for(
         "evaluation/evidence.json",
     } <= placed
     assert not {"LICENSE", "NOTICE"} & placed  # which are those of the weights
-    card = DatasetCard(text_of(DATA))
+    card: Any = DatasetCard(text_of(DATA))
     assert card.data.license == "apache-2.0"
     pairs, answers = card.data.configs
     assert pairs["data_files"][0] == {"split": "train", "path": "train.parquet"}
@@ -310,13 +311,9 @@ def test_the_pairs_and_answers_become_a_data_set_where_that_is_asked_for(
     held = WritableHub.repositories[f"datasets/{DATA}"]
     assert held.keys() - {".gitattributes"} == placed | {"README.md"}
     monkeypatch.chdir(release(DATA))
-    rows = load_dataset(
-        "parquet",
-        data_files={part["split"]: part["path"] for part in pairs["data_files"]},
-        cache_dir=str(workplace / "cache"),
-    )
-    assert rows["test"]["question"] == ["Why?"]
-    written = load_dataset("json", data_files={"merged": "evaluation/merged.jsonl"}, cache_dir=str(workplace / "cache"))
+    files, cache = {part["split"]: part["path"] for part in pairs["data_files"]}, str(workplace / "cache")
+    assert load_dataset("parquet", data_files=files, cache_dir=cache)["test"]["question"] == ["Why?"]
+    written = load_dataset("json", data_files={"merged": "evaluation/merged.jsonl"}, cache_dir=cache)
     assert {"question", "answer", "strict", "finished"} <= {*written["merged"].column_names}
 
 
