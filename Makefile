@@ -13,7 +13,7 @@ override DVC := .venv/bin/dvc
 # What each target takes beside DEVICE and PYTHON, which are set-up's; what it cannot do without (one of these), and an example.
 override takes.repro := PROFILE
 override takes.train := PROFILE BETA LOSS SEED
-override takes.sweep := BETAS SEEDS GRID
+override takes.sweep := BETAS SEEDS GRID JOBS
 override takes.review := BASE HEAD
 override takes.verify := STAGE QUICK BITS
 override takes.plan := PROFILE GPU
@@ -95,9 +95,9 @@ train: setup
 	$(PY) -m tools.repro $(call option,PROFILE,--profile=) $(call option,BETA,--set-param=beta=) \
 		$(call option,LOSS,--set-param=loss_type=) $(call option,SEED,--set-param=seed=) train
 
-## make sweep               an experiment for each beta, or each seed   make sweep BETAS=0.05,0.1,0.2
+## make sweep               an experiment for each value, or of a grid  make sweep GRID='beta=0.05,0.1 seed=1,2' JOBS=2
 sweep: setup
-	$(PY) -m tools.sweep $(call option,BETAS,--betas=) $(call option,SEEDS,--seeds=) $(call option,GRID,--grid=)
+	$(PY) -m tools.sweep $(call option,BETAS,--betas=) $(call option,SEEDS,--seeds=) $(call option,GRID,--grid=) $(call option,JOBS,--jobs=)
 
 ## make verify              rebuild the committed results, compare bits  make verify STAGE=train QUICK=1
 verify: setup

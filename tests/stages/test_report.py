@@ -64,7 +64,7 @@ def write_reports(root: Path, beta: float = 0.1, seed: int = 0, rate: float | No
     ]
     beside = {
         "answers": evidence.answers(answers["base"], answers["merged"]),
-        "margins": evidence.margins(*pairs, beta),
+        "margins": evidence.margins(pairs[0], pairs[1], beta),
         "general": GENERAL,
     }
     _json(evaluation / "evidence.json", beside)
