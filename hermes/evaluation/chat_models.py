@@ -78,7 +78,8 @@ class ChatModel(TokenizedModel):
     """What the two backends share: text to ids, and ids to the results that lm-eval expects.
 
     `finished` says of each generated answer whether it ended before `max_new_tokens`, and `lengths` how many tokens it has.
-    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone.
+    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone. `until` and
+    `until_ids` are the texts and tokens that it looks for, for an engine that looks itself.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
@@ -87,6 +88,8 @@ class ChatModel(TokenizedModel):
         self.finished: list[bool] = []
         self.lengths: list[int] = []
         self.stopped: Stopped | None = None
+        self.until: list[str] = []
+        self.until_ids: set[int] = set()
         self.tokens_together, self.answers_together = TOKENS_TOGETHER, TOKENS_TOGETHER
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Ids:

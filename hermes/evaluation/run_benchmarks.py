@@ -27,6 +27,7 @@ from hermes.evaluation.chat_models import ChatModel, Ids, TokenizedModel
 from hermes.params import read_yaml
 from hermes.settings.evaluate import Batching
 
+Opened = Callable[[], AbstractContextManager[ChatModel]]
 ROOT, NOUS = Path(__file__).parents[2], "hermes/evaluation/tasks/nous"
 # The modules and the lock that results depend on; what else these import shapes no number. A suite reaches a result through its run alone.
 CODE = (
@@ -35,6 +36,8 @@ CODE = (
     "evaluation/suite_tasks",
     "evaluation/chat_models",
     "evaluation/choices",
+    "evaluation/vllm_chat",
+    "evaluation/vllm_worker",
     "model/gguf",
     "model/base",
     "training/exactness",
@@ -46,7 +49,7 @@ CODE = (
     "data/chat_text",
     "data/prefixes",
 )
-MATH_LOCK, PINS = "requirements-math.lock", "hermes/evaluation/revisions.yaml"
+MATH_LOCK, VLLM_LOCK, PINS = "requirements-math.lock", "requirements-vllm.lock", "hermes/evaluation/revisions.yaml"
 LONGEST_ANSWER = 256  # lm-eval's own, in tokens, where a task names none
 # A metric that lm-eval gives one second of the clock, so that equal runs differ; no suite counts it, and results and logs leave it out.
 TIMED = {"exact_match_original"}
@@ -107,6 +110,7 @@ class SuiteModel(TokenizedModel):
             return answer[-1] in self.ends or any(ended)
 
         self.chat.max_new_tokens, self.chat.stopped = limit, stopped
+        self.chat.until, self.chat.until_ids = until, self.ends
         found = self.chat.generate([self.fitting(self.tok_encode(request.args[0]), limit) for request in requests])
         answers = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
         for text in until:
@@ -173,7 +177,7 @@ def folder_name(model: Path, batching: Batching, dtype: torch.dtype) -> str:
     A suite's tasks say themselves how long an answer may be, so `max_new_tokens` is not among it.
     """
     tasks = sorted(path.name for path in (ROOT / NOUS).iterdir() if path.is_file())
-    files = [*(f"hermes/{name}.py" for name in CODE), MATH_LOCK, PINS, *(f"{NOUS}/{name}" for name in tasks)]
+    files = [*(f"hermes/{name}.py" for name in CODE), MATH_LOCK, VLLM_LOCK, PINS, *(f"{NOUS}/{name}" for name in tasks)]
     named = read_yaml(ROOT / "dvc.yaml")["stages"]["evaluate"]["params"]
     packages = next(entry["packages.yaml"] for entry in named if isinstance(entry, dict))
     versions = read_yaml(ROOT / "packages.yaml")
@@ -190,12 +194,20 @@ def folder_name(model: Path, batching: Batching, dtype: torch.dtype) -> str:
 def run_all(
     runs: Sequence[Run],
     folder: Path,
-    open_model: Callable[[], AbstractContextManager[ChatModel]],
+    open_model: Opened,
     context: int,
+    open_written: Opened | None = None,
 ) -> None:
     """Runs what a folder does not hold yet; two files a run: LABEL.jsonl.gz, its log, and then LABEL.json, its result.
 
     The data of all tasks are fetched before the model is loaded, so that a missing one costs nothing.
+
+    Args:
+        runs: tasks, each with its number of examples.
+        folder: where results are kept.
+        open_model: gives the model.
+        context: tokens of a prompt and its answer at most.
+        open_written: gives what writes the answers of generation tasks, if it is another.
 
     Raises:
         UserError: something is missing (`load_tasks`).
@@ -204,11 +216,15 @@ def run_all(
     if not missing:
         return
     waiting = suite_tasks.load_tasks(missing)
-    with open_model() as chat:
-        model = SuiteModel(chat, context)
-        while waiting:
-            run, task = waiting.pop(0)
-            say(f"  {run.label}, {len(waiting)} to go")
-            result, rows = run_task(run, task, model)
-            write_rows(folder / f"{run.label}.jsonl.gz", rows)
-            write_json(folder / f"{run.label}.json", result)
+    written = [one for one in waiting if open_written and one[1].OUTPUT_TYPE == "generate_until"]
+    scored = [one for one in waiting if one not in written]
+    for part, opened in ((scored, open_model), (written, open_written)):
+        if not part or not opened:
+            continue
+        with opened() as chat:
+            model = SuiteModel(chat, context)
+            for number, (run, task) in enumerate(part, start=1):
+                say(f"  {run.label}, {number} of {len(part)}")
+                result, rows = run_task(run, task, model)
+                write_rows(folder / f"{run.label}.jsonl.gz", rows)
+                write_json(folder / f"{run.label}.json", result)
