@@ -16,7 +16,7 @@ override takes.train := PROFILE BETA LOSS SEED
 override takes.sweep := BETAS SEEDS GRID JOBS
 override takes.review := BASE HEAD
 override takes.verify := STAGE QUICK BITS
-override takes.plan := PROFILE GPU
+override takes.plan := PROFILE GPU PRICE
 override takes.rehearse := PROFILE LAYERS PAIRS
 override takes.base := RESOLVE
 override takes.chat := MODEL
@@ -131,9 +131,9 @@ compare-published: setup
 doctor: setup
 	$(PY) -m tools.doctor $(call option,PROFILE,--profile=)
 
-## make plan                memory, disk and time that a profile needs  make plan PROFILE=a40 GPU='RTX 4090'
+## make plan                memory, disk and time that a profile needs  make plan PROFILE=a40 GPU=A40 PRICE=0.40
 plan: setup
-	$(PY) -m tools.plan $(call option,PROFILE,--profile=) $(call option,GPU,--gpu=)
+	$(PY) -m tools.plan $(call option,PROFILE,--profile=) $(call option,GPU,--gpu=) $(call option,PRICE,--price=)
 
 ## make rehearse            a profile on random weights of its shape    make rehearse PROFILE=a40 LAYERS=2 PAIRS=8
 rehearse: setup

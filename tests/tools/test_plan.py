@@ -1,5 +1,6 @@
 """`make plan`: what every stage needs of a GPU or of this CPU, and a run that does not fit is refused with the change that helps."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -448,3 +449,14 @@ def test_nothing_starts_where_the_plan_does_not_fit(monkeypatch: pytest.MonkeyPa
 def test_an_unknown_profile_is_refused() -> None:
     with pytest.raises(UserError, match="`profile: b40` names no entry of `profiles`"):
         plan.plan("b40", None)
+
+
+def test_a_price_of_an_hour_gives_the_cost_by_suite_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text, _ = plan.plan("a40", "A40", 0.5)
+    minutes, cost = (text.split(f"{unit} of evaluate")[1].split("\n\n")[0].splitlines()[2].split() for unit in ("minutes", "cost"))
+    assert minutes[0] == cost[0] == "base"
+    for spent, paid in zip(minutes[1:], cost[1:], strict=True):
+        assert float(paid) == pytest.approx(float(spent) / 60 * 0.5, abs=0.006)
+    assert re.search(r"^cost of all: \d+\.\d\d, which is \d+\.\d hours at 0\.50$", text, re.MULTILINE)
+    assert "cost" not in plan.plan("a40", "A40")[0]
