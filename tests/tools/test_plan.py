@@ -133,15 +133,15 @@ def test_a_float32_model_is_too_much_for_24_gb_and_the_change_named_helps() -> N
     why = refusal(run, SMALL)
     assert why is not None
     assert why.startswith("evaluate needs about 3")
-    assert why.endswith("smallest change: evaluate.divergence_pairs: 0, evaluate.batch_size: 8, evaluate.slots: 8")
+    assert why.endswith("smallest change: evaluate.divergence_pairs: 0, evaluate.batch_size: 16")
 
     def refused(**values: int) -> bool:
         return refusal(changed(run, {"evaluate": values}), SMALL) is not None
 
-    assert refused(batch_size=8, slots=8)  # the model in float32
-    assert refused(divergence_pairs=0, batch_size=8)  # llama.cpp's cache
-    assert refused(divergence_pairs=0, slots=8)  # that of Transformers
-    assert not refused(divergence_pairs=0, batch_size=8, slots=8)
+    assert refused(batch_size=16)  # the model in float32
+    assert refused(divergence_pairs=0)  # the cache of Transformers
+    assert refused(divergence_pairs=0, batch_size=16, slots=64)  # that of llama.cpp
+    assert not refused(divergence_pairs=0, batch_size=16)
 
 
 def test_the_largest_row_is_one_of_the_epoch() -> None:
@@ -454,7 +454,9 @@ def test_an_unknown_profile_is_refused() -> None:
 def test_a_price_of_an_hour_gives_the_cost_by_suite_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text, _ = plan.plan("a40", "A40", 0.5)
-    minutes, cost = (text.split(f"{unit} of evaluate")[1].split("\n\n")[0].splitlines()[2].split() for unit in ("minutes", "cost"))
+    minutes, cost = (
+        text.split(f"{unit} of evaluate")[1].split("\n\n")[0].splitlines()[2].split() for unit in ("minutes", "cost")
+    )
     assert minutes[0] == cost[0] == "base"
     for spent, paid in zip(minutes[1:], cost[1:], strict=True):
         assert float(paid) == pytest.approx(float(spent) / 60 * 0.5, abs=0.006)
