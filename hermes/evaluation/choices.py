@@ -26,9 +26,8 @@ from hermes.training.shared_prefix import Forward, body, logits_alone
 Ids = list[int]
 Scores = list[list[tuple[float, bool]]]
 WORTH = 32  # tokens; a shorter beginning is read again with every prompt
-SHARE = (
-    0.25  # of a GPU's memory, for what the tokens of a batch need, and again for the keys and values that its rows see
-)
+# Of a GPU's memory beside the weights: for what the tokens of a batch need, and as much for the keys and values that its rows see.
+SHARE = 0.25
 
 
 class Room(NamedTuple):
@@ -80,8 +79,9 @@ def room(model: PreTrainedModel) -> Room:
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     one_read = model.dtype.itemsize * (8 * config.hidden_size + 4 * inner)  # what is alive in a layer
     one_seen = model.dtype.itemsize * 2 * heads * size * config.num_hidden_layers
-    free = SHARE * torch.cuda.get_device_properties(model.device).total_memory
-    read, seen = (1 << int(free / one).bit_length() - 1 for one in (one_read, one_seen))
+    weights = sum(part.numel() * part.element_size() for part in model.parameters())
+    free = SHARE * (torch.cuda.get_device_properties(model.device).total_memory - weights)
+    read, seen = (1 << max(1, int(free / one)).bit_length() - 1 for one in (one_read, one_seen))
     return Room(min(read, 2**15), seen)  # a GPU is busy with so many
 
 
