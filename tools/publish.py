@@ -136,11 +136,11 @@ def kinds(with_data: bool = False) -> list[str]:
 
 
 def data_licence(data: Row) -> str:
-    """What the Hub calls the licence of the data; a UserError where their card states none, since then nobody may pass them on."""
+    """What the Hub calls the licence of the data; a UserError where their card states none, or one without a name."""
     licence: str | None = KNOWN["data"].get(data["source"]) or data.get("card", {}).get("license")
-    if not isinstance(licence, str):
+    if not isinstance(licence, str) or licence.lower() in ("unknown", "other"):
         raise UserError(
-            f"the card of {data['source']} states no licence, so its pairs are not published; leave DATA=1 out"
+            f"the card of {data['source']} states no licence that is known, so its pairs are not published; leave DATA=1 out"
         )
     return licence.lower()
 
@@ -149,7 +149,8 @@ def artifacts(kind: str) -> Iterator[tuple[str, Path]]:
     """The place in a repository and here of every artifact in it; a UserError where a folder has none."""
     for place, folder in FOLDERS[kind].items():
         found = sorted(path for path in folder.rglob("*") if path.is_file())
-        found = [path for path in found if path.name != MANIFEST]  # which names folders that a release has not
+        # A manifest names folders that a release has not; the logs of suites hold the questions of others.
+        found = [path for path in found if path.name != MANIFEST and folder / "suites" not in path.parents]
         wanted, what = ((".parquet", ".jsonl"), "rows") if kind == "data" else ((".safetensors", ".gguf"), "weights")
         if not any(path.suffix in wanted and path.name != IMPORTANCE for path in found):
             raise UserError(f"{folder}: holds no {what}; run `make repro`, or `.venv/bin/dvc checkout`")
@@ -352,19 +353,19 @@ def refusal(error: Exception, repo: str) -> UserError:
     return UserError(f"{repo}: {mends.get(cause.response.status_code, other) if cause else other}")
 
 
-def push(folder: Path, repo: str, commit: str) -> str:
+def push(folder: Path, repo: str, commit: str, kind: str) -> str:
     """Makes a release the content of a Hub repository in one commit; returns its address. A UserError says why the Hub does not take it."""
     api, names = HfApi(), sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    kind = "dataset" if repo.endswith(SUFFIXES["data"]) else "model"
+    hub_type = "dataset" if kind == "data" else "model"
     try:
-        api.create_repo(repo, repo_type=kind, exist_ok=True)
-        gone = sorted(set(api.list_repo_files(repo, repo_type=kind)) - {*names, KEPT})
+        api.create_repo(repo, repo_type=hub_type, exist_ok=True)
+        gone = sorted(set(api.list_repo_files(repo, repo_type=hub_type)) - {*names, KEPT})
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationDelete(name) for name in gone),
             *(CommitOperationAdd(name, str(folder / name)) for name in names),
         ]
         message = f"hermes-dpo at commit {commit}"
-        return api.create_commit(repo, operations, repo_type=kind, commit_message=message).commit_url
+        return api.create_commit(repo, operations, repo_type=hub_type, commit_message=message).commit_url
     except (*hub.ERRORS, RuntimeError) as error:
         raise refusal(error, repo) from None
 
@@ -394,8 +395,8 @@ def main() -> None:
         say(f"{repo}:", *(f"{file['size']:>14,}  {file['sha256']}  {file['path']}" for file in files))
         say(f"card: {folder_of(repo) / CARD}")
     if options.push:
-        for repo in release:
-            say(f"pushed: {push(folder_of(repo), repo, commit)}")
+        for kind, repo in zip(kinds(options.data), release, strict=True):
+            say(f"pushed: {push(folder_of(repo), repo, commit, kind)}")
     else:
         sizes = [file["size"] for files in release.values() for file in files]
         say(

@@ -29,6 +29,7 @@ from typing import IO
 
 import psutil
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hermes import params
 from hermes.console import UserError, say, warn
@@ -89,7 +90,7 @@ def grid(text: str) -> dict[str, list[str]]:
         path = key if key in tree and key not in (*params.UNTRACKED, "profile") else f"profiles.{profile}.{key}"
         if not isinstance(value_at(tree, path), str | int | float | None) or value_at(tree, path) is MISSING:
             raise UserError(f"--grid: params.yaml has no value {key}, on top or in the profile {profile}")
-        if key in axes or len(set(values)) < len(values):
+        if key in axes or len({str(as_dvc_reads(path, value)) for value in values}) < len(values):
             raise UserError(f"--grid: {key} or one of its values comes twice")
         axes[key] = [(path, value) for value in values]
     if not axes:
@@ -123,6 +124,11 @@ def value_at(tree: object, path: str) -> object:
     return tree
 
 
+def as_dvc_reads(path: str, value: str) -> object:
+    """The value that `dvc exp run --set-param` makes of a text, by Hydra."""
+    return OverridesParser.create().parse_override(f"{path}={value}").value()
+
+
 def check_point(tree: Mapping[str, object], point: tuple[tuple[str, str], ...]) -> None:
     """Refuses, by a UserError, values that params.yaml may not have together."""
     changed: dict[str, object] = yaml.safe_load(yaml.safe_dump(dict(tree)))
@@ -130,8 +136,7 @@ def check_point(tree: Mapping[str, object], point: tuple[tuple[str, str], ...]) 
         *above, last = path.split(".")
         inner = value_at(changed, ".".join(above)) if above else changed
         assert isinstance(inner, dict)
-        read = yaml.safe_load(value)
-        inner[last] = float(value) if isinstance(read, str) and re.fullmatch(r"[0-9.]+e[+-]?[0-9]+", value) else read
+        inner[last] = as_dvc_reads(path, value)
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / "params.yaml").write_text(yaml.safe_dump(changed))
         try:
@@ -201,6 +206,8 @@ def end_queued(names: Collection[str], number: int) -> None:
 
 def run_queued(wanted: Mapping[str, list[str]], jobs: int, relay: Relay) -> list[str]:
     """Runs experiments through DVC's queue, so many at once; the names of those that succeeded. A signal ends all of them."""
+    while ended := [name for name in states() if name in wanted]:  # of an earlier sweep
+        dvc("queue", "remove", *ended)
     for name, values in wanted.items():
         dvc("exp", "run", "--queue", *(f"--set-param={value}" for value in values), "--name", name)
     relay.hold()
@@ -218,7 +225,9 @@ def run_queued(wanted: Mapping[str, list[str]], jobs: int, relay: Relay) -> list
             time.sleep(POLL)
     told: dict[str, str] = {}
     while True:
-        found = {name: state for name, state in states().items() if name in wanted}
+        found = told | {
+            name: state for name, state in states().items() if name in wanted
+        }  # one is on no list while it is taken
         for name in (name for name in wanted if found.get(name) != told.get(name)):
             say(f"{name}: {found[name].lower()}")
             if found[name] == "Failed":

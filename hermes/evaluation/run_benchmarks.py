@@ -2,7 +2,7 @@
 
 The numbers of a suite (benchmarks.py) are held against published ones. So text is treated as lm-eval does, and not as in a chat
 (chat_models.py): a choice is tokenized with its prompt and has no end token, and an answer ends at the task's own texts. A prompt that is
-too long loses its beginning, and is counted. Prompts, batches and seeds depend on the arguments alone.
+too long loses its beginning, and is counted. Prompts, batches and seeds depend on the arguments and on the kind of device alone.
 """
 
 import gzip
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
@@ -171,6 +172,14 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             file.write(json.dumps(one, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
 
 
+def device_name() -> str:
+    """The GPU with its memory in bytes, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{found.name} {found.total_memory}"
+
+
 def folder_name(model: Path, batching: Batching, dtype: torch.dtype) -> str:
     """A hash of all that the results of a model depend on beside the task: its bits and type, the batches, code and package versions.
 
@@ -184,6 +193,7 @@ def folder_name(model: Path, batching: Batching, dtype: torch.dtype) -> str:
     inputs = {
         "model": sha256_folder(model) if model.is_dir() else sha256_file(model),
         "dtype": str(dtype),
+        "device": device_name(),  # by whose memory a batch is sized
         "batching": batching.model_dump(include=set(Batching.model_fields) - {"max_new_tokens"}),
         "files": {file: sha256_file(ROOT / file) for file in files},
         "packages": {name: versions[name] for name in packages},
@@ -224,7 +234,11 @@ def run_all(
         with opened() as chat:
             model = SuiteModel(chat, context)
             for number, (run, task) in enumerate(part, start=1):
-                say(f"  {run.label}, {number} of {len(part)}")
-                result, rows = run_task(run, task, model)
-                write_rows(folder / f"{run.label}.jsonl.gz", rows)
-                write_json(folder / f"{run.label}.json", result)
+                folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(folder / f".{run.label}.lock"):  # another experiment may ask the same model
+                    if (folder / f"{run.label}.json").is_file():
+                        continue
+                    say(f"  {run.label}, {number} of {len(part)}")
+                    result, rows = run_task(run, task, model)
+                    write_rows(folder / f"{run.label}.jsonl.gz", rows)
+                    write_json(folder / f"{run.label}.json", result)

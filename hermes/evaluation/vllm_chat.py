@@ -10,6 +10,7 @@ likeliest by Transformers' logits, or nearly so.
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,6 +33,16 @@ TRIED, TOKENS = 4, 32  # answers that Transformers looks at, and tokens of each
 BEHIND = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.1}
 # Quiet, and nothing told to anybody; GiB for keys and values on a CPU.
 VARIABLES = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "4"}
+LAUNCHED = {
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
 SHARE = 0.55  # of a GPU's memory, as Transformers' model is beside it while answers are tried
 
 
@@ -43,10 +54,27 @@ def behind(folder: Path, dtype: torch.dtype, prompts: list[Ids], answers: list[I
         ids = torch.tensor([[*prompt, *answer]], device=model.device)
         rows = model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
         chosen = rows.gather(1, ids[0, len(prompt) :].unsqueeze(1))[:, 0]
-        far = max(far, float((rows.max(dim=1).values - chosen).max()))
+        worst = float((rows.max(dim=1).values - chosen).max())
+        far = max(far, worst if math.isfinite(worst) else math.inf)
     del model
     release()
     return far
+
+
+def variables(threads: int, gpus: int) -> dict[str, str]:
+    """The environment of vLLM: one GPU, that of this process among several, and nothing of those that `accelerate launch` set."""
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHED and not name.startswith("TORCHELASTIC_")
+    }
+    own |= VARIABLES | {"OMP_NUM_THREADS": str(threads)}
+    visible = [gpu for gpu in own.pop("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or [
+        str(number) for number in range(gpus)
+    ]
+    if gpus:  # an empty value is none that vLLM's build for CPUs expects
+        own["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ.get("LOCAL_RANK", "0"))]
+    return own
 
 
 class VllmChat(ChatModel):
@@ -67,14 +95,11 @@ class VllmChat(ChatModel):
             "seed": 0,
             **on_gpu,
         }
-        variables = os.environ | VARIABLES | {"OMP_NUM_THREADS": str(batching.threads)}
-        if not torch.cuda.is_available():
-            variables.pop("CUDA_VISIBLE_DEVICES", None)  # an empty one, which vLLM's build for CPUs does not expect
         self.process = subprocess.Popen(
             [str(PYTHON), vllm_worker.__file__, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=variables,
+            env=variables(batching.threads, torch.cuda.device_count()),
             text=True,
         )
 

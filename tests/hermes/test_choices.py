@@ -1,5 +1,6 @@
 """The choices of questions side by side, against the model's own forward of each alone."""
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,42 @@ def test_a_gpus_batches_go_by_its_memory_and_the_models_widths(monkeypatch: pyte
     assert h100.seen == 2 * a40.seen
     assert on(24e9, **llama3).read < a40.read
     assert on(10e9, **llama3) == Room(1, 1)  # where the weights do not fit, either
+
+
+def test_a_model_that_was_not_exact_once_is_not_read_side_by_side_again(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many short choices are more tokens together than one long sequence, which alone may pass a window."""
+    asked_of: list[int] = []
+
+    def within_window(folder: Path, how: Forward, prompts: list[Ids], answers: list[list[Ids]]) -> bool:
+        asked_of.append(max(len(prompt) + max(map(len, own)) for prompt, own in zip(prompts, answers, strict=True)))
+        return asked_of[-1] <= 40
+
+    monkeypatch.setattr(choices, "is_exact", within_window)
+    chat = HuggingFaceChat(
+        load(tiny_model_folder, torch.float32), AutoTokenizer.from_pretrained(tiny_model_folder), 0, 8
+    )
+    many, long = ([[5] * 20], [[[6] * 10] * 8]), ([[5] * 60], [[[6] * 10] * 2])
+    chat.choices_of(*many)
+    assert chat.side_by_side
+    chat.choices_of(*long)
+    assert not chat.side_by_side
+    chat.choices_of([[5] * 20], [[[6] * 10] * 30])
+    assert not chat.side_by_side
+    assert asked_of == [30, 70]
+
+
+def test_a_beginning_that_is_kept_is_among_what_is_tried() -> None:
+    draw = random.Random(1)
+    alone = [[draw.randrange(3, 120) for _ in range(60)] for _ in range(6)]
+    start = [draw.randrange(3, 120) for _ in range(40)]
+    prompts = alone + [[*start, draw.randrange(3, 120), 7] for _ in range(3)]
+    answers: list[list[Ids]] = [[[5], [6]] for _ in prompts]
+    chosen = choices.few(prompts, answers)
+    assert any(part.beginning for part in choices.parts([prompts[i] for i in chosen]))
+
+
+def test_a_difference_that_is_no_number_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "logits_alone", lambda forward, ids, count: torch.full((count, 128), math.nan))
+    assert choices.difference(small_model("llama"), Forward(), *asked()) == math.inf

@@ -756,3 +756,22 @@ def test_mathematics_without_its_packages_says_how_to_install_them(monkeypatch: 
     monkeypatch.setattr(suite_tasks, "MATH", Path("nowhere"))
     with pytest.raises(UserError, match=r"nowhere: no such folder.*; run: \./setup\.sh math"):
         suite_tasks.use_math()
+
+
+def test_vllm_of_one_of_several_processes_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": "x",
+        "HOME": "/h",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    found = vllm_chat.variables(2, gpus=2)
+    assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"], found["HOME"]) == ("6", "2", "/h")
+    assert not {"RANK", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & found.keys()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert vllm_chat.variables(2, gpus=2)["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES" not in vllm_chat.variables(2, gpus=0)

@@ -288,6 +288,9 @@ def test_the_pairs_and_answers_become_a_data_set_where_that_is_asked_for(
     workplace: Path, hub: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_rows()
+    put_log = Path("data/evaluation/suites/merged/gsm8k.jsonl.gz")
+    put_log.parent.mkdir(parents=True)
+    put_log.write_bytes(b"questions of others")
     made = publish.assemble(REPO, head(), [LLAMA_3], with_data=True)
     assert list(made) == [DATA, GGUF, GPTQ, REPO]
     placed = {file["path"] for file in made[DATA]}
@@ -299,6 +302,7 @@ def test_the_pairs_and_answers_become_a_data_set_where_that_is_asked_for(
         "evaluation/evidence.json",
     } <= placed
     assert not {"LICENSE", "NOTICE"} & placed  # which are those of the weights
+    assert not [path for path in placed if "suites" in path]
     card: Any = DatasetCard(text_of(DATA))
     assert card.data.license == "apache-2.0"
     pairs, answers = card.data.configs
@@ -307,7 +311,7 @@ def test_the_pairs_and_answers_become_a_data_set_where_that_is_asked_for(
     assert "The verdict:" in text_of(DATA)
     assert f"[{DATA}](https://huggingface.co/datasets/{DATA})" in text_of()
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    publish.push(release(DATA), DATA, head())
+    publish.push(release(DATA), DATA, head(), "data")
     held = WritableHub.repositories[f"datasets/{DATA}"]
     assert held.keys() - {".gitattributes"} == placed | {"README.md"}
     monkeypatch.chdir(release(DATA))
@@ -322,7 +326,8 @@ def test_pairs_whose_licence_nobody_states_are_not_published(workplace: Path) ->
     manifest = json.loads(Path("data/raw/manifest.json").read_text())
     put("data/raw/manifest.json", manifest | {"card": {}})
     with pytest.raises(
-        UserError, match=f"^the card of {HERMES} states no licence, so its pairs are not published; leave DATA=1"
+        UserError,
+        match=f"^the card of {HERMES} states no licence that is known, so its pairs are not published; leave DATA=1",
     ):
         publish.assemble(REPO, head(), [LLAMA_3], with_data=True)
 

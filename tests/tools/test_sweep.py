@@ -128,6 +128,7 @@ def test_a_grid_is_every_combination_under_the_selected_profile(monkeypatch: pyt
         ("train=1,2", r"params\.yaml has no value train"),
         ("profile=cpu,quick", r"params\.yaml has no value profile"),
         ("beta=0.1,0.1", r"beta or one of its values comes twice"),
+        ("beta=0.1,0.10", r"beta or one of its values comes twice"),
         ("beta=0.1 beta=0.2", r"beta or one of its values comes twice"),
         ("beta=-1", r"is no key"),
         ("beta=0.1 loss_type=ipo,other", r"--grid: beta=0\.1, loss_type=other: params\.yaml: `loss_type` is 'other'"),
@@ -193,6 +194,10 @@ def experiments() -> dict[str, object]:
     """What the score of each experiment says, by the experiment's name."""
     found = command("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
     return {ref.split("/")[-1]: json.loads(command("git", "show", f"{ref}:score.json")) for ref in found}
+
+
+def head() -> str:
+    return command("git", "rev-parse", "HEAD").strip()
 
 
 def check_untouched(*, interrupted: bool = False) -> None:
@@ -273,6 +278,18 @@ def test_several_run_at_once_in_the_queue_and_the_first_one_before_them(reposito
     assert done.stdout.splitlines()[-1] == "review --compare beta-0.1 beta-0.2 beta-0.5"
     together = ["0.1", "0.2", "0.5"]
     assert experiments() == {"beta-0.1": ["0.1"], "beta-0.2": together, "beta-0.5": together}
+
+    # Once more on another commit: what DVC's queue says of the first sweep is not taken for the second.
+    Path("stages/score.py").write_text(
+        "import pathlib, time; time.sleep(5); pathlib.Path('score.json').write_text('[]')"
+    )
+    Path("dvc.yaml").write_text(DVC_YAML.replace("params:", "deps: [stages/score.py]\n    params:"))
+    command("git", "commit", "-qam", "another score")
+    done = run("--betas", "0.1,0.3,0.5", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "review --compare beta-0.1 beta-0.3 beta-0.5"
+    newest = command("git", "for-each-ref", "--format=%(refname)", f"refs/exps/{head()[:2]}/{head()[2:]}/*").split()
+    assert sorted(ref.split("/")[-1] for ref in newest) == ["beta-0.1", "beta-0.3", "beta-0.5"]
     check_untouched()
 
 
