@@ -13,6 +13,7 @@ Their results stay in .scratch/suites, so that another suite or GGUF type costs 
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -36,6 +37,7 @@ from hermes.evaluation import benchmarks, evidence, general, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
 from hermes.evaluation.held_out import HeldOut, read_held_out
 from hermes.evaluation.intervals import paired_gain, ratio_interval
+from hermes.evaluation.vllm_chat import written_by_vllm
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
@@ -48,6 +50,7 @@ from hermes.settings.compress import Method
 from hermes.settings.evaluate import EvaluateSettings
 from hermes.settings.quantize import GGUF_TYPES
 from hermes.settings.train import Beta
+from hermes.training import distributed
 
 RAW, SUBSET, ADAPTER = Path("data/raw"), Path("data/subset"), Path("models/adapter")
 BASE, MERGED = Path("models/base"), Path("models/merged")
@@ -121,25 +124,50 @@ def grade_answers(samples: Answers, model: ChatModel) -> Answers:
     ]
 
 
-def run_suites(settings: EvaluateSettings, dtype: torch.dtype, open_model: Opener, names: list[str]) -> dict[str, Path]:
+def run_suites(
+    settings: EvaluateSettings,
+    dtype: torch.dtype,
+    open_model: Opener,
+    names: list[str],
+    open_written: Opener | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> dict[str, Path]:
     """The folder of each model that suites are asked of, with the results and logs of all tasks; nothing where there are no suites.
+
+    Process k of n, the `share`, runs every n-th task from its k-th on. `open_written` writes a folder's answers.
 
     Raises:
         UserError: something is missing (hermes/evaluation/run_benchmarks.py), or a model was not asked the questions of those before it.
     """
     runs = benchmarks.runs(settings.suites)
     folders: dict[str, Path] = {}
-    asked = {"base", "merged", *(names if settings.suite_types == "all" else settings.suite_types)}
-    if unknown := asked - {*names}:
+    files = names if settings.suite_types == "all" else settings.suite_types
+    if unknown := {*files} - {*names}:
         raise UserError(
             f"params.yaml: `evaluate.suite_types` names {min(unknown)}, which `evaluate.types` does not evaluate"
         )
-    for name in (name for name in names if runs and name in asked):
+    for name in (name for name in names if runs and name in ("base", "merged", *files)):
         say(f"suites on {name}")
         folders[name] = scratch_folder("suites") / run_benchmarks.folder_name(path_of(name), settings, dtype)
-        run_benchmarks.run_all(runs, folders[name], partial(open_model, path_of(name)), settings.context)
-        benchmarks.check_questions(suite_results(runs, folders))
+        own, path = runs[share[0] :: share[1]], path_of(name)
+        written = partial(open_written, path) if open_written and path.is_dir() else None
+        run_benchmarks.run_all(own, folders[name], partial(open_model, path), settings.context, written)
+        if share == (0, 1):
+            benchmarks.check_questions(suite_results(runs, folders))
     return folders
+
+
+def share_suites(settings: EvaluateSettings) -> None:
+    """Has several processes ask the suites, a GPU each; what they have asked is then found in the scratch.
+
+    Raises:
+        UserError: there are fewer GPUs, or one of the processes failed.
+    """
+    if 0 < (gpus := torch.cuda.device_count()) < settings.processes:
+        raise UserError(
+            f"params.yaml: `evaluate.processes` is {settings.processes}, but {gpus} CUDA device(s) are here; lower it to {gpus} at most"
+        )
+    distributed.launch(settings.processes, "ddp", settings.threads, "stages.evaluate")
 
 
 def suite_results(runs: list[benchmarks.Run], folders: dict[str, Path]) -> dict[str, dict[benchmarks.Run, Any]]:
@@ -383,7 +411,9 @@ def main() -> None:
     check_together(RAW, SUBSET, BASE, ADAPTER, MERGED, GGUF, COMPRESSED)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
-    set_determinism(settings.threads)
+    set_determinism(settings.threads)  # in each of several processes, since bits may depend on it
+    if distributed.is_launched() and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     tokenizer = load_tokenizer(MERGED)
     names = ["base", "merged", *asked_files(settings)]
     for path in map(path_of, names):
@@ -393,7 +423,14 @@ def main() -> None:
     held_out = read_held_out(settings, tokenizer)
     dtype = compute_type(loaded.bits)
     open_model = partial(opened, batching=settings, tokenizer=tokenizer, dtype=dtype)
-    folders = run_suites(settings, dtype, open_model, names)
+    on_vllm = partial(written_by_vllm, batching=settings, tokenizer=tokenizer, dtype=dtype)
+    engine = (open_model, names, on_vllm if settings.engine == "vllm" else None)
+    if settings.suites and settings.processes > 1:
+        if distributed.is_launched():
+            run_suites(settings, dtype, *engine, (int(os.environ["RANK"]), settings.processes))
+            return
+        share_suites(settings)
+    folders = run_suites(settings, dtype, *engine)
     compared = settings.divergence_pairs > 0
     exact = Exact.of(settings, tokenizer, held_out["preference"]) if compared else None
     summaries, rows, apart = {}, {}, {}

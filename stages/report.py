@@ -1,9 +1,9 @@
 """Stage report: what the other stages found -> reports/metrics.json, report.md, report.html, figures/, quantize.json and eval/.
 
 Nothing is measured here: each number is one that a stage wrote, or a count of its rows, so that the page can be rebuilt
-on any machine. A task that the profile does not evaluate is left out. The HTML is the Markdown page as one file, without
-scripts and without the network. What lies in DVC's cache (the table of files, scores and answers) is copied to reports/, so that git
-carries it and a review needs no cache; logs of benchmark suites stay behind, being large and the questions of others.
+on any machine. A task that the profile does not evaluate is left out. The HTML is the Markdown page as one file, which needs no
+network; its one script filters the answers. What lies in DVC's cache (the table of files, scores and answers) is copied to reports/, so
+that git carries it and a review needs no cache; logs of benchmark suites stay behind, being large and the questions of others.
 """
 
 import shutil
@@ -24,6 +24,7 @@ LOCK = Path("dvc.lock")
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 SPLITS = ("train", "validation", "test")
+SIGMOID = ("sigmoid", "robust")  # losses whose model of a preference is the sigmoid of the margin
 FEW = 200  # questions; the 95 % interval of a share of fewer is wider than 14 points
 SCORES = {"strict": "Instructions followed", "preference": "Preferences"}
 WHOLE = "cpu"  # the profile of the whole experiment on the embedded data
@@ -165,13 +166,14 @@ def verdict(measured: Sequence[Row]) -> str | None:
 
 
 def falling(inputs: Inputs) -> Row | None:
-    """How training moved the log-probabilities of held-out answers from its first validation to its last; None where it had none."""
-    found = {name: inputs.validation.get(f"logps/{name}") for name in ("chosen", "rejected")}
-    rewards = {name: inputs.validation.get(f"rewards/{name}") for name in found}
-    if not all(found.values()) or not all(rewards.values()):
-        return None
-    beta = float(inputs.params["beta"])
-    return {name: {"last": found[name][-1], "gained": rewards[name][-1] / beta} for name in found}
+    """How training moved the log-probabilities of held-out answers from the reference to its last validation; None where it had none."""
+    beta, found = float(inputs.params["beta"]), {}
+    for name in ("chosen", "rejected"):
+        log_probs, rewards = (inputs.validation.get(f"{what}/{name}") for what in ("logps", "rewards"))
+        if not log_probs or not rewards:
+            return None
+        found[name] = {"last": log_probs[-1], "gained": rewards[-1] / beta}
+    return found
 
 
 def first_look(inputs: Inputs) -> Row | None:
@@ -196,6 +198,7 @@ def page(inputs: Inputs) -> Row:
             name: [row for row in measured if side(row["gain"]) == name] for name in ("better", "worse", "the same")
         },
         "falling": falling(inputs),
+        "calibrated": inputs.params["loss_type"] in SIGMOID,
         "moved": [file["name"] for file in files if side(file["unseen"]) in ("better", "worse")],
         "shares": measured,
         "smallest": next((file for file in reversed(files) if file["against_merged"]), None),
@@ -226,7 +229,7 @@ def draw_figures(content: Row, folder: Path) -> None:
     losses = published_run.LOSSES if content["published"] else ()
     figures.save(figures.training_curves(content["history"], content["validation"], losses), folder / "training.png")
     if margins := content["evidence"]["margins"]:
-        figures.save(figures.reward_margins(margins), folder / "margins.png")
+        figures.save(figures.reward_margins(margins, content["calibrated"]), folder / "margins.png")
     if content["kinds"]:
         figures.save(figures.gains_by_kind(content["kinds"]), folder / "kinds.png")
     if content["compared"]:

@@ -57,7 +57,8 @@ def evaluation_seconds(
 
     The pairs' prompts and answers have so many tokens in the mean. Tokens cost FLOPs, and those that are written a pass over the weights a
     batch too. A prompt is read once for all its choices. Transformers reads what the prompts of a task begin with once for all of them,
-    llama.cpp again with each. Transformers unpacks 4-bit weights, so GPTQ and AWQ take as long as the merged model.
+    llama.cpp again with each. Several processes share the suites alike. Transformers unpacks 4-bit weights, so GPTQ and AWQ take as long
+    as the merged model.
     """
     e, mix = loaded.evaluate, MIXES[kind(loaded)]
     questions = mix.kinds * min(e.questions_per_kind or mix.questions, mix.questions)
@@ -83,6 +84,10 @@ def evaluation_seconds(
         model: {
             HELD_OUT: sum(seconds(tasks[name], model) for name in e.tasks if name != "general" or model not in files)
         }
-        | {name: sum(seconds(part, model) for part in SUITES[name]) for name in e.suites if model in asked}
+        | {
+            name: sum(seconds(part, model) for part in SUITES[name]) / e.processes
+            for name in e.suites
+            if model in asked
+        }
         for model in ("base", "merged", *files)
     }

@@ -78,7 +78,8 @@ class ChatModel(TokenizedModel):
     """What the two backends share: text to ids, and ids to the results that lm-eval expects.
 
     `finished` says of each generated answer whether it ended before `max_new_tokens`, and `lengths` how many tokens it has.
-    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone.
+    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone. `until` and
+    `until_ids` are the texts and tokens that it looks for, for an engine that looks itself.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
@@ -87,6 +88,8 @@ class ChatModel(TokenizedModel):
         self.finished: list[bool] = []
         self.lengths: list[int] = []
         self.stopped: Stopped | None = None
+        self.until: list[str] = []
+        self.until_ids: set[int] = set()
         self.tokens_together, self.answers_together = TOKENS_TOGETHER, TOKENS_TOGETHER
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Ids:
@@ -236,7 +239,9 @@ class HuggingFaceChat(ChatModel):
         super().__init__(tokenizer, max_new_tokens)
         self.model, self.batch_size = model.eval(), batch_size
         self.how, self.tried = Forward(), 0  # up to this many tokens
-        self.side_by_side, self.tried_choices = False, 0
+        # Whether choices are read side by side, which nothing puts back once it was not exact; tried up to so many tokens, and with a
+        # beginning that is kept.
+        self.side_by_side, self.tried_choices, self.tried_beginning = True, 0, False
 
     def prepare(self, prompts: list[Ids], answers: list[list[Ids]]) -> None:
         """Finds the forward that is exact for this model, again where a longer answer comes than any before."""
@@ -247,13 +252,18 @@ class HuggingFaceChat(ChatModel):
 
     def choices_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[tuple[float, bool]]]:
         """All choices of a question side by side (hermes/evaluation/choices.py), where that is exact for this model."""
-        longest = max(
-            (len(prompt) + sum(map(len, found)) for prompt, found in zip(prompts, answers, strict=True)), default=0
-        )
-        if longest > self.tried_choices:
+        if not prompts:
+            return []
+        longest = max(len(prompt) + max(map(len, found)) for prompt, found in zip(prompts, answers, strict=True))
+        has_beginning = any(part.beginning for part in side_by_side.parts(prompts))
+        if longest > self.tried_choices or has_beginning > self.tried_beginning:
             self.prepare(prompts, answers)
             folder = Path(self.model.name_or_path)
-            self.side_by_side, self.tried_choices = side_by_side.is_exact(folder, self.how, prompts, answers), longest
+            self.side_by_side = self.side_by_side and side_by_side.is_exact(folder, self.how, prompts, answers)
+            self.tried_choices, self.tried_beginning = (
+                max(longest, self.tried_choices),
+                has_beginning or self.tried_beginning,
+            )
         if not self.side_by_side:
             return self.scores_of(prompts, answers)
         found, bar = {}, progress(range(len(prompts)), "scoring", unit="question")

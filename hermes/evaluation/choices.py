@@ -9,6 +9,7 @@ The other way, a prompt for every two choices, is that of hermes/training/shared
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,8 @@ from hermes.training.shared_prefix import Forward, body, logits_alone
 Ids = list[int]
 Scores = list[list[tuple[float, bool]]]
 WORTH = 32  # tokens; a shorter beginning is read again with every prompt
-SHARE = (
-    0.25  # of a GPU's memory, for what the tokens of a batch need, and again for the keys and values that its rows see
-)
+# Of a GPU's memory beside the weights: for what the tokens of a batch need, and as much for the keys and values that its rows see.
+SHARE = 0.25
 
 
 class Room(NamedTuple):
@@ -80,8 +80,9 @@ def room(model: PreTrainedModel) -> Room:
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     one_read = model.dtype.itemsize * (8 * config.hidden_size + 4 * inner)  # what is alive in a layer
     one_seen = model.dtype.itemsize * 2 * heads * size * config.num_hidden_layers
-    free = SHARE * torch.cuda.get_device_properties(model.device).total_memory
-    read, seen = (1 << int(free / one).bit_length() - 1 for one in (one_read, one_seen))
+    weights = sum(part.numel() * part.element_size() for part in model.parameters())
+    free = SHARE * (torch.cuda.get_device_properties(model.device).total_memory - weights)
+    read, seen = (1 << max(1, int(free / one)).bit_length() - 1 for one in (one_read, one_seen))
     return Room(min(read, 2**15), seen)  # a GPU is busy with so many
 
 
@@ -208,10 +209,16 @@ def scores(
 
 
 def few(prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> list[int]:
-    """The questions that both ways are tried on: of the largest part the longest, shortest and middle one, and the longest of all."""
-    largest = max(parts(prompts), key=lambda part: len(part.members)).members
+    """The questions that both ways are tried on: the longest of all, and the longest, shortest and middle one of two parts.
+
+    These are the largest part, and the largest whose beginning is kept.
+    """
+    found = sorted(parts(prompts), key=lambda part: -len(part.members))
     longest = max(range(len(prompts)), key=lambda i: (len(prompts[i]) + max(map(len, answers[i])), -i))
-    return list(dict.fromkeys([longest, largest[-1], largest[0], largest[len(largest) // 2]]))
+    tried = [longest]
+    for part in (*found[:1], *[part for part in found if part.beginning][:1]):
+        tried += [part.members[-1], part.members[0], part.members[len(part.members) // 2]]
+    return list(dict.fromkeys(tried))
 
 
 @torch.inference_mode()
@@ -223,7 +230,8 @@ def difference(model: PreTrainedModel, how: Forward, prompts: Sequence[Ids], ans
             ids = torch.tensor([*prompt, *answer], device=model.device)
             logits = logits_alone(model.forward, ids, len(answer)).float()
             theirs = logits.log_softmax(dim=-1).gather(1, ids[len(prompt) :].unsqueeze(1)).double().sum()
-            far = max(far, abs(ours - float(theirs)) / len(answer))
+            apart = abs(ours - float(theirs)) / len(answer)
+            far = max(far, apart if math.isfinite(apart) else math.inf)
     return far
 
 

@@ -112,8 +112,11 @@ def gains_by_kind(rows: Sequence[Row]) -> Figure:
 
 
 @STYLED
-def reward_margins(found: Row) -> Figure:
-    """Left, held-out reward margins as a histogram; right, how many of them are right over how sure they are, with 95 % intervals."""
+def reward_margins(found: Row, calibrated: bool) -> Figure:
+    """Left, held-out reward margins as a histogram; right, how many of them are right over how sure they are, with 95 % intervals.
+
+    The right one is drawn where the loss says how sure a margin is.
+    """
     figure = _figure(height=3.4)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     starts, ends = found["edges"][:-1], found["edges"][1:]
@@ -121,6 +124,10 @@ def reward_margins(found: Row) -> Figure:
         left.bar(start, count, end - start, align="edge", color=GREEN if start + end > 0 else RED, alpha=0.75, ec=PAPER)
     left.axvline(0, color=INK, lw=0.8)
     left.set(title="Held-out reward margins", xlabel="margin", ylabel="pairs")
+    if not calibrated:
+        right.remove()
+        left.tick_params(length=0)
+        return figure
     right.plot([0.5, 1], [0.5, 1], ":", color=INK, lw=0.8, label="calibrated")
     for row in found["calibration"]["bins"]:
         right.plot([row["confidence"]] * 2, [row["low"], row["high"]], "-", color=BLUE, lw=2, alpha=0.5)

@@ -38,7 +38,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (percent, points, interval, margin, number, difference, setting, count, code, lines, gain, shell)
+    filters = (percent, change, points, interval, margin, number, difference, setting, count, code, lines, gain, shell)
     made.filters |= {filter.__name__: filter for filter in filters}
     return made
 
@@ -46,6 +46,11 @@ def environment() -> jinja2.Environment:
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction as a percentage; one that rounds to nothing has no sign."""
     return "–" if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f}%".replace("-", "−")
+
+
+def change(value: float) -> str:
+    """A relative change as a signed percentage; one that rounds to nothing has no sign."""
+    return f"{points(100 * value)}%"
 
 
 def points(value: float) -> str:

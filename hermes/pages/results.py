@@ -18,7 +18,7 @@ from hermes.pages.figures import Curves, Row
 REPORTS = Path("reports")
 EVALUATION = Path("data/evaluation")
 QUANTIZE, COMPRESS = Path("models/gguf/quantize.json"), Path("models/compressed/compress.json")
-SUITES = EVALUATION / "suites.json"
+SUITES, EVIDENCE = EVALUATION / "suites.json", EVALUATION / "evidence.json"
 TASKS = ("strict", "preference", "perplexity", "failures")
 T = TypeVar("T")
 
@@ -363,7 +363,7 @@ def read_inputs() -> Inputs:
         divergence=divergence,
         merge=read(EVALUATION / "merge.json", shaped(Merges)),
         suites=suites,
-        evidence=read(EVALUATION / "evidence.json", shaped(Evidence)),
+        evidence=read(EVIDENCE, shaped(Evidence)) if EVIDENCE.is_file() else dict.fromkeys(Evidence.model_fields),
         results=results,
         answers={name: read_answers(name, results[name]) for name in dict.fromkeys(["base", "merged", models[-1]])},
     )

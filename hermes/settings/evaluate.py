@@ -19,6 +19,7 @@ class Batching(Settings):
     slots: Annotated[int, Field(ge=2, le=10**6)]  # both answers of a pair are scored together
     context: Count
     threads: Threads
+    engine: Literal["transformers", "vllm"]
 
 
 class EvaluateSettings(Batching):
@@ -30,6 +31,7 @@ class EvaluateSettings(Batching):
     suites: list[SuiteName]
     suite_types: Literal["all"] | list[Literal["f16", GgufType, Method]]
     types: Literal["all"] | list[Literal["f16", GgufType, Method]]
+    processes: Count
     divergence_pairs: CountOrZero
 
     _each_once = field_validator("tasks", "suites")(each_once)

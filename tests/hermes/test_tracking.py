@@ -167,7 +167,10 @@ def records(run: Path) -> list[Any]:
     from tests.hermes.leveldb_log import read_log
 
     (file,) = run.glob("*.wandb")
-    return [wandb_internal_pb2.Record.FromString(data) for data in read_log(file.read_bytes())]
+    return [
+        wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
+        for data in read_log(file.read_bytes())
+    ]
 
 
 def test_an_offline_run_is_read_back_with_one_id_its_answers_and_the_lineage_of_its_artifacts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`make plan`: what every stage needs of a GPU or of this CPU, and a run that does not fit is refused with the change that helps."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -132,15 +133,15 @@ def test_a_float32_model_is_too_much_for_24_gb_and_the_change_named_helps() -> N
     why = refusal(run, SMALL)
     assert why is not None
     assert why.startswith("evaluate needs about 3")
-    assert why.endswith("smallest change: evaluate.divergence_pairs: 0, evaluate.batch_size: 8, evaluate.slots: 8")
+    assert why.endswith("smallest change: evaluate.divergence_pairs: 0, evaluate.batch_size: 16")
 
     def refused(**values: int) -> bool:
         return refusal(changed(run, {"evaluate": values}), SMALL) is not None
 
-    assert refused(batch_size=8, slots=8)  # the model in float32
-    assert refused(divergence_pairs=0, batch_size=8)  # llama.cpp's cache
-    assert refused(divergence_pairs=0, slots=8)  # that of Transformers
-    assert not refused(divergence_pairs=0, batch_size=8, slots=8)
+    assert refused(batch_size=16)  # the model in float32
+    assert refused(divergence_pairs=0)  # the cache of Transformers
+    assert refused(divergence_pairs=0, batch_size=16, slots=64)  # that of llama.cpp
+    assert not refused(divergence_pairs=0, batch_size=16)
 
 
 def test_the_largest_row_is_one_of_the_epoch() -> None:
@@ -267,7 +268,8 @@ def test_the_8b_profile_ends_within_an_evening_on_an_a40() -> None:
 def test_what_prompts_share_is_read_once_by_transformers_and_each_time_by_llama_cpp() -> None:
     run = changed(run_of(load("a40"))[0], {"evaluate": {"suites": ["open_llm_v1"], "suite_types": ["Q8_0"]}})
     found = {
-        m: parts.get("open_llm_v1") for m, parts in evaluation_seconds(*run[:2], *run.lengths.means, 1e12, 1e18).items()
+        m: parts.get("open_llm_v1", 0)
+        for m, parts in evaluation_seconds(*run[:2], *run.lengths.means, 1e12, 1e18).items()
     }
     weights = 2 * llama3.SHAPE.linear_weights
     assert found["Q8_0"] - found["merged"] == pytest.approx(14042 * 600 * weights / 1e12, rel=1e-6)
@@ -447,3 +449,16 @@ def test_nothing_starts_where_the_plan_does_not_fit(monkeypatch: pytest.MonkeyPa
 def test_an_unknown_profile_is_refused() -> None:
     with pytest.raises(UserError, match="`profile: b40` names no entry of `profiles`"):
         plan.plan("b40", None)
+
+
+def test_a_price_of_an_hour_gives_the_cost_by_suite_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text, _ = plan.plan("a40", "A40", 0.5)
+    minutes, cost = (
+        text.split(f"{unit} of evaluate")[1].split("\n\n")[0].splitlines()[2].split() for unit in ("minutes", "cost")
+    )
+    assert minutes[0] == cost[0] == "base"
+    for spent, paid in zip(minutes[1:], cost[1:], strict=True):
+        assert float(paid) == pytest.approx(float(spent) / 60 * 0.5, abs=0.006)
+    assert re.search(r"^cost of all: \d+\.\d\d, which is \d+\.\d hours at 0\.50$", text, re.MULTILINE)
+    assert "cost" not in plan.plan("a40", "A40")[0]
