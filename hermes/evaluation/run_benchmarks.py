@@ -234,8 +234,8 @@ def run_all(
         with opened() as chat:
             model = SuiteModel(chat, context)
             for number, (run, task) in enumerate(part, start=1):
-                folder.mkdir(parents=True, exist_ok=True)
-                with FileLock(folder / f".{run.label}.lock"):  # another experiment may ask the same model
+                (locks := folder.with_name(f"{folder.name}.locks")).mkdir(parents=True, exist_ok=True)
+                with FileLock(locks / run.label):  # another experiment may ask the same model
                     if (folder / f"{run.label}.json").is_file():
                         continue
                     say(f"  {run.label}, {number} of {len(part)}")
