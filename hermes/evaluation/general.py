@@ -13,6 +13,7 @@ from typing import Any
 import lm_eval.tasks
 from transformers import PreTrainedTokenizerBase
 
+from hermes.data.chat_text import rendered
 from hermes.evaluation.chat_models import ChatModel
 from hermes.evaluation.intervals import paired_gain, ratio_interval
 from hermes.params import read_yaml
@@ -64,7 +65,7 @@ def known(model: ChatModel) -> list[tuple[str, float]]:
         texts = [
             f"The capital of {country} is {name}." for name in (capital, *(names[(i + n) % len(names)] for n in OTHERS))
         ]
-        prompts.append(model.tok_encode(model.apply_chat_template(asked)))
+        prompts.append(model.tok_encode(rendered(model.tokenizer, asked, True)))
         answers.append([[*model.tok_encode(text), model.eot_token_id] for text in texts])
         letters.append([len(text) for text in texts])
     found = []

@@ -113,7 +113,8 @@ class VllmChat(ChatModel):
         assert self.process.stdout
         asked: dict[str, Any] = {"prompts": prompts, "limit": limit, "until": self.until}
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(asked | {"ends": sorted(self.ends | self.until_ids)}), file=self.process.stdin, flush=True)
+            self.process.stdin.write(json.dumps(asked | {"ends": sorted(self.ends | self.until_ids)}) + "\n")
+            self.process.stdin.flush()
         if not (line := self.process.stdout.readline()):
             raise UserError(
                 f"{self.folder}: vLLM does not run it (its lines are above); set `evaluate.engine: transformers`"

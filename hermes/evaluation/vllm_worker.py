@@ -29,7 +29,8 @@ def main() -> None:
         )
         prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
         found = model.generate(prompts, options, use_tqdm=False)
-        print(json.dumps([list(one.outputs[0].token_ids) for one in found]), file=out, flush=True)
+        out.write(json.dumps([list(one.outputs[0].token_ids) for one in found]) + "\n")
+        out.flush()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -45,7 +44,9 @@ def write_reports(root: Path, beta: float = 0.1, seed: int = 0, rate: float | No
         "    quantize:\n      types: [Q8_0, Q4_K_M]\n"
         "  a40:\n    train:\n      learning_rate: 1e-6\n"
     )
-    shutil.copy(ROOT / "dvc.yaml", root)
+    stages = params.read_yaml(ROOT / "dvc.yaml")["stages"].values()
+    keys = sorted({key for stage in stages for key in stage.get("params", []) if isinstance(key, str)})
+    _json(root / "dvc.yaml", {"stages": {"all": {"cmd": "true", "params": keys}}})
     reports, evaluation = root / "reports", root / "data/evaluation"
     random = Random(seed)
     answers = {
