@@ -5,7 +5,8 @@
 
 The questions have the shapes of benchmarks, and texts of the embedded data, since no benchmark's data set comes with the project:
 
-    shared       MMLU: five worked examples before every question, the same for all, and four choices of one token
+    shared       MMLU: worked examples before every question, the same for all, and four choices of one token; five examples twice, which
+                 makes the prompts about as long as MMLU's
     unshared     HellaSwag: ten worked examples, others for every question, and four choices of several tokens
     generation   GSM8K: five worked examples, others for every question, and a written answer
 """

@@ -237,11 +237,12 @@ def draw_figures(content: Row, folder: Path) -> None:
 
 
 def artifacts() -> list[Artifact]:
-    """The data and models of dvc.lock, each with the hashes of the data and models that its stage read."""
+    """The data and models of dvc.lock, each with the hashes of the data and models that its stage read; none where DVC ran nothing."""
     found, data = [], ("data/", "models/")
-    for stage in params.read_yaml(LOCK).get("stages", {}).values():
-        made_from = {dep["path"]: dep["md5"] for dep in stage.get("deps", ()) if dep["path"].startswith(data)}
-        for out in stage.get("outs", ()):
+    for stage in params.read_yaml(LOCK).get("stages", {}).values() if LOCK.is_file() else ():
+        hashed = [[one for one in stage.get(ends, ()) if "md5" in one] for ends in ("deps", "outs")]
+        made_from = {dep["path"]: dep["md5"] for dep in hashed[0] if dep["path"].startswith(data)}
+        for out in hashed[1]:
             if (path := out["path"]).startswith(data):
                 kind = "model" if path.startswith("models/") else "dataset"
                 found.append(Artifact(path.replace("/", "-"), kind, out["md5"], made_from))

@@ -121,8 +121,12 @@ def attempt(folder: Path, seed: int, seconds: dict[str, float]) -> dict[str, Any
         kill(process, way)
     left, saved = [] if "-9" in way else partials(folder), checkpoint(folder)
     output = dvc(folder, "repro", stage, check=False)
-    is_broken = "dvc.lock' is invalid" in output or "dvc.lock' validation failed" in output
-    if is_broken:  # DVC was killed while it wrote that, and `make repro` mends it
+    # DVC was killed while it wrote dvc.lock or its list of paths in use, and `make repro` mends both
+    is_broken = any(
+        words in output
+        for words in ("dvc.lock' is invalid", "dvc.lock' validation failed", "Unable to read RWLock-file")
+    )
+    if is_broken:
         output = run(folder, *MAKE_REPRO)
     resumed = re.search(r"train: goes on from checkpoint-(\d+)$", output, re.MULTILINE)
     found = stage_outs(folder, stage)
@@ -139,6 +143,7 @@ def attempt(folder: Path, seed: int, seconds: dict[str, float]) -> dict[str, Any
         "resumed_at": saved,
         "lock_broken": is_broken,
         "wrong": wrong,
+        **({"output": output} if wrong else {}),
     }
 
 

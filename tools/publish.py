@@ -136,13 +136,19 @@ def kinds(with_data: bool = False) -> list[str]:
 
 
 def data_licence(data: Row) -> str:
-    """What the Hub calls the licence of the data; a UserError where their card states none, or one without a name."""
-    licence: str | None = KNOWN["data"].get(data["source"]) or data.get("card", {}).get("license")
-    if not isinstance(licence, str) or licence.lower() in ("unknown", "other"):
-        raise UserError(
-            f"the card of {data['source']} states no licence that is known, so its pairs are not published; leave DATA=1 out"
-        )
-    return licence.lower()
+    """What the Hub calls the licence of the data; a UserError where a card states none, or one without a name, or two different ones."""
+    stated = {}
+    for source in (data, *data.get("mixed_with", ())):
+        licence: str | None = KNOWN["data"].get(source["source"]) or source.get("card", {}).get("license")
+        if not isinstance(licence, str) or licence.lower() in ("unknown", "other"):
+            raise UserError(
+                f"the card of {source['source']} states no licence that is known, so its pairs are not published; leave DATA=1 out"
+            )
+        stated[source["source"]] = licence.lower()
+    if len(set(stated.values())) > 1:
+        said = ", ".join(f"{source} under {licence}" for source, licence in stated.items())
+        raise UserError(f"the pairs are mixed of {said}, and one licence is not known for both; leave DATA=1 out")
+    return next(iter(stated.values()))
 
 
 def artifacts(kind: str) -> Iterator[tuple[str, Path]]:

@@ -13,6 +13,7 @@ A folder that the profile names as its source is no dependency in dvc.yaml. Wher
 """
 
 import argparse
+import fcntl
 import json
 import re
 import subprocess
@@ -40,6 +41,7 @@ CLOSED = (401, 403, 404)  # what the Hub answers where a repository is not for t
 KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 LOCK, METRICS, REPORT = Path("dvc.lock"), Path("reports/metrics.json"), Path("reports/report.html")
 BROKEN = "dvc.lock.broken"
+HELD = Path(".dvc/tmp/rwlock")  # which process of DVC reads or writes which path
 WHOLE_GRAPH = {"-f", "--force", "-q", "--quiet", "-v", "--verbose"}  # with these a finished run is a new report
 
 
@@ -171,12 +173,29 @@ def mend_lock() -> None:
         )
 
 
+def mend_held() -> None:
+    """Deletes DVC's list of the paths in use where a kill left it cut off; every later `dvc repro` would fail at it.
+
+    DVC writes it in place, and holds a lock meanwhile, which this takes first.
+    """
+    if not HELD.is_file():
+        return
+    with HELD.with_name("rwlock.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            json.loads(HELD.read_bytes())
+        except ValueError:
+            HELD.unlink()
+            warn(f"repro: DVC cannot read {HELD}, as after a kill while it wrote that; it is deleted")
+
+
 def repro(profile: str | None, rest: Sequence[str], changes: Sequence[str] = ()) -> int:
     """Runs `dvc repro` with the arguments `rest` under a profile, or `dvc exp run` with changed values; DVC's exit code."""
     with only_one("repro") as lock, Relay() as relay:
         if put_back():
             warn(f"repro: {params.PARAMS} is as it was before a run that was killed")
         mend_lock()
+        mend_held()
         killed = out_of_memory_kills()
         with selected(profile):
             if doctor.uses_gpu():

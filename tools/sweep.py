@@ -6,8 +6,8 @@
                                                        (or: make sweep GRID='beta=0.05,0.1 train.learning_rate=1e-4,5e-4')
 
 A key of a grid is one of the science, or one of the selected profile: `train.epochs` is `profiles.cpu.train.epochs`. All combinations are
-checked before the first runs. Each becomes an experiment, `beta-0.05` or `beta-0.05-epochs-2`, derived from the workspace as it is. DVC
-runs them one after the other, each in a copy of the tracked files, so the workspace stays as it is. An experiment of that name on the
+checked before the first runs. Each becomes an experiment, `beta-0.05` or `beta-0.05-train.epochs-2`, derived from the workspace as it is.
+DVC runs them one after the other, each in a copy of the tracked files, so the workspace stays as it is. An experiment of that name on the
 same commit is replaced; what has not changed since then comes out of DVC's run cache. The last step compares those that succeeded.
 
 With --jobs N the first experiment runs alone, so that what all have in common, the reference for one, is computed once. The others run in
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -54,6 +54,7 @@ MOST = 64  # experiments of a grid
 WAITING = ("Queued", "Running")  # of an experiment in DVC's queue
 COPIES = Path(".dvc/tmp/exps")  # of the tracked files, in which DVC runs experiments
 POLL, PATIENCE = 2.0, 30  # seconds between two looks at it, and how many are enough for what should take one
+DEAD = 150  # looks in a row that find no process where something is said to run: a worker was killed, and DVC does not notice
 
 
 def parse(key: str, text: str) -> list[str]:
@@ -75,7 +76,7 @@ def assignments(key: str, values: list[str]) -> dict[str, list[str]]:
 
 
 def grid(text: str) -> dict[str, list[str]]:
-    """What each experiment of a grid sets, by its name: {"beta-0.05-epochs-2": ["beta=0.05", "profiles.cpu.train.epochs=2"], ...}.
+    """What each experiment of a grid sets, by its name: {"beta-0.05-train.epochs-2": ["beta=0.05", "profiles.cpu.train.epochs=2"], ...}.
 
     Raises:
         UserError: it is no grid, a key is none of params.yaml, or a combination is one that params.yaml may not have.
@@ -101,7 +102,7 @@ def grid(text: str) -> dict[str, list[str]]:
     for point in points:
         check_point(tree, point)
     return {
-        "-".join(f"{path.rpartition('.')[2]}-{value}" for path, value in point): [
+        "-".join(f"{key}-{value}" for key, (_, value) in zip(axes, point, strict=True)): [
             f"{path}={value}" for path, value in point
         ]
         for point in points
@@ -183,25 +184,46 @@ def gpus() -> list[str]:
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in chosen.split(",") if gpu]
     try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    except OSError:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
         return []
-    return [str(number) for number, _ in enumerate(listed.splitlines())]
+    found = [line for line in listed.splitlines() if line.startswith("GPU ")]  # parts of one (MIG) are lines below it
+    return [str(number) for number, _ in enumerate(found)]
+
+
+def in_copies() -> list[psutil.Process]:
+    """The processes that compute experiments."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(COPIES.resolve()):
+                found.append(process)
+    return found
 
 
 def end_queued(names: Collection[str], number: int) -> None:
     """Takes experiments that wait out of the queue, and ends those that run by a signal, and their stages, as DVC does not."""
-    told: set[int] = set()
+    told, quiet = set[int](), 0
     while left := {name: state for name, state in states().items() if name in names and state in WAITING}:
         if waiting := [name for name, state in left.items() if state == "Queued"]:
             with suppress(UserError):  # one has just begun
                 dvc("queue", "remove", *waiting)
-        for process in psutil.process_iter():
+        running = in_copies()
+        for process in running:
             with suppress(psutil.Error):
-                if process.pid not in told and Path(process.cwd()).is_relative_to(COPIES.resolve()):
+                if process.pid not in told:
                     told.add(process.pid)
                     process.send_signal(number)
+        if (quiet := 0 if running or waiting else quiet + 1) > PATIENCE:
+            give_up(left)
+            break
         time.sleep(POLL)
+
+
+def give_up(names: Iterable[str]) -> None:
+    """Says how to end what DVC has for running, and no process computes."""
+    for name in names:
+        warn(f"{name}: its worker has died, and DVC has it for running; end it: .venv/bin/dvc queue kill {name}")
 
 
 def run_queued(wanted: Mapping[str, list[str]], jobs: int, relay: Relay) -> list[str]:
@@ -223,7 +245,7 @@ def run_queued(wanted: Mapping[str, list[str]], jobs: int, relay: Relay) -> list
             if workers() > worker or not any(states().get(name) == "Queued" for name in wanted):
                 break
             time.sleep(POLL)
-    told: dict[str, str] = {}
+    told, quiet = dict.fromkeys(wanted, "Queued"), 0
     while True:
         found = told | {
             name: state for name, state in states().items() if name in wanted
@@ -236,7 +258,10 @@ def run_queued(wanted: Mapping[str, list[str]], jobs: int, relay: Relay) -> list
         if relay.received:
             end_queued(wanted, relay.sent)
             break
-        if not any(state in WAITING for state in found.values()):
+        if not (left := [name for name, state in found.items() if state in WAITING]):
+            break
+        if (quiet := 0 if in_copies() else quiet + 1) > DEAD:
+            give_up(left)
             break
         time.sleep(POLL)
     return [name for name, state in told.items() if state == "Success"]
@@ -248,8 +273,9 @@ def sweep(wanted: Mapping[str, list[str]], jobs: int = 1) -> int:
     sources.refuse_changed()
     with only_one("sweep") as lock, Relay() as relay:
         if jobs > 1 and (other := [name for name, state in states().items() if state in WAITING]):
+            verb = "remove" if states().get(other[0]) == "Queued" else "kill"
             raise UserError(
-                f"--jobs: DVC's queue holds {other[0]}, which would run too; remove it: .venv/bin/dvc queue remove {other[0]}"
+                f"--jobs: DVC's queue holds {other[0]}, which would run too; remove it: .venv/bin/dvc queue {verb} {other[0]}"
             )
         existing, succeeded = dvc("exp", "list", "--name-only").split(), []
         for number, (name, values) in enumerate(wanted.items(), start=1):

@@ -512,6 +512,9 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
         batching = batching.model_copy(update={key: 99})
         assert changes(), key
 
+    monkeypatch.setattr(run_benchmarks, "device_name", lambda: "another GPU")
+    assert changes()
+
     batching = batching.model_copy(update={"max_new_tokens": 9})
     assert not changes()
     others = (

@@ -341,8 +341,12 @@ def test_the_page_needs_no_network_and_its_only_script_is_its_own(page: Page) ->
 def test_the_page_begins_with_the_verdict_and_what_it_may_be_due_to(built: Path, page: Page) -> None:
     found = json.loads((built / "data/evaluation/evidence.json").read_text())
     head = page.text.split("How this run differs")[0]
-    assert re.search(
-        r"The verdict: (better|worse|no difference seen|better in one respect and worse in another)\.", head
+    gains = json.loads((built / "data/evaluation/comparison.json").read_text())["merged"]
+    sides = {report.side(gains[name]) for name in ("strict", "unseen", "preference")} - {"the same"}
+    found_verdict = re.search(r"What preference training changed\s+The verdict: ([^.]+)\.", head)
+    assert found_verdict
+    assert found_verdict[1] == (
+        "better in one respect and worse in another" if len(sides) == 2 else (*sides, "no difference seen")[0]
     )
     words = found["answers"]["length"]["words"]
     assert f"Answers have {render.number(words['after'])} words instead of {render.number(words['before'])}" in head
@@ -676,9 +680,9 @@ def test_a_run_that_measured_preference_alone_is_reported_without_the_rest(
         "quantized_kl",
         "train",
     }
-    assert (
-        "Better: preferences" in page.text or "The same: preferences" in page.text or "Worse: preferences" in page.text
-    )
+    gain = comparison["merged"]["preference"]
+    word = {"better": "Better", "worse": "Worse", "the same": "The same"}[report.side(gain)]
+    assert f"{word}: preferences" in page.text
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
     assert "before-and-after-by-kind-of-instruction" not in page.ids
     assert sorted(path.name for path in report.FIGURES.iterdir()) == ["margins.png", "quantization.png", "training.png"]

@@ -332,6 +332,22 @@ def test_pairs_whose_licence_nobody_states_are_not_published(workplace: Path) ->
         publish.assemble(REPO, head(), [LLAMA_3], with_data=True)
 
 
+def test_mixed_pairs_are_published_under_a_licence_of_all_their_sources(workplace: Path) -> None:
+    put_rows()
+    manifest = json.loads(Path("data/raw/manifest.json").read_text())
+    other = {"source": "someone/pairs", "revision": "0" * 40, "share": 0.5, "card": {}}
+    for card, said in (
+        ({}, "^the card of someone/pairs states no licence"),
+        ({"license": "mit"}, rf"^the pairs are mixed of {HERMES} under apache-2\.0, someone/pairs under mit, and"),
+    ):
+        put("data/raw/manifest.json", manifest | {"mixed_with": [other | {"card": card}]})
+        with pytest.raises(UserError, match=said):
+            publish.assemble(REPO, head(), [LLAMA_3], with_data=True)
+    put("data/raw/manifest.json", manifest | {"mixed_with": [other | {"card": {"license": "apache-2.0"}}]})
+    assert DATA in publish.assemble(REPO, head(), [LLAMA_3], with_data=True)
+    assert f"Rows of someone/pairs are among them, at revision {'0' * 40}." in text_of(DATA)
+
+
 def test_what_was_not_compressed_has_no_repository(workplace: Path, make: Make) -> None:
     shutil.copytree("models/compressed/gptq", "models/compressed/awq")
     assert publish.kinds() == ["gguf", "gptq", "awq", "merged"]

@@ -281,6 +281,30 @@ def test_a_dvc_lock_that_a_killed_dvc_left_gives_way_to_the_committed_one(
     )
 
 
+@pytest.mark.parametrize("text", ["", '{"read": {', '{"read": {"a": [{"pid": 7, "cmd": "dvc'])
+def test_a_cut_list_of_paths_in_use_fails_dvc_and_is_deleted(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shell = partial(subprocess.run, capture_output=True, text=True, check=False)
+    shell(["git", "init", "-q"])
+    shell([*dvc_runs.DVC, "init", "-q"])
+    Path("dvc.yaml").write_text("stages:\n  one:\n    cmd: echo 1 >out\n    outs: [out]\n")
+    repro.HELD.write_text(text)
+    failed = shell([*dvc_runs.DVC, "repro"])
+    assert failed.returncode
+    assert "Unable to read RWLock-file" in failed.stderr
+    repro.mend_held()
+    assert (
+        capsys.readouterr().err
+        == "repro: DVC cannot read .dvc/tmp/rwlock, as after a kill while it wrote that; it is deleted\n"
+    )
+    assert shell([*dvc_runs.DVC, "repro"]).returncode == 0
+    sound = repro.HELD.read_bytes()
+    repro.mend_held()
+    assert (repro.HELD.read_bytes(), capsys.readouterr().err) == (sound, "")
+
+
 def test_a_dvc_lock_cut_anywhere_is_judged_as_dvc_does() -> None:
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from voluptuous import Invalid

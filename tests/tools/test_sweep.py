@@ -106,10 +106,10 @@ def test_a_sweep_varies_one_thing(words: tuple[str, ...]) -> None:
 def test_a_grid_is_every_combination_under_the_selected_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert sweep.grid("beta=0.05,0.1 train.learning_rate=1e-4,0.001") == {
-        "beta-0.05-learning_rate-1e-4": ["beta=0.05", "profiles.cpu.train.learning_rate=1e-4"],
-        "beta-0.05-learning_rate-0.001": ["beta=0.05", "profiles.cpu.train.learning_rate=0.001"],
-        "beta-0.1-learning_rate-1e-4": ["beta=0.1", "profiles.cpu.train.learning_rate=1e-4"],
-        "beta-0.1-learning_rate-0.001": ["beta=0.1", "profiles.cpu.train.learning_rate=0.001"],
+        "beta-0.05-train.learning_rate-1e-4": ["beta=0.05", "profiles.cpu.train.learning_rate=1e-4"],
+        "beta-0.05-train.learning_rate-0.001": ["beta=0.05", "profiles.cpu.train.learning_rate=0.001"],
+        "beta-0.1-train.learning_rate-1e-4": ["beta=0.1", "profiles.cpu.train.learning_rate=1e-4"],
+        "beta-0.1-train.learning_rate-0.001": ["beta=0.1", "profiles.cpu.train.learning_rate=0.001"],
     }
     assert sweep.grid("loss_type=ipo,hinge") == {
         "loss_type-ipo": ["loss_type=ipo"],
@@ -145,9 +145,40 @@ def test_what_is_no_grid_is_refused_before_anything_runs(text: str, said: str, m
 def test_experiment_names_are_valid_git_references() -> None:
     names = [*sweep.assignments("beta", sweep.parse("beta", "0.05,1e-2,12")), *sweep.assignments("seed", ["42"])]
     assert names[0] == "beta-0.05"
+    names += sweep.grid("train.batch_size=4 evaluate.batch_size=2")
+    assert names[-1] == "train.batch_size-4-evaluate.batch_size-2"
     for name in names:
         command = ["git", "check-ref-format", f"refs/exps/{name}"]
         assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_parts_of_a_gpu_are_not_counted_as_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tool := tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'GPU 0: one (UUID: GPU-1)'\necho '  MIG 1g.10gb Device 0: (UUID: MIG-2)'\n"
+    )
+    tool.chmod(0o755)
+    assert sweep.gpus() == ["0"]
+    tool.write_text("#!/bin/sh\necho 'GPU access failed'\nexit 9\n")
+    assert sweep.gpus() == []
+
+
+def test_what_a_dead_worker_left_running_ends_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked = iter([{}, {"seed-1": "Queued"}])
+    monkeypatch.setattr(sweep, "states", lambda: next(looked, {"seed-1": "Running"}))
+    monkeypatch.setattr(sweep, "dvc", lambda *arguments: "")
+    monkeypatch.setattr(sweep, "workers", lambda: 1)
+    monkeypatch.setattr(sweep.subprocess, "run", lambda *command, **options: None)
+    monkeypatch.setattr(sweep, "POLL", 0)
+    said = "seed-1: its worker has died, and DVC has it for running; end it: .venv/bin/dvc queue kill seed-1\n"
+    with sweep.Relay() as relay:
+        assert sweep.run_queued({"seed-1": ["seed=1"]}, 1, relay) == []
+        assert capsys.readouterr().err == said
+        sweep.end_queued({"seed-1"}, signal.SIGINT)
+        assert capsys.readouterr().err == said
 
 
 @pytest.fixture

@@ -81,6 +81,16 @@ def test_it_is_saved_with_a_key_alone(workplace: Path, monkeypatch: pytest.Monke
         run(monkeypatch, "--entity", "someone", "--save")
     with pytest.raises(UserError, match=r"^ENTITY=a/b: not a user or team"):
         run(monkeypatch, "--entity", "a/b")
+    saved: list[wandb_report.wr.Report] = []
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb_report.wr.Report, "url", "https://wandb.ai/someone")
+    monkeypatch.setattr(wandb_report.wr.Report, "save", saved.append)
+    run(monkeypatch, "--entity", "someone", "--save")
+    assert [one.entity for one in saved] == ["someone"]
+    assert not Path(".scratch/wandb/report.json").exists()
+    monkeypatch.setattr(wandb_report.wr.Report, "save", lambda report: 1 / 0)
+    with pytest.raises(UserError, match=r"^W&B did not take the report: division by zero"):
+        run(monkeypatch, "--entity", "someone", "--save")
 
 
 def test_reports_of_a_training_without_an_id_are_refused(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
