@@ -4,8 +4,8 @@ A run is always logged into a folder. With WANDB_API_KEY a process of its own se
 `SECONDS` for it. What was not sent stays, for `wandb sync`. So a server that is away, slow or refuses costs that time once, and no log.
 
 An experiment is one run at W&B. Its id is the hash of all that its training depends on. So a resumed training goes on in the run, and the
-report adds the evaluation to it. Files of data and models are artifacts by hash: W&B holds what they are and what they were made from, and
-no path of this machine.
+report adds the evaluation to it. Experiments that differ only after training share the run, and the last report's scores stand there. Files
+of data and models are artifacts by hash: W&B holds what they are and what they were made from, and no path of this machine.
 """
 
 import os

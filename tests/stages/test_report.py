@@ -343,7 +343,7 @@ def test_the_page_begins_with_the_verdict_and_what_it_may_be_due_to(built: Path,
     head = page.text.split("How this run differs")[0]
     gains = json.loads((built / "data/evaluation/comparison.json").read_text())["merged"]
     sides = {report.side(gains[name]) for name in ("strict", "unseen", "preference")} - {"the same"}
-    found_verdict = re.search(r"What preference training changed\s+The verdict: ([^.]+)\.", head)
+    found_verdict = re.search(r"The verdict: ([^.]+)\.", head)
     assert found_verdict
     assert found_verdict[1] == (
         "better in one respect and worse in another" if len(sides) == 2 else (*sides, "no difference seen")[0]

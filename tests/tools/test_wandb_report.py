@@ -84,7 +84,7 @@ def test_it_is_saved_with_a_key_alone(workplace: Path, monkeypatch: pytest.Monke
     saved: list[wandb_report.wr.Report] = []
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(wandb_report.wr.Report, "url", "https://wandb.ai/someone")
-    monkeypatch.setattr(wandb_report.wr.Report, "save", saved.append)
+    monkeypatch.setattr(wandb_report.wr.Report, "save", lambda report: saved.append(report))
     run(monkeypatch, "--entity", "someone", "--save")
     assert [one.entity for one in saved] == ["someone"]
     assert not Path(".scratch/wandb/report.json").exists()
