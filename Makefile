@@ -13,23 +13,26 @@ override DVC := .venv/bin/dvc
 # What each target takes beside DEVICE and PYTHON, which are set-up's; what it cannot do without (one of these), and an example.
 override takes.repro := PROFILE
 override takes.train := PROFILE BETA LOSS SEED
-override takes.sweep := BETAS SEEDS
+override takes.sweep := BETAS SEEDS GRID JOBS
 override takes.review := BASE HEAD
 override takes.verify := STAGE QUICK BITS
-override takes.plan := PROFILE GPU
+override takes.plan := PROFILE GPU PRICE
 override takes.rehearse := PROFILE LAYERS PAIRS
 override takes.base := RESOLVE
 override takes.chat := MODEL
-override takes.publish := REPO PROFILE LICENCE PUSH
+override takes.publish := REPO PROFILE LICENCE DATA PUSH
+override takes.wandb-report := ENTITY SAVE
 override takes.bench := FULL
 override takes.doctor := PROFILE
-override needs.sweep := BETAS SEEDS
+override needs.sweep := BETAS SEEDS GRID
 override needs.review := BASE
 override needs.publish := REPO
+override needs.wandb-report := ENTITY
 override example.sweep := BETAS=0.05,0.1,0.2
 override example.review := BASE=main
 override example.publish := REPO=owner/name
-override SWITCHES := RESOLVE PUSH FULL QUICK
+override example.wandb-report := ENTITY=name
+override SWITCHES := RESOLVE PUSH FULL QUICK DATA SAVE
 override SETUP := DEVICE PYTHON
 override SPLIT := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder # of tests, a file to each free core
 
@@ -65,7 +68,7 @@ override quote = '$(subst ','\'',$1)'
 override option = $(if $(filter $1,$(GIVEN)),$2$(call quote,$($1)))
 override switch = $(if $(filter $1,$(GIVEN)),$2)
 
-.PHONY: help setup checked repro train sweep verify experiments review chat report collect plan rehearse compare-published base publish bench \
+.PHONY: help setup checked repro train sweep verify experiments review chat report collect plan rehearse compare-published base publish wandb-report bench \
 	test test-all test-slow lint format doctor gpu-check
 
 help:
@@ -81,7 +84,7 @@ setup:
 # A mistake anywhere in params.yaml stops a target that runs the experiment before it begins.
 checked: setup
 	@$(PY) -m tools.check_params $(call option,PROFILE,--profile=)
-repro train sweep report plan rehearse publish bench: checked
+repro train sweep report plan rehearse publish wandb-report bench: checked
 
 ## make repro               bring every result up to date               make repro PROFILE=cpu
 repro: setup
@@ -92,9 +95,9 @@ train: setup
 	$(PY) -m tools.repro $(call option,PROFILE,--profile=) $(call option,BETA,--set-param=beta=) \
 		$(call option,LOSS,--set-param=loss_type=) $(call option,SEED,--set-param=seed=) train
 
-## make sweep               an experiment for each beta, or each seed   make sweep BETAS=0.05,0.1,0.2
+## make sweep               an experiment for each value, or of a grid  make sweep GRID='beta=0.05,0.1 seed=1,2' JOBS=2
 sweep: setup
-	$(PY) -m tools.sweep $(call option,BETAS,--betas=) $(call option,SEEDS,--seeds=)
+	$(PY) -m tools.sweep $(call option,BETAS,--betas=) $(call option,SEEDS,--seeds=) $(call option,GRID,--grid=) $(call option,JOBS,--jobs=)
 
 ## make verify              rebuild the committed results, compare bits  make verify STAGE=train QUICK=1
 verify: setup
@@ -128,9 +131,9 @@ compare-published: setup
 doctor: setup
 	$(PY) -m tools.doctor $(call option,PROFILE,--profile=)
 
-## make plan                memory, disk and time that a profile needs  make plan PROFILE=a40 GPU='RTX 4090'
+## make plan                memory, disk and time that a profile needs  make plan PROFILE=a40 GPU=A40 PRICE=0.40
 plan: setup
-	$(PY) -m tools.plan $(call option,PROFILE,--profile=) $(call option,GPU,--gpu=)
+	$(PY) -m tools.plan $(call option,PROFILE,--profile=) $(call option,GPU,--gpu=) $(call option,PRICE,--price=)
 
 ## make rehearse            a profile on random weights of its shape    make rehearse PROFILE=a40 LAYERS=2 PAIRS=8
 rehearse: setup
@@ -154,7 +157,11 @@ collect: setup
 ## make publish             show a release, or push it                  make publish REPO=owner/name PROFILE=cpu PUSH=1
 publish: setup
 	$(PY) -m tools.publish $(call option,REPO,--repo=) $(call option,PROFILE,--profile=) $(call option,LICENCE,--licence=) \
-		$(call switch,PUSH,--push)
+		$(call switch,DATA,--data) $(call switch,PUSH,--push)
+
+## make wandb-report        compose a W&B report, or save it           make wandb-report ENTITY=name SAVE=1
+wandb-report: setup
+	$(PY) -m tools.wandb_report $(call option,ENTITY,--entity=) $(call switch,SAVE,--save)
 
 ## make test                run the fast tests
 test: setup

@@ -1,6 +1,7 @@
 """Ours beside the alternative, in turn, in one run: reports/bench.json and reports/bench.md. Run by `make bench`.
 
     python -m benchmarks.bench            (or: make bench)          a few pairs, once, in a few minutes; written to .scratch/bench
+    python -m benchmarks.bench --suites                             the rows of benchmark suites alone, into what reports/ has already
     python -m benchmarks.bench --full     (or: make bench FULL=1)   three repetitions, both mixes, the search for stock TRL's best
                                                                     settings, scaling; written to reports/
 
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from hermes.artifacts import complete_file, read_json, scratch_folder, write_json
+from hermes.bits import cpu_flags
 from hermes.console import UserError
 from hermes.model.gguf_files import convert, quantize
 from hermes.params import read_yaml, selected_profile
@@ -39,6 +41,9 @@ TARGETS = {
     "sweep.vs_trl": ("five betas, one reference pass, against five stock runs", ">= 8"),
     "evaluate.gguf_vs_http": ("log-likelihoods of a GGUF file in process, against lm-eval's HTTP model", ">= 5"),
     "generate.vs_single": ("answers a second, parallel sequences against one at a time", ">= 2.5"),
+    "evaluate.suites_vs_hf.shared": ("questions a second of a suite in MMLU's shape, against lm-eval's Transformers model", ">= 3"),
+    "evaluate.suites_vs_hf.unshared": ("the same in HellaSwag's shape", ">= 1.5"),
+    "evaluate.suites_vs_hf.generation": ("written answers a second in GSM8K's shape, against the same", ">= 2"),
     "scaling": ("seconds measured over seconds fitted, linear in unique tokens, answer tokens and attended positions", "0.8 to 1.2"),
     "repro.minutes": ("all stages, where one commit ran them all last", "<= 25"),
 }  # fmt: skip
@@ -49,6 +54,7 @@ OTHERS = [
     for precompute in (True, False)
     for batch_size in (8, 2)  # with 4 accumulated: the same steps, less padding
 ]
+SUITE_QUESTIONS = 24
 TRIED = {"embedded": 16, "hermes": 8}  # pairs that a candidate is tried on
 Result = dict[str, Any]
 
@@ -131,6 +137,23 @@ def compare_evaluation(answers: int, prompts: int, repetitions: int) -> tuple[di
     return ratios, raw
 
 
+def compare_suites(questions: int, repetitions: int) -> tuple[dict[str, list[float]], list[Result]]:
+    """A suite's questions in three shapes through both models; whether both answer alike is in the raw results."""
+    ratios: dict[str, list[float]] = {}
+    raw = []
+    for _, shape in itertools.product(range(repetitions), ("shared", "unshared", "generation")):
+        ours, theirs = (measure(f"suites_{side}", shape=shape, questions=questions) for side in ("ours", "hf"))
+        ratios.setdefault(f"evaluate.suites_vs_hf.{shape}", []).append(theirs["seconds"] / ours["seconds"])
+        alike = sum(ours == theirs for ours, theirs in zip(ours["answers"], theirs["answers"], strict=True))
+        sides = {
+            name: {key: found[key] for key in ("seconds", "peak_rss")}
+            for name, found in (("ours", ours), ("hf", theirs))
+        }
+        apart = [abs(own - other) for own, other in zip(ours.get("totals", []), theirs.get("totals", []), strict=True)]
+        raw.append({"shape": shape, "questions": questions, "alike": alike, "apart": max(apart, default=None), **sides})
+    return ratios, raw
+
+
 def measure_scaling(repetitions: int) -> tuple[list[float], list[Result]]:
     """Forward and backward at every answer length, share of the prompt and number of tokens: measured over fitted cost, and the cells.
 
@@ -190,6 +213,8 @@ def write_markdown(found: Result, path: Path) -> None:
             if value:
                 numbers = " | ".join(f"{value[name]:.3g}" for name in ("median", "min", "max"))
                 lines.append(f"| {key} | {what} | {mix} | {target} | {numbers} |")
+    if "suites_on" in found:
+        lines += ["", f"The rows evaluate.suites_vs_hf were measured alone, on {found['suites_on']}."]
     lines += [
         "",
         "Stock TRL's best settings here: " + "; ".join(f"{mix}: {best}" for mix, best in found["best"].items()) + ".",
@@ -231,6 +256,8 @@ def bench(full: bool) -> Result:
     main = numbers["embedded"]
     found, raw["evaluation"] = compare_evaluation(16 if full else 4, 128 if full else 32, repetitions)
     main |= {key: summary(values) for key, values in found.items()}
+    found, raw["suites"] = compare_suites(SUITE_QUESTIONS if full else 8, repetitions)
+    main |= {key: summary(values) for key, values in found.items()}
     cells: list[Result] = []
     if full:
         fit, cells = measure_scaling(repetitions)
@@ -253,12 +280,22 @@ def bench(full: bool) -> Result:
     }
 
 
+def suites_alone() -> Result:
+    """The committed measurements with those of benchmark suites made anew; where they were made is said beside them."""
+    found: Result = read_json(REPORTS / "bench.json")
+    rows, found["raw"]["suites"] = compare_suites(SUITE_QUESTIONS, 3)
+    on = f"{processor()}, {'with' if 'avx512f' in cpu_flags() else 'without'} AVX-512"
+    return found | {key: summary(values) for key, values in rows.items()} | {"suites_on": on}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench", description="Measure ours beside the alternatives."
     )
     parser.add_argument("--full", action="store_true", help="three repetitions of everything, for reports/")
-    found = bench(parser.parse_args().full)
+    parser.add_argument("--suites", action="store_true", help="the rows of suites alone, into reports/")
+    given = parser.parse_args()
+    found = suites_alone() if given.suites else bench(given.full)
     folder = REPORTS if found["full"] else scratch_folder("bench")
     write_json(folder / "bench.json", found)
     write_markdown(found, folder / "bench.md")

@@ -71,7 +71,7 @@ def compare(kind: str, exact: Exact, open_model: Opener, settings: EvaluateSetti
             size = path.stat().st_size
             found[way] = exact.divergence(model)
             if not way and answered.is_file() and "instructions" in settings.tasks:
-                before = evaluate.grade_answers(evaluate.write_answers(model, settings), model.finished)
+                before = evaluate.grade_answers(evaluate.write_answers(model, settings), model)
                 after = [json.loads(line) for line in answered.read_text().splitlines()]
                 if [row["id"] for row in before] != [row["id"] for row in after]:
                     raise UserError(f"{answered}: has the answers to other questions; run `dvc repro evaluate`")

@@ -31,6 +31,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from benchmarks.suites import suites_hf, suites_ours
 from hermes import params
 from hermes.artifacts import write_parquet
 from hermes.data.chat_text import prompt_text
@@ -379,7 +380,10 @@ def generate(file: str, prompts: int, slots: int) -> Result:
 
 SIDES: dict[str, Callable[..., Result]] = {
     side.__name__: side
-    for side in (train_ours, train_trl, matrix_peak, step_profile, forward_backward, score_ours, score_http, generate)
+    for side in (
+        *(train_ours, train_trl, matrix_peak, step_profile, forward_backward),
+        *(score_ours, score_http, generate, suites_ours, suites_hf),
+    )
 }
 
 

@@ -13,6 +13,7 @@ Their results stay in .scratch/suites, so that another suite or GGUF type costs 
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -32,10 +33,11 @@ from hermes import params
 from hermes.artifacts import check_together, complete_file, complete_folder, read_json, scratch_folder, write_json
 from hermes.bits import Bits
 from hermes.console import UserError, say
-from hermes.evaluation import benchmarks, run_benchmarks
+from hermes.evaluation import benchmarks, evidence, general, run_benchmarks
 from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
 from hermes.evaluation.held_out import HeldOut, read_held_out
 from hermes.evaluation.intervals import paired_gain, ratio_interval
+from hermes.evaluation.vllm_chat import written_by_vllm
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
@@ -47,6 +49,8 @@ from hermes.settings.base import BaseSettings
 from hermes.settings.compress import Method
 from hermes.settings.evaluate import EvaluateSettings
 from hermes.settings.quantize import GGUF_TYPES
+from hermes.settings.train import Beta
+from hermes.training import distributed
 
 RAW, SUBSET, ADAPTER = Path("data/raw"), Path("data/subset"), Path("models/adapter")
 BASE, MERGED = Path("models/base"), Path("models/merged")
@@ -61,6 +65,7 @@ class Params(params.Params):
     """Parameters of evaluate."""
 
     bits: Bits
+    beta: Beta
     base: BaseSettings
     evaluate: EvaluateSettings
 
@@ -102,8 +107,8 @@ def write_answers(model: ChatModel, settings: EvaluateSettings) -> Answers:
     return sorted(results["samples"]["instructions"], key=lambda sample: sample["doc_id"])
 
 
-def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
-    """The rows of data/evaluation/NAME.jsonl: one a question."""
+def grade_answers(samples: Answers, model: ChatModel) -> Answers:
+    """The rows of data/evaluation/NAME.jsonl, one a question, of a model that has just answered."""
     return [
         {name: sample["doc"][name] for name in ("id", "topic", "kind")}
         | {
@@ -113,25 +118,56 @@ def grade_answers(samples: Answers, finished: list[bool]) -> Answers:
             "strict": bool(sample["strict"]) and is_finished,
             "grade": sample["grade"] if is_finished else 0.0,
             "finished": is_finished,
+            "tokens": tokens,
         }
-        for sample, is_finished in zip(samples, finished, strict=True)
+        for sample, is_finished, tokens in zip(samples, model.finished, model.lengths, strict=True)
     ]
 
 
-def run_suites(settings: EvaluateSettings, dtype: torch.dtype, open_model: Opener, names: list[str]) -> dict[str, Path]:
-    """The folder of each model with the results and logs of all tasks of the suites; nothing where there are no suites.
+def run_suites(
+    settings: EvaluateSettings,
+    dtype: torch.dtype,
+    open_model: Opener,
+    names: list[str],
+    open_written: Opener | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> dict[str, Path]:
+    """The folder of each model that suites are asked of, with the results and logs of all tasks; nothing where there are no suites.
+
+    Process k of n, the `share`, runs every n-th task from its k-th on. `open_written` writes a folder's answers.
 
     Raises:
         UserError: something is missing (hermes/evaluation/run_benchmarks.py), or a model was not asked the questions of those before it.
     """
     runs = benchmarks.runs(settings.suites)
     folders: dict[str, Path] = {}
-    for name in names if runs else ():
+    files = names if settings.suite_types == "all" else settings.suite_types
+    if unknown := {*files} - {*names}:
+        raise UserError(
+            f"params.yaml: `evaluate.suite_types` names {min(unknown)}, which `evaluate.types` does not evaluate"
+        )
+    for name in (name for name in names if runs and name in ("base", "merged", *files)):
         say(f"suites on {name}")
         folders[name] = scratch_folder("suites") / run_benchmarks.folder_name(path_of(name), settings, dtype)
-        run_benchmarks.run_all(runs, folders[name], partial(open_model, path_of(name)), settings.context)
-        benchmarks.check_questions(suite_results(runs, folders))
+        own, path = runs[share[0] :: share[1]], path_of(name)
+        written = partial(open_written, path) if open_written and path.is_dir() else None
+        run_benchmarks.run_all(own, folders[name], partial(open_model, path), settings.context, written)
+        if share == (0, 1):
+            benchmarks.check_questions(suite_results(runs, folders))
     return folders
+
+
+def share_suites(settings: EvaluateSettings) -> None:
+    """Has several processes ask the suites, a GPU each; what they have asked is then found in the scratch.
+
+    Raises:
+        UserError: there are fewer GPUs, or one of the processes failed.
+    """
+    if 0 < (gpus := torch.cuda.device_count()) < settings.processes:
+        raise UserError(
+            f"params.yaml: `evaluate.processes` is {settings.processes}, but {gpus} CUDA device(s) are here; lower it to {gpus} at most"
+        )
+    distributed.launch(settings.processes, "ddp", settings.threads, "stages.evaluate")
 
 
 def suite_results(runs: list[benchmarks.Run], folders: dict[str, Path]) -> dict[str, dict[benchmarks.Run, Any]]:
@@ -224,7 +260,7 @@ def evaluate_model(
     rows: Answers = []
     with open_model(path_of(name)) as model:
         if "instructions" in settings.tasks:
-            rows = grade_answers(write_answers(model, settings), model.finished)
+            rows = grade_answers(write_answers(model, settings), model)
             summary |= {"strict": strict_summary(rows), "failures": failures(rows)}
         if "preference" in settings.tasks:
             summary["pairs"] = preferences(model, held_out["preference"])
@@ -232,6 +268,8 @@ def evaluate_model(
             summary["preference"] = {"accuracy": mean(right), "n": len(right)}
         if "plain" in settings.tasks:
             summary["perplexity"] = perplexity(model, held_out["plain"])
+        if "general" in settings.tasks and name in ("base", "merged"):
+            summary["general"] = general.ask(model, settings.context)
         apart = exact.divergence(model) if exact and name != "base" else {}
     return summary, rows, apart
 
@@ -373,7 +411,9 @@ def main() -> None:
     check_together(RAW, SUBSET, BASE, ADAPTER, MERGED, GGUF, COMPRESSED)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
-    set_determinism(settings.threads)
+    set_determinism(settings.threads)  # in each of several processes, since bits may depend on it
+    if distributed.is_launched() and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     tokenizer = load_tokenizer(MERGED)
     names = ["base", "merged", *asked_files(settings)]
     for path in map(path_of, names):
@@ -383,7 +423,14 @@ def main() -> None:
     held_out = read_held_out(settings, tokenizer)
     dtype = compute_type(loaded.bits)
     open_model = partial(opened, batching=settings, tokenizer=tokenizer, dtype=dtype)
-    folders = run_suites(settings, dtype, open_model, names)
+    on_vllm = partial(written_by_vllm, batching=settings, tokenizer=tokenizer, dtype=dtype)
+    engine = (open_model, names, on_vllm if settings.engine == "vllm" else None)
+    if settings.suites and settings.processes > 1:
+        if distributed.is_launched():
+            run_suites(settings, dtype, *engine, (int(os.environ["RANK"]), settings.processes))
+            return
+        share_suites(settings)
+    folders = run_suites(settings, dtype, *engine)
     compared = settings.divergence_pairs > 0
     exact = Exact.of(settings, tokenizer, held_out["preference"]) if compared else None
     summaries, rows, apart = {}, {}, {}
@@ -392,6 +439,12 @@ def main() -> None:
         summaries[name], rows[name], apart[name] = evaluate_model(name, settings, open_model, held_out, exact)
     del exact
     pairs = {name: summaries[name].pop("pairs", []) for name in names}
+    asked = {name: summaries[name].pop("general", None) for name in ("base", "merged")}
+    beside = {
+        "answers": evidence.answers(rows["base"], rows["merged"]),
+        "margins": evidence.margins(pairs["base"], pairs["merged"], loaded.beta),
+        "general": general.compare(asked["base"], asked["merged"]) if asked["base"] and asked["merged"] else None,
+    }
     comparison = {}
     for name in names[1:]:
         against = "base" if name == "merged" else "merged"
@@ -406,6 +459,8 @@ def main() -> None:
             with complete_file(target / f"{name}.jsonl") as path:
                 path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))
         write_json(target / "comparison.json", comparison)
+        write_json(target / "evidence.json", beside)
+        write_json(target / "pairs.json", pairs)
         measured = {{"merged": "hf_bf16"}.get(name, name): found for name, found in apart.items() if found}
         write_json(target / "divergence.json", measured)
         if folders:

@@ -1,9 +1,9 @@
 """Stage report: what the other stages found -> reports/metrics.json, report.md, report.html, figures/, quantize.json and eval/.
 
 Nothing is measured here: each number is one that a stage wrote, or a count of its rows, so that the page can be rebuilt
-on any machine. A task that the profile does not evaluate is left out. The HTML is the Markdown page as one file, without
-scripts and without the network. What lies in DVC's cache (the table of files, scores and answers) is copied to reports/, so that git
-carries it and a review needs no cache; logs of benchmark suites stay behind, being large and the questions of others.
+on any machine. A task that the profile does not evaluate is left out. The HTML is the Markdown page as one file, which needs no
+network; its one script filters the answers. What lies in DVC's cache (the table of files, scores and answers) is copied to reports/, so
+that git carries it and a review needs no cache; logs of benchmark suites stay behind, being large and the questions of others.
 """
 
 import shutil
@@ -11,16 +11,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hermes import params
 from hermes.artifacts import complete_folder, write_json
 from hermes.console import UserError
 from hermes.pages import figures, published_run
 from hermes.pages.render import interval, percent, points, render, render_html
 from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, flips, pair, read_inputs, smaller_files
 from hermes.run import run_stage
+from hermes.training.tracking import Artifact, Tracking
 
+LOCK = Path("dvc.lock")
 METRICS, MARKDOWN, HTML = REPORTS / "metrics.json", REPORTS / "report.md", REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 SPLITS = ("train", "validation", "test")
+SIGMOID = ("sigmoid", "robust")  # losses whose model of a preference is the sigmoid of the margin
 FEW = 200  # questions; the 95 % interval of a share of fewer is wider than 14 points
 SCORES = {"strict": "Instructions followed", "preference": "Preferences"}
 WHOLE = "cpu"  # the profile of the whole experiment on the embedded data
@@ -82,8 +86,9 @@ def quantized_files(inputs: Inputs) -> list[Row]:
     for name, file in smaller_files(inputs.quantize, inputs.divergence).items():
         found = (inputs.results.get(name) or {}).get(score)
         accuracy = found.get("seen", found)["accuracy"] if found else None
-        gain = inputs.comparison.get(name, {}).get(score)
-        files.append({"name": name, **file, "score": accuracy, "against_merged": gain})
+        compared = inputs.comparison.get(name, {})
+        beside = {"against_merged": compared.get(score), "unseen": compared.get("unseen")}
+        files.append({"name": name, **file, "score": accuracy, **beside})
     return files
 
 
@@ -143,6 +148,34 @@ def shares(inputs: Inputs) -> list[Row]:
     ]
 
 
+def side(found: Mapping[str, Any] | None) -> str:
+    """Whether a paired interval is above zero, below it, or holds it."""
+    if not found:
+        return "not asked"
+    return "better" if found["low"] > 0 else "worse" if found["high"] < 0 else "the same"
+
+
+def verdict(measured: Sequence[Row]) -> str | None:
+    """One word on what was measured before and after, intervals that hold zero being no difference; None where nothing was."""
+    sides = {side(share["gain"]) for share in measured}
+    if not sides:
+        return None
+    if {"better", "worse"} <= sides:
+        return "better in one respect and worse in another"
+    return next((name for name in ("better", "worse") if name in sides), "no difference seen")
+
+
+def falling(inputs: Inputs) -> Row | None:
+    """How training moved the log-probabilities of held-out answers from the reference to its last validation; None where it had none."""
+    beta, found = float(inputs.params["beta"]), {}
+    for name in ("chosen", "rejected"):
+        log_probs, rewards = (inputs.validation.get(f"{what}/{name}") for what in ("logps", "rewards"))
+        if not log_probs or not rewards:
+            return None
+        found[name] = {"last": log_probs[-1], "gained": rewards[-1] / beta}
+    return found
+
+
 def first_look(inputs: Inputs) -> Row | None:
     """Where the main share rests on few questions: how many, the width of its interval, and the command for the whole run."""
     gain = next((share["gain"] for share in shares(inputs)), None)
@@ -160,6 +193,13 @@ def page(inputs: Inputs) -> Row:
     return vars(inputs) | {
         "first_look": first_look(inputs),
         "headline": [headline(row["gain"], row["before"], row["after"], row["what"]) for row in measured],
+        "verdict": verdict(measured),
+        "by_side": {
+            name: [row for row in measured if side(row["gain"]) == name] for name in ("better", "worse", "the same")
+        },
+        "falling": falling(inputs),
+        "calibrated": inputs.params["loss_type"] in SIGMOID,
+        "moved": [file["name"] for file in files if side(file["unseen"]) in ("better", "worse")],
         "shares": measured,
         "smallest": next((file for file in reversed(files) if file["against_merged"]), None),
         "deviations": published_run.deviations(inputs.params),
@@ -174,7 +214,7 @@ def page(inputs: Inputs) -> Row:
         "suites": [
             {
                 **suite,
-                "models": {model: suite["models"][model] for model in inputs.results},
+                "models": {model: suite["models"][model] for model in inputs.results if model in suite["models"]},
                 "decontaminated": name in inputs.params.get("data.decontaminate", ()),
             }
             for name, suite in inputs.suites.items()
@@ -188,10 +228,43 @@ def draw_figures(content: Row, folder: Path) -> None:
     """Writes the figures of a page's content into a folder."""
     losses = published_run.LOSSES if content["published"] else ()
     figures.save(figures.training_curves(content["history"], content["validation"], losses), folder / "training.png")
+    if margins := content["evidence"]["margins"]:
+        figures.save(figures.reward_margins(margins, content["calibrated"]), folder / "margins.png")
     if content["kinds"]:
         figures.save(figures.gains_by_kind(content["kinds"]), folder / "kinds.png")
     if content["compared"]:
         figures.save(figures.quantization_tradeoff(content["compared"], content["score"]), folder / "quantization.png")
+
+
+def artifacts() -> list[Artifact]:
+    """The data and models of dvc.lock, each with the hashes of the data and models that its stage read; none where DVC ran nothing."""
+    found, data = [], ("data/", "models/")
+    for stage in params.read_yaml(LOCK).get("stages", {}).values() if LOCK.is_file() else ():
+        hashed = [[one for one in stage.get(ends, ()) if "md5" in one] for ends in ("deps", "outs")]
+        made_from = {dep["path"]: dep["md5"] for dep in hashed[0] if dep["path"].startswith(data)}
+        for out in hashed[1]:
+            if (path := out["path"]).startswith(data):
+                kind = "model" if path.startswith("models/") else "dataset"
+                found.append(Artifact(path.replace("/", "-"), kind, out["md5"], made_from))
+    return found
+
+
+def track(inputs: Inputs) -> None:
+    """Adds the results to the W&B run of the training, where params.yaml wants one."""
+    with Tracking.start(dict(inputs.params), inputs.summary.get("run")) as tracking:
+        if tracking.run is None:
+            return
+        rows = [
+            (old["id"], old["kind"], old["question"], old["answer"], old["strict"], new["answer"], new["strict"])
+            for old, new in pair(inputs.answers["base"], inputs.answers["merged"])
+        ]
+        columns = ("id", "kind", "question", "base", "base follows", "merged", "merged follows")
+        numbers = {
+            name: value for name, value in params.flatten(metrics(inputs)).items() if isinstance(value, int | float)
+        }
+        tracking.results(
+            inputs.summary["steps"] + 1, numbers, (columns, rows), sorted(FIGURES.glob("*.png")), artifacts()
+        )
 
 
 def main() -> None:
@@ -205,6 +278,7 @@ def main() -> None:
         shutil.copytree(EVALUATION, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("suites"))
     render("report.md.j2", MARKDOWN, content)
     render_html(MARKDOWN)
+    track(inputs)
 
 
 if __name__ == "__main__":

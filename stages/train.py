@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,8 @@ from hermes.training.tracking import Tracking
 
 BASE, TOKENS, REFERENCE = Path("models/base"), Path("data/tokens"), Path("data/reference")
 ADAPTER, REPORTS = Path("models/adapter"), Path("reports/train")
-PACKAGES = Path(__file__).parent.parent / "packages.yaml"
+ROOT = Path(__file__).parent.parent
+PIPELINE, PACKAGES = ROOT / "dvc.yaml", ROOT / "packages.yaml"
 HISTORY = (
     "loss",
     "preference_loss",
@@ -78,7 +78,7 @@ HISTORY = (
     "learning_rate",
     "grad_norm",
 )
-EVALUATION = ("loss", "preference_loss", "rewards/margins", "rewards/accuracies")
+EVALUATION = (*HISTORY[:6], "logps/chosen", "logps/rejected")
 
 
 class Params(params.Params, Science):
@@ -153,12 +153,15 @@ def load_pairs(split: str) -> Dataset:
 
 
 def run_key(loaded: Params, made_from: dict[str, str]) -> str:
-    """A hash of everything the trained adapter depends on, to name its scratch folder; `made_from` are those of the folders."""
-    code = [module.__file__ for name, module in sys.modules.items() if name.startswith(("hermes.", "stages."))]
-    files = {Path(file) for file in (*code, __file__, PACKAGES) if file}
-    hashes = [*made_from.values(), *sorted(map(sha256_file, files))]
-    inputs = json.dumps([loaded.model_dump(mode="json"), hashes], sort_keys=True)
-    return hashlib.sha256(inputs.encode()).hexdigest()[:16]
+    """A hash of everything the trained adapter depends on, by dvc.yaml; `made_from` are the hashes of the folders.
+
+    It names the scratch folder, and the run at W&B. It stands in the summary, so it has to be equal wherever DVC's inputs are.
+    """
+    stage, versions = params.read_yaml(PIPELINE)["stages"]["train"], params.read_yaml(PACKAGES)
+    tracked = next(entry["packages.yaml"] for entry in stage["params"] if isinstance(entry, dict))
+    code = {file: sha256_file(ROOT / file) for file in stage["deps"] if file.endswith(".py")}
+    inputs = [loaded.model_dump(mode="json"), made_from, code, {name: versions.get(name) for name in tracked}]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -327,7 +330,7 @@ def run(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
     """Trains, from the last checkpoint in `scratch` where there is one, and writes adapter and reports; `made_from` as `run_key`."""
     tokenizer = load_tokenizer(BASE)
     main = distributed.is_main(loaded.train.processes)
-    with Tracking.start(loaded.model_dump(mode="json")) if main else Tracking() as tracking:
+    with Tracking.start(loaded.model_dump(mode="json"), scratch.name) if main else Tracking() as tracking:
         callbacks = [*([ProgressAndTracking(tracking)] if main else []), CheckpointAndStop(loaded.train.processes)]
         trainer = build_trainer(loaded, scratch, tokenizer, callbacks)
         trained = sum(int(p.numel()) for p in trainer.model.parameters() if p.requires_grad)
@@ -353,7 +356,10 @@ def run(loaded: Params, scratch: Path, made_from: dict[str, str]) -> None:
     REPORTS.mkdir(parents=True, exist_ok=True)
     write_history(trainer.state.log_history, HISTORY, REPORTS / "history.csv")
     write_history(trainer.state.log_history, EVALUATION, REPORTS / "evaluation.csv", prefix="eval_")
-    write_json(REPORTS / "summary.json", summarize(trainer, len(load_pairs("train")), trained, difference))
+    write_json(
+        REPORTS / "summary.json",
+        summarize(trainer, len(load_pairs("train")), trained, difference) | {"run": scratch.name},
+    )
     with complete_folder(ADAPTER) as folder:
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_adapter(model, folder, made_from[BASE.as_posix()], gathered)

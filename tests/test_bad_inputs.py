@@ -136,6 +136,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_manifest(Path("models/adapter"), made_from=made_from)
         assert run("merge", patch) == (0, "")
         write_reports(root)
+        Path("dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
         Path("params.yaml").write_text(json.dumps(params()))
         assert run("report", patch) == (0, "")
     return root

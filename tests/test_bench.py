@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import bench, sides
+from benchmarks import bench, sides, suites
 from hermes.artifacts import write_parquet
 from hermes.data.chat_text import answer_ids, prompt_ids
 from hermes.training.packing import IGNORED, pack_pairs
@@ -140,3 +140,40 @@ def test_the_table_has_every_number(tmp_path: Path) -> None:
     assert text.count("| 2 | 1 | 3.25 |") == len(bench.TARGETS)
     assert "| 5 | 4 | 6 |" in text
     assert "| 16 | 50% | 1,000 | 2.00 | 2.00 | 3,000 |" in text
+
+
+@pytest.mark.parametrize("shape", ["shared", "unshared", "generation"])
+def test_both_sides_of_a_suite_answer_alike(
+    shape: Any, byte_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"question": f"{question} {n}", "chosen": f"It is {n}.", "rejected": f"No, {n}"}
+        for n, question in enumerate(QUESTIONS)
+    ]
+    write_parquet(tmp_path / "data/subset/test.parquet", pa.Table.from_pylist(rows))
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    monkeypatch.setattr(suites, "BASE", byte_model_folder)
+    monkeypatch.setattr(suites, "WRITTEN", suites.WRITTEN | {"max_gen_toks": 6})
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    ours, theirs = suites.suites_ours(shape, 3), suites.suites_hf(shape, 3)
+    assert ours["answers"] == theirs["answers"]
+    assert ours.get("totals", []) == pytest.approx(theirs.get("totals", []), abs=1e-3)
+    assert len(ours["answers"]) == 3
+    assert min(ours["seconds"], theirs["seconds"]) > 0
+
+
+def test_the_rows_of_suites_are_measured_alone_into_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(side: str, shape: str, questions: int) -> dict[str, Any]:
+        return {"seconds": 1.0 if side == "suites_ours" else 4.0, "peak_rss": 1, "answers": [0] * questions}
+
+    monkeypatch.setattr(bench, "REPORTS", ROOT / "reports")
+    monkeypatch.setattr(bench, "measure", measured)
+    before = json.loads((ROOT / "reports/bench.json").read_text())
+    found = bench.suites_alone()
+    for shape in ("shared", "unshared", "generation"):
+        assert found[f"evaluate.suites_vs_hf.{shape}"] == {"median": 4.0, "min": 4.0, "max": 4.0}
+    assert found["train.vs_trl"] == before["train.vs_trl"]
+    bench.write_markdown(found, tmp_path / "bench.md")
+    assert "The rows evaluate.suites_vs_hf were measured alone, on " in (tmp_path / "bench.md").read_text()

@@ -84,7 +84,7 @@ def test_strict_accuracy_is_compared_where_the_type_was_evaluated(workplace: dic
     settings = params.load(evaluate.Params).evaluate
     tokenizer = load_tokenizer(Path("models/merged"))
     with benchmark.made("Q4_0", True) as path, opened(path, settings, tokenizer, torch.float32) as model:
-        rows = evaluate.grade_answers(evaluate.write_answers(model, settings), model.finished)
+        rows = evaluate.grade_answers(evaluate.write_answers(model, settings), model)
     answered = Path("data/evaluation/Q4_0.jsonl")
     answered.parent.mkdir()
     answered.write_text("".join(json.dumps(row | {"strict": True}) + "\n" for row in rows))

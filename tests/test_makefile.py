@@ -20,10 +20,11 @@ OPTIONS = {
         "LOSS": "--set-param=loss_type=",
         "SEED": "--set-param=seed=",
     },
-    "sweep": {"BETAS": "--betas=", "SEEDS": "--seeds="},
+    "sweep": {"BETAS": "--betas=", "SEEDS": "--seeds=", "GRID": "--grid=", "JOBS": "--jobs="},
     "verify": {"STAGE": "--stage=", "BITS": "--bits="},
     "review": {"BASE": "--base=", "HEAD": "--head="},
-    "plan": {"PROFILE": "--profile=", "GPU": "--gpu="},
+    "plan": {"PROFILE": "--profile=", "GPU": "--gpu=", "PRICE": "--price="},
+    "wandb-report": {"ENTITY": "--entity="},
     "rehearse": {"PROFILE": "--profile=", "LAYERS": "--layers=", "PAIRS": "--pairs="},
     "publish": {"REPO": "--repo=", "PROFILE": "--profile=", "LICENCE": "--licence="},
     "doctor": {"PROFILE": "--profile="},
@@ -31,10 +32,11 @@ OPTIONS = {
 SWITCHES = {
     "verify": {"QUICK": "--quick"},
     "base": {"RESOLVE": "--resolve"},
-    "publish": {"PUSH": "--push"},
+    "publish": {"DATA": "--data", "PUSH": "--push"},
+    "wandb-report": {"SAVE": "--save"},
     "bench": {"FULL": "--full"},
 }
-NEEDED = {"sweep": "BETAS=0.1", "review": "BASE=main", "publish": "REPO=a/b"}
+NEEDED = {"sweep": "BETAS=0.1", "review": "BASE=main", "publish": "REPO=a/b", "wandb-report": "ENTITY=a"}
 VARIABLES = {name for taken in (*OPTIONS.values(), *SWITCHES.values()) for name in taken} | {"DEVICE", "PYTHON"}
 TARGETS = re.findall(r"^## make ([a-z-]+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # What the Makefile sets for itself, and what make and its functions use.

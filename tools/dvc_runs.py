@@ -82,6 +82,15 @@ class Relay:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    @property
+    def sent(self) -> int:
+        """The signal that the child gets for the one that came."""
+        return signal.SIGINT if signal.SIGINT in self.previous else self.received or signal.SIGTERM
+
+    def hold(self) -> None:
+        """From here on a signal is kept in `received` also where no child is there."""
+        self.starting = True
+
     def run(self, command: Sequence[str], lock: IO[str]) -> int:
         """Runs a command to its end; its exit code."""
         self.starting = True
@@ -101,7 +110,7 @@ class Relay:
         if not self.starting:
             sys.exit(128 + number)
         self.received = number
-        self.delivered = self._signal_child(signal.SIGINT if signal.SIGINT in self.previous else number)
+        self.delivered = self._signal_child(self.sent)
 
     def _is_left(self) -> bool:
         """Whether a process of the child's group has not ended."""

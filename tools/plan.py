@@ -13,6 +13,7 @@ A run that does not fit is refused, with the smallest change that would: here, a
 """
 
 import argparse
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,13 +220,13 @@ def seconds_of(run: Run, device: Device) -> dict[str, float]:
         "merge": weights / MERGED,
         "quantize": quantize_seconds(loaded, shape, calibrating, flops * device.evaluating),
         "compress": compress_seconds(loaded, shape, calibrating, flops, bandwidth),
-        "evaluate": sum(evaluating(run, device).values()),
+        "evaluate": sum(sum(parts.values()) for parts in evaluating(run, device).values()),
     }
     return {stage: seconds + STARTING for stage, seconds in found.items()} | {"the others": 4 * STARTING}
 
 
-def evaluating(run: Run, device: Device) -> dict[str, float]:
-    """The time of evaluation by model."""
+def evaluating(run: Run, device: Device) -> dict[str, dict[str, float]]:
+    """The time of evaluation by model, and by what it is asked."""
     flops, bandwidth = device.reached
     return evaluation_seconds(*run[:2], *run.lengths.means, flops * device.evaluating, bandwidth)
 
@@ -375,8 +376,8 @@ def refusal(run: Run, device: Device) -> str | None:
     return None
 
 
-def report(run: Run, source: str, name: str, device: Device) -> str:
-    """The tables of a plan."""
+def report(run: Run, source: str, name: str, device: Device, price: float | None = None) -> str:
+    """The tables of a plan; its cost too, where an hour has a price, in the price's currency."""
     loaded, shape, lengths = run
     tokens, answers = lengths.largest_row(loaded.train.batch_size)
     memory, disk, seconds = memory_of(run, device.is_gpu), disk_of(loaded, shape), seconds_of(run, device)
@@ -398,8 +399,18 @@ def report(run: Run, source: str, name: str, device: Device) -> str:
         lines += ["", "train, by component; CUDA and what its allocator loses come on top"]
         lines += [f"  {name:<10} {gibibytes(value):>12}" for name, value in training_step(run, True)._asdict().items()]
         lines += ["", f"memory of the host: {gibibytes(host_memory(run))}"]
-    lines += ["", "evaluate, by model; gptq and awq as Transformers unpacks them"]
-    lines += [f"  {name:<10} {value / 60:>12,.1f} minutes" for name, value in evaluating(run, device).items()]
+    parts = evaluating(run, device)
+    asked = list(dict.fromkeys(part for found in parts.values() for part in found))
+    units = [("minutes", 60.0, 1)] if price is None else [("minutes", 60.0, 1), ("cost", 3600 / price, 2)]
+    for unit, seconds_of_one, digits in units:
+        lines += ["", f"{unit} of evaluate, by model; gptq and awq as Transformers unpacks them"]
+        lines.append(f"  {'':<10}" + "".join(f" {part:>12}" for part in asked))
+        for model, found in parts.items():
+            cells = (f"{found[part] / seconds_of_one:,.{digits}f}" if part in found else "not asked" for part in asked)
+            lines.append(f"  {model:<10}" + "".join(f" {cell:>12}" for cell in cells))
+    if price is not None:
+        hours = sum(seconds.values()) / 3600
+        lines += ["", f"cost of all: {hours * price:,.2f}, which is {hours:,.1f} hours at {price:,.2f}"]
     return "\n".join(lines)
 
 
@@ -427,7 +438,7 @@ def device_here(threads: int, bits: str) -> tuple[str, Device]:
     return name, Device(memory, cores * flops, cores * CORE_BANDWIDTH, evaluating, is_gpu=False)
 
 
-def plan(profile: str | None, gpu: str | None) -> tuple[str, str | None]:
+def plan(profile: str | None, gpu: str | None, price: float | None = None) -> tuple[str, str | None]:
     """The plan of a profile for a GPU of this name, or for what is here; and why it does not fit. Of a CPU only that is said then."""
     whole = experiment.check(profile=profile)
     loaded = whole.profile
@@ -435,7 +446,9 @@ def plan(profile: str | None, gpu: str | None) -> tuple[str, str | None]:
     run, source = run_of(loaded if device.is_gpu else on_cpu(loaded, whole.bits))
     why = refusal(run, device)
     if why is None or device.is_gpu:
-        return report(run, source, name, device), why and f"{why} (a prediction for {name}, {gibibytes(device.memory)})"
+        return report(
+            run, source, name, device, price
+        ), why and f"{why} (a prediction for {name}, {gibibytes(device.memory)})"
     return "", f"{why} (a prediction for this {name}, {gibibytes(device.memory)}); GPU=NAME (--gpu) plans for a GPU"
 
 
@@ -443,12 +456,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.plan", description="Predict what a run needs.")
     parser.add_argument("--profile", help="of params.yaml; the selected one by default")
     parser.add_argument("--gpu", choices=sorted(GPUS), help="by default the GPU here, or else this CPU")
+    parser.add_argument("--price", type=float, help="of an hour of the device, in any currency: what it costs, too")
     parser.add_argument("--quiet", action="store_true", help="print nothing, and refuse only what does not fit a GPU")
     parser.add_argument("--disk", action="store_true", help="refuse a run that the disk has no room for, too")
     given = parser.parse_args()
     if given.quiet and not given.gpu and not torch.cuda.is_available():
         return
-    text, why = plan(given.profile, given.gpu)
+    if given.price is not None and not 0 < given.price < math.inf:
+        raise UserError(f"PRICE={given.price}: not the price of an hour; write it like 0.40")
+    text, why = plan(given.profile, given.gpu, given.price)
     if text and not given.quiet:
         say(*text.split("\n"))
     if given.disk and not why:

@@ -1,23 +1,42 @@
-"""One experiment for each beta, or for each seed, and their comparison.
+"""One experiment for each beta, for each seed, or for each point of a grid of parameters, and their comparison.
 
     python -m tools.sweep --betas 0.05,0.1,0.2         (or: make sweep BETAS=0.05,0.1,0.2)
     python -m tools.sweep --seeds 42,1,2               (or: make sweep SEEDS=42,1,2)
+    python -m tools.sweep --grid 'beta=0.05,0.1 train.learning_rate=1e-4,5e-4'
+                                                       (or: make sweep GRID='beta=0.05,0.1 train.learning_rate=1e-4,5e-4')
 
-Each value becomes an experiment, `beta-0.05` or `seed-1` and so on, derived from the workspace as it is. DVC runs them one after
-the other, each in a copy of the tracked files, so the workspace stays as it is. An experiment of that name on the same commit is
-replaced; what has not changed since then comes out of DVC's run cache. The last step compares those that succeeded.
+A key of a grid is one of the science, or one of the selected profile: `train.epochs` is `profiles.cpu.train.epochs`. All combinations are
+checked before the first runs. Each becomes an experiment, `beta-0.05` or `beta-0.05-train.epochs-2`, derived from the workspace as it is.
+DVC runs them one after the other, each in a copy of the tracked files, so the workspace stays as it is. An experiment of that name on the
+same commit is replaced; what has not changed since then comes out of DVC's run cache. The last step compares those that succeeded.
+
+With --jobs N the first experiment runs alone, so that what all have in common, the reference for one, is computed once. The others run in
+DVC's queue, N at once. Of several GPUs worker k sees number k alone.
 """
 
 import argparse
+import itertools
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
+import psutil
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from hermes import params
 from hermes.console import UserError, say, warn
 from hermes.run import run_tool
+from hermes.settings import experiment
 from tools import doctor, sources
-from tools.dvc_runs import DVC, Relay, dvc, only_one
+from tools.dvc_runs import DVC, Relay, dvc, environment, only_one
 
 # What an experiment may be given. Python, YAML 1.2 and git, where it is part of a name, read these alike.
 VALUES = {
@@ -27,6 +46,15 @@ VALUES = {
     ),
     "seed": (re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII), "a whole number; write them like 42,1,2"),
 }
+EXAMPLE = "write it like 'beta=0.05,0.1 train.learning_rate=1e-4,5e-4'"
+AXIS = re.compile(
+    r"([a-z0-9_]+(?:\.[a-z0-9_]+)*)=([A-Za-z0-9][A-Za-z0-9.+_-]{0,40}(?:,[A-Za-z0-9][A-Za-z0-9.+_-]{0,40})*)", re.ASCII
+)
+MOST = 64  # experiments of a grid
+WAITING = ("Queued", "Running")  # of an experiment in DVC's queue
+COPIES = Path(".dvc/tmp/exps")  # of the tracked files, in which DVC runs experiments
+POLL, PATIENCE = 2.0, 30  # seconds between two looks at it, and how many are enough for what should take one
+DEAD = 150  # looks in a row that find no process where something is said to run: a worker was killed, and DVC does not notice
 
 
 def parse(key: str, text: str) -> list[str]:
@@ -42,9 +70,81 @@ def parse(key: str, text: str) -> list[str]:
     return values
 
 
-def assignments(key: str, values: list[str]) -> dict[str, str]:
-    """What each experiment sets, by its name: {"beta-0.05": "beta=0.05", ...}."""
-    return {f"{key}-{value}": f"{key}={value}" for value in values}
+def assignments(key: str, values: list[str]) -> dict[str, list[str]]:
+    """What each experiment sets, by its name: {"beta-0.05": ["beta=0.05"], ...}."""
+    return {f"{key}-{value}": [f"{key}={value}"] for value in values}
+
+
+def grid(text: str) -> dict[str, list[str]]:
+    """What each experiment of a grid sets, by its name: {"beta-0.05-train.epochs-2": ["beta=0.05", "profiles.cpu.train.epochs=2"], ...}.
+
+    Raises:
+        UserError: it is no grid, a key is none of params.yaml, or a combination is one that params.yaml may not have.
+    """
+    tree = params.read_yaml(params.PARAMS)
+    profile = params.selected_profile(tree)
+    axes: dict[str, list[tuple[str, str]]] = {}
+    for part in text.split():
+        if not (found := AXIS.fullmatch(part)):
+            raise UserError(f"--grid: {part[:60]!r} is no key with its values; {EXAMPLE}")
+        key, values = found[1], found[2].split(",")
+        path = key if key in tree and key not in (*params.UNTRACKED, "profile") else f"profiles.{profile}.{key}"
+        if not isinstance(value_at(tree, path), str | int | float | None) or value_at(tree, path) is MISSING:
+            raise UserError(f"--grid: params.yaml has no value {key}, on top or in the profile {profile}")
+        if key in axes or len({str(as_dvc_reads(path, value)) for value in values}) < len(values):
+            raise UserError(f"--grid: {key} or one of its values comes twice")
+        axes[key] = [(path, value) for value in values]
+    if not axes:
+        raise UserError(f"--grid: has no key; {EXAMPLE}")
+    points = list(itertools.product(*axes.values()))
+    if len(points) > MOST:
+        raise UserError(f"--grid: {len(points)} experiments; {MOST} at most")
+    for point in points:
+        check_point(tree, point)
+    return {
+        "-".join(f"{key}-{value}" for key, (_, value) in zip(axes, point, strict=True)): [
+            f"{path}={value}" for path, value in point
+        ]
+        for point in points
+    }
+
+
+class Missing:
+    """Where params.yaml has no such key."""
+
+
+MISSING = Missing()
+
+
+def value_at(tree: object, path: str) -> object:
+    """The value of a tree at a path of keys, `MISSING` where it has none."""
+    for name in path.split("."):
+        if not isinstance(tree, Mapping) or name not in tree:
+            return MISSING
+        tree = tree[name]
+    return tree
+
+
+def as_dvc_reads(path: str, value: str) -> object:
+    """The value that `dvc exp run --set-param` makes of a text, by Hydra."""
+    return OverridesParser.create().parse_override(f"{path}={value}").value()
+
+
+def check_point(tree: Mapping[str, object], point: tuple[tuple[str, str], ...]) -> None:
+    """Refuses, by a UserError, values that params.yaml may not have together."""
+    changed: dict[str, object] = yaml.safe_load(yaml.safe_dump(dict(tree)))
+    for path, value in point:
+        *above, last = path.split(".")
+        inner = value_at(changed, ".".join(above)) if above else changed
+        assert isinstance(inner, dict)
+        inner[last] = as_dvc_reads(path, value)
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder) / "params.yaml").write_text(yaml.safe_dump(changed))
+        try:
+            experiment.check(file)
+        except UserError as error:
+            said = ", ".join(f"{path}={value}" for path, value in point)
+            raise UserError(f"--grid: {said}: {str(error).replace(str(file), 'params.yaml')}") from None
 
 
 def check_repository(root: Path) -> None:
@@ -54,25 +154,150 @@ def check_repository(root: Path) -> None:
             raise UserError(f"{check.finding}; {check.mend}")
 
 
-def sweep(wanted: Mapping[str, str]) -> int:
-    """Runs and compares the experiments (name: assignment); 1 where one failed or could not be compared, else a signal's 128 + number."""
+def run_here(name: str, values: list[str], relay: Relay, lock: IO[str]) -> int:
+    """Runs one experiment to its end, its lines on this terminal; its exit code."""
+    return relay.run(
+        [*DVC, "exp", "run", "--temp", *(f"--set-param={value}" for value in values), "--name", name], lock
+    )
+
+
+def states() -> dict[str, str]:
+    """Each experiment of DVC's queue by its name, or its hash where it has none: Queued, Running, Success or Failed."""
+    heading, *lines = dvc("queue", "status").splitlines() or [""]
+    name, created = heading.find("Name"), heading.find("Created")
+    found = {}
+    for line in lines:
+        state = line.split()[-1] if line else ""
+        if state in (*WAITING, "Success", "Failed"):
+            found[line[name:created].strip() or line.split()[0]] = state
+    return found
+
+
+def workers() -> int:
+    """How many workers DVC's queue has."""
+    found = re.search(r"Worker status: (\d+) active, (\d+) idle", dvc("queue", "status"))
+    return int(found[1]) + int(found[2]) if found else 0
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in chosen.split(",") if gpu]
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    found = [line for line in listed.splitlines() if line.startswith("GPU ")]  # parts of one (MIG) are lines below it
+    return [str(number) for number, _ in enumerate(found)]
+
+
+def in_copies() -> list[psutil.Process]:
+    """The processes that compute experiments."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(COPIES.resolve()):
+                found.append(process)
+    return found
+
+
+def end_queued(names: Collection[str], number: int) -> None:
+    """Takes experiments that wait out of the queue, and ends those that run by a signal, and their stages, as DVC does not."""
+    told, quiet = set[int](), 0
+    while left := {name: state for name, state in states().items() if name in names and state in WAITING}:
+        if waiting := [name for name, state in left.items() if state == "Queued"]:
+            with suppress(UserError):  # one has just begun
+                dvc("queue", "remove", *waiting)
+        running = in_copies()
+        for process in running:
+            with suppress(psutil.Error):
+                if process.pid not in told:
+                    told.add(process.pid)
+                    process.send_signal(number)
+        if (quiet := 0 if running or waiting else quiet + 1) > PATIENCE:
+            give_up(left)
+            break
+        time.sleep(POLL)
+
+
+def give_up(names: Iterable[str]) -> None:
+    """Says how to end what DVC has for running, and no process computes."""
+    for name in names:
+        warn(f"{name}: its worker has died, and DVC has it for running; end it: .venv/bin/dvc queue kill {name}")
+
+
+def run_queued(wanted: Mapping[str, list[str]], jobs: int, relay: Relay) -> list[str]:
+    """Runs experiments through DVC's queue, so many at once; the names of those that succeeded. A signal ends all of them."""
+    while ended := [name for name in states() if name in wanted]:  # of an earlier sweep
+        dvc("queue", "remove", *ended)
+    for name, values in wanted.items():
+        dvc("exp", "run", "--queue", *(f"--set-param={value}" for value in values), "--name", name)
+    relay.hold()
+    devices = gpus()
+    for worker in range(min(jobs, len(wanted))):
+        own = {"CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]} if devices else {}
+        # It leaves a process that goes on and holds what it was given to write to, so that a pipe would not end.
+        command = [*DVC, "queue", "start", "--jobs", str(worker + 1)]
+        subprocess.run(
+            command, env=environment() | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True
+        )
+        for _ in range(PATIENCE):  # DVC starts one again that does not answer yet
+            if workers() > worker or not any(states().get(name) == "Queued" for name in wanted):
+                break
+            time.sleep(POLL)
+    told, quiet = dict.fromkeys(wanted, "Queued"), 0
+    while True:
+        found = told | {
+            name: state for name, state in states().items() if name in wanted
+        }  # one is on no list while it is taken
+        for name in (name for name in wanted if found.get(name) != told.get(name)):
+            say(f"{name}: {found[name].lower()}")
+            if found[name] == "Failed":
+                warn(f"{name}: failed; `.venv/bin/dvc queue logs {name}` says why")
+        told = found
+        if relay.received:
+            end_queued(wanted, relay.sent)
+            break
+        if not (left := [name for name, state in found.items() if state in WAITING]):
+            break
+        if (quiet := 0 if in_copies() else quiet + 1) > DEAD:
+            give_up(left)
+            break
+        time.sleep(POLL)
+    return [name for name, state in told.items() if state == "Success"]
+
+
+def sweep(wanted: Mapping[str, list[str]], jobs: int = 1) -> int:
+    """Runs and compares the experiments (name: assignments); 1 where one failed or could not be compared, else a signal's 128 + number."""
     check_repository(Path.cwd())
     sources.refuse_changed()
     with only_one("sweep") as lock, Relay() as relay:
+        if jobs > 1 and (other := [name for name, state in states().items() if state in WAITING]):
+            verb = "remove" if states().get(other[0]) == "Queued" else "kill"
+            raise UserError(
+                f"--jobs: DVC's queue holds {other[0]}, which would run too; remove it: .venv/bin/dvc queue {verb} {other[0]}"
+            )
         existing, succeeded = dvc("exp", "list", "--name-only").split(), []
-        for number, (name, assignment) in enumerate(wanted.items(), start=1):
-            say(f"{name}: experiment {number} of {len(wanted)}")
+        for number, (name, values) in enumerate(wanted.items(), start=1):
             if name in existing:
                 say(f"{name}: an experiment of this commit already, it is replaced")
                 dvc("exp", "remove", name)
-            code = relay.run([*DVC, "exp", "run", "--temp", "--set-param", assignment, "--name", name], lock)
+            if jobs > 1 and number > 1:
+                continue
+            say(f"{name}: experiment {number} of {len(wanted)}")
+            code = run_here(name, values, relay, lock)
             if relay.received:
-                warn("sweep: interrupted; experiments that had ended are kept")
-                return code or 128 + relay.received
+                break
             if code:
                 warn(f"{name}: failed; the lines above say why")
             else:
                 succeeded.append(name)
+        rest = dict(list(wanted.items())[1:]) if jobs > 1 and not relay.received else {}
+        if rest:
+            succeeded += run_queued(rest, jobs, relay)
+        if relay.received:
+            warn("sweep: interrupted; experiments that had ended are kept")
+            return 128 + relay.received
         if not succeeded:
             return 1
         code = relay.run([sys.executable, "-m", "tools.review", "--compare", *succeeded], lock)
@@ -83,11 +308,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.sweep", description="Run one experiment for each value.")
     parser.add_argument("--betas", metavar="LIST", help="for example 0.05,0.1,0.2")
     parser.add_argument("--seeds", metavar="LIST", help="for example 42,1,2")
+    parser.add_argument("--grid", metavar="AXES", help="for example 'beta=0.05,0.1 train.learning_rate=1e-4,5e-4'")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at once; 1 unless given")
     given = parser.parse_args()
-    if (given.betas is None) == (given.seeds is None):
-        raise UserError("give either --betas or --seeds")
+    if not 1 <= given.jobs <= MOST:
+        raise UserError(f"--jobs: {given.jobs} is not a number from 1 to {MOST}")
+    if sum(value is not None for value in (given.betas, given.seeds, given.grid)) != 1:
+        raise UserError("give either --betas, --seeds or --grid")
+    if given.grid is not None:
+        return sweep(grid(given.grid), given.jobs)
     key, text = ("beta", given.betas) if given.seeds is None else ("seed", given.seeds)
-    return sweep(assignments(key, parse(key, text)))
+    return sweep(assignments(key, parse(key, text)), given.jobs)
 
 
 if __name__ == "__main__":

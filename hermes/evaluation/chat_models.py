@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from hermes.console import progress
 from hermes.data.chat_text import end_of_answer, ends_of_answer, rendered
 from hermes.data.prefixes import common_length
+from hermes.evaluation import choices as side_by_side
 from hermes.model.base import load, release
 from hermes.model.gguf import UBATCH, GgufModel, common_beginning
 from hermes.settings.evaluate import Batching
@@ -76,15 +77,19 @@ class TokenizedModel(TemplateLM):
 class ChatModel(TokenizedModel):
     """What the two backends share: text to ids, and ids to the results that lm-eval expects.
 
-    `finished` says of each generated answer whether it ended before `max_new_tokens`.
-    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone.
+    `finished` says of each generated answer whether it ended before `max_new_tokens`, and `lengths` how many tokens it has.
+    `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone. `until` and
+    `until_ids` are the texts and tokens that it looks for, for an engine that looks itself.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
         super().__init__(tokenizer)
         self.max_new_tokens = max_new_tokens
         self.finished: list[bool] = []
+        self.lengths: list[int] = []
         self.stopped: Stopped | None = None
+        self.until: list[str] = []
+        self.until_ids: set[int] = set()
         self.tokens_together, self.answers_together = TOKENS_TOGETHER, TOKENS_TOGETHER
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> Ids:
@@ -99,12 +104,13 @@ class ChatModel(TokenizedModel):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         answers = self.generate(prompts)
         self.finished = [ids[-1] in self.ends for ids in answers]
+        self.lengths = list(map(len, answers))
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], Ids, Ids]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Sums of log-probabilities in nats; requests that follow each other with one context share its computation."""
+        """Sums of log-probabilities in nats; requests that follow each other with one context are the choices of one question."""
         prompts: list[Ids] = []
         answers: list[list[Ids]] = []
         for _, prompt, answer in requests:
@@ -112,7 +118,11 @@ class ChatModel(TokenizedModel):
                 prompts.append(prompt)
                 answers.append([])
             answers[-1].append(answer)
-        return [result for results in self.scores_of(prompts, answers) for result in results]
+        return [result for results in self.choices_of(prompts, answers) for result in results]
+
+    def choices_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[tuple[float, bool]]]:
+        """`scores_of` for the questions of a suite, which have many choices and often a beginning in common."""
+        return self.scores_of(prompts, answers)
 
     def scores_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[tuple[float, bool]]]:
         """For each answer to each prompt its log-probability in nats, and whether it is the greedy one."""
@@ -229,6 +239,9 @@ class HuggingFaceChat(ChatModel):
         super().__init__(tokenizer, max_new_tokens)
         self.model, self.batch_size = model.eval(), batch_size
         self.how, self.tried = Forward(), 0  # up to this many tokens
+        # Whether choices are read side by side, which nothing puts back once it was not exact; tried up to so many tokens, and with a
+        # beginning that is kept.
+        self.side_by_side, self.tried_choices, self.tried_beginning = True, 0, False
 
     def prepare(self, prompts: list[Ids], answers: list[list[Ids]]) -> None:
         """Finds the forward that is exact for this model, again where a longer answer comes than any before."""
@@ -236,6 +249,29 @@ class HuggingFaceChat(ChatModel):
         longest = max((sum(map(len, pair)) for pair in pairs), default=0)
         if longest > self.tried:
             self.how, self.tried = choose_forward(Path(self.model.name_or_path), pairs), longest
+
+    def choices_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[tuple[float, bool]]]:
+        """All choices of a question side by side (hermes/evaluation/choices.py), where that is exact for this model."""
+        if not prompts:
+            return []
+        longest = max(len(prompt) + max(map(len, found)) for prompt, found in zip(prompts, answers, strict=True))
+        has_beginning = any(part.beginning for part in side_by_side.parts(prompts))
+        if longest > self.tried_choices or has_beginning > self.tried_beginning:
+            self.prepare(prompts, answers)
+            folder = Path(self.model.name_or_path)
+            self.side_by_side = self.side_by_side and side_by_side.is_exact(folder, self.how, prompts, answers)
+            self.tried_choices, self.tried_beginning = (
+                max(longest, self.tried_choices),
+                has_beginning or self.tried_beginning,
+            )
+        if not self.side_by_side:
+            return self.scores_of(prompts, answers)
+        found, bar = {}, progress(range(len(prompts)), "scoring", unit="question")
+        for number, scored in side_by_side.scores(self.model, self.how, prompts, answers):
+            found[number] = scored
+            bar.update(1)
+        bar.close()
+        return [found[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
     def generate(self, prompts: list[Ids]) -> list[Ids]:

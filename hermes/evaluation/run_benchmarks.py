@@ -2,7 +2,7 @@
 
 The numbers of a suite (benchmarks.py) are held against published ones. So text is treated as lm-eval does, and not as in a chat
 (chat_models.py): a choice is tokenized with its prompt and has no end token, and an answer ends at the task's own texts. A prompt that is
-too long loses its beginning, and is counted. Prompts, batches and seeds depend on the arguments alone.
+too long loses its beginning, and is counted. Prompts, batches and seeds depend on the arguments and on the kind of device alone.
 """
 
 import gzip
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
@@ -27,6 +28,7 @@ from hermes.evaluation.chat_models import ChatModel, Ids, TokenizedModel
 from hermes.params import read_yaml
 from hermes.settings.evaluate import Batching
 
+Opened = Callable[[], AbstractContextManager[ChatModel]]
 ROOT, NOUS = Path(__file__).parents[2], "hermes/evaluation/tasks/nous"
 # The modules and the lock that results depend on; what else these import shapes no number. A suite reaches a result through its run alone.
 CODE = (
@@ -34,6 +36,9 @@ CODE = (
     "evaluation/run_benchmarks",
     "evaluation/suite_tasks",
     "evaluation/chat_models",
+    "evaluation/choices",
+    "evaluation/vllm_chat",
+    "evaluation/vllm_worker",
     "model/gguf",
     "model/base",
     "training/exactness",
@@ -45,7 +50,7 @@ CODE = (
     "data/chat_text",
     "data/prefixes",
 )
-MATH_LOCK = "requirements-math.lock"
+MATH_LOCK, VLLM_LOCK, PINS = "requirements-math.lock", "requirements-vllm.lock", "hermes/evaluation/revisions.yaml"
 LONGEST_ANSWER = 256  # lm-eval's own, in tokens, where a task names none
 # A metric that lm-eval gives one second of the clock, so that equal runs differ; no suite counts it, and results and logs leave it out.
 TIMED = {"exact_match_original"}
@@ -106,6 +111,7 @@ class SuiteModel(TokenizedModel):
             return answer[-1] in self.ends or any(ended)
 
         self.chat.max_new_tokens, self.chat.stopped = limit, stopped
+        self.chat.until, self.chat.until_ids = until, self.ends
         found = self.chat.generate([self.fitting(self.tok_encode(request.args[0]), limit) for request in requests])
         answers = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
         for text in until:
@@ -166,19 +172,28 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             file.write(json.dumps(one, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
 
 
+def device_name() -> str:
+    """The GPU with its memory in bytes, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{found.name} {found.total_memory}"
+
+
 def folder_name(model: Path, batching: Batching, dtype: torch.dtype) -> str:
     """A hash of all that the results of a model depend on beside the task: its bits and type, the batches, code and package versions.
 
     A suite's tasks say themselves how long an answer may be, so `max_new_tokens` is not among it.
     """
     tasks = sorted(path.name for path in (ROOT / NOUS).iterdir() if path.is_file())
-    files = [*(f"hermes/{name}.py" for name in CODE), MATH_LOCK, *(f"{NOUS}/{name}" for name in tasks)]
+    files = [*(f"hermes/{name}.py" for name in CODE), MATH_LOCK, VLLM_LOCK, PINS, *(f"{NOUS}/{name}" for name in tasks)]
     named = read_yaml(ROOT / "dvc.yaml")["stages"]["evaluate"]["params"]
     packages = next(entry["packages.yaml"] for entry in named if isinstance(entry, dict))
     versions = read_yaml(ROOT / "packages.yaml")
     inputs = {
         "model": sha256_folder(model) if model.is_dir() else sha256_file(model),
         "dtype": str(dtype),
+        "device": device_name(),  # by whose memory a batch is sized
         "batching": batching.model_dump(include=set(Batching.model_fields) - {"max_new_tokens"}),
         "files": {file: sha256_file(ROOT / file) for file in files},
         "packages": {name: versions[name] for name in packages},
@@ -189,12 +204,20 @@ def folder_name(model: Path, batching: Batching, dtype: torch.dtype) -> str:
 def run_all(
     runs: Sequence[Run],
     folder: Path,
-    open_model: Callable[[], AbstractContextManager[ChatModel]],
+    open_model: Opened,
     context: int,
+    open_written: Opened | None = None,
 ) -> None:
     """Runs what a folder does not hold yet; two files a run: LABEL.jsonl.gz, its log, and then LABEL.json, its result.
 
     The data of all tasks are fetched before the model is loaded, so that a missing one costs nothing.
+
+    Args:
+        runs: tasks, each with its number of examples.
+        folder: where results are kept.
+        open_model: gives the model.
+        context: tokens of a prompt and its answer at most.
+        open_written: gives what writes the answers of generation tasks, if it is another.
 
     Raises:
         UserError: something is missing (`load_tasks`).
@@ -203,11 +226,19 @@ def run_all(
     if not missing:
         return
     waiting = suite_tasks.load_tasks(missing)
-    with open_model() as chat:
-        model = SuiteModel(chat, context)
-        while waiting:
-            run, task = waiting.pop(0)
-            say(f"  {run.label}, {len(waiting)} to go")
-            result, rows = run_task(run, task, model)
-            write_rows(folder / f"{run.label}.jsonl.gz", rows)
-            write_json(folder / f"{run.label}.json", result)
+    written = [one for one in waiting if open_written and one[1].OUTPUT_TYPE == "generate_until"]
+    scored = [one for one in waiting if one not in written]
+    for part, opened in ((scored, open_model), (written, open_written)):
+        if not part or not opened:
+            continue
+        with opened() as chat:
+            model = SuiteModel(chat, context)
+            for number, (run, task) in enumerate(part, start=1):
+                (locks := folder.with_name(f"{folder.name}.locks")).mkdir(parents=True, exist_ok=True)
+                with FileLock(locks / run.label):  # another experiment may ask the same model
+                    if (folder / f"{run.label}.json").is_file():
+                        continue
+                    say(f"  {run.label}, {number} of {len(part)}")
+                    result, rows = run_task(run, task, model)
+                    write_rows(folder / f"{run.label}.jsonl.gz", rows)
+                    write_json(folder / f"{run.label}.json", result)

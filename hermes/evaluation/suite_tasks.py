@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import datasets
 import lm_eval.tasks
 import numpy as np
 import torch
-from datasets import disable_caching, enable_caching
+from datasets import disable_caching, enable_caching, load_dataset
 from datasets.exceptions import DatasetsError
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -23,11 +25,18 @@ from lm_eval.tasks import TaskManager
 from hermes import hub
 from hermes.console import UserError
 from hermes.evaluation.benchmarks import Run, SuiteName, needs_math, runs
+from hermes.params import read_yaml
 
 NOUS = Path(__file__).parent / "tasks/nous"
 # Where the suites' tasks are; lm-eval reads every file of a folder, and all of its own take half a minute.
 FOLDERS = "agieval arc gsm8k hellaswag leaderboard mmlu/default openbookqa piqa super_glue/boolq truthfulqa winogrande"
 MATH = Path(sys.prefix) / "math"
+REVISIONS: dict[str, str | None] = read_yaml(Path(__file__).with_name("revisions.yaml"))
+
+
+def load_pinned(path: str, *arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset` at the commit that revisions.yaml has of this data set, if any."""
+    return load_dataset(path, *arguments, **{"revision": REVISIONS.get(path)} | options)
 
 
 def task_manager() -> TaskManager:
@@ -87,11 +96,12 @@ def load_task(run: Run, manager: TaskManager) -> Task:
     seed()
     disable_caching()
     try:
-        task: Any = manager.load([run.task])["tasks"][run.task]
+        with patch.object(datasets, "load_dataset", load_pinned):  # lm-eval's tasks name no commit
+            task: Any = manager.load([run.task])["tasks"][run.task]
     except (*hub.ERRORS, DatasetsError) as error:
         source = str((manager.task_index[run.task].cfg or {}).get("dataset_path"))
         raise UserError(
-            f"task {run.task}: {hub.failure(hub.why_closed(source, 'dataset') or error, source, 'main')}"
+            f"task {run.task}: {hub.failure(hub.why_closed(source, 'dataset') or error, source, REVISIONS.get(source) or 'main')}"
         ) from None
     finally:
         enable_caching()

@@ -56,7 +56,8 @@ def training_curves(history: Curves, validation: Curves, published: Sequence[flo
             label = name.removeprefix("rewards/") if len(names) > 1 else "train"
             _draw_curve(axes, history, name, colour, label)
             if name in validation:
-                axes.plot(validation["step"], validation[name], "o--", color=ORANGE, **POINT, label="validation")
+                measured = {"color": ORANGE, "label": "validation"} if len(names) == 1 else {"color": colour}
+                axes.plot(validation["step"], validation[name], "o--", **POINT, **measured)
         if names == ("preference_loss",) and abs(history["preference_loss"][0] - math.log(2)) < 0.01:
             axes.axhline(math.log(2), color=INK, lw=0.8, ls=":", label="ln 2, before training")
         _label_panel(axes, title, percent=names[0] == "rewards/accuracies")
@@ -105,6 +106,36 @@ def gains_by_kind(rows: Sequence[Row]) -> Figure:
     right.axvline(0, color=INK, lw=0.8)
     right.set_title("Gain in points, paired 95% interval")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    for axes in (left, right):
+        axes.tick_params(length=0)
+    return figure
+
+
+@STYLED
+def reward_margins(found: Row, calibrated: bool) -> Figure:
+    """Left, held-out reward margins as a histogram; right, how many of them are right over how sure they are, with 95 % intervals.
+
+    The right one is drawn where the loss says how sure a margin is.
+    """
+    figure = _figure(height=3.4)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    starts, ends = found["edges"][:-1], found["edges"][1:]
+    for start, end, count in zip(starts, ends, found["counts"], strict=True):
+        left.bar(start, count, end - start, align="edge", color=GREEN if start + end > 0 else RED, alpha=0.75, ec=PAPER)
+    left.axvline(0, color=INK, lw=0.8)
+    left.set(title="Held-out reward margins", xlabel="margin", ylabel="pairs")
+    if not calibrated:
+        right.remove()
+        left.tick_params(length=0)
+        return figure
+    right.plot([0.5, 1], [0.5, 1], ":", color=INK, lw=0.8, label="calibrated")
+    for row in found["calibration"]["bins"]:
+        right.plot([row["confidence"]] * 2, [row["low"], row["high"]], "-", color=BLUE, lw=2, alpha=0.5)
+        right.plot(row["confidence"], row["right"], "o", color=BLUE, ms=6)
+    right.set(title="Right, by confidence", xlabel="confidence", xlim=(0.48, 1.02), ylim=(-0.03, 1.03))
+    right.legend()
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axes in (left, right):
         axes.tick_params(length=0)
     return figure

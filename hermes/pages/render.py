@@ -1,4 +1,4 @@
-"""Pages from templates: a template becomes Markdown, and the Markdown one HTML file without scripts or links outward.
+"""Pages from templates: a template becomes Markdown, and the Markdown one HTML file without links outward; its one script filters answers.
 
 Everything that a template shows is data, unless a filter here says otherwise: `markdown` escapes it, so that neither a
 model's answer nor a user's name is markup. Control characters and direction marks never reach a page. GitHub tells
@@ -38,7 +38,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (percent, points, interval, margin, number, difference, setting, count, code, lines, gain, shell)
+    filters = (percent, change, points, interval, margin, number, difference, setting, count, code, lines, gain, shell)
     made.filters |= {filter.__name__: filter for filter in filters}
     return made
 
@@ -46,6 +46,11 @@ def environment() -> jinja2.Environment:
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction as a percentage; one that rounds to nothing has no sign."""
     return "–" if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f}%".replace("-", "−")
+
+
+def change(value: float) -> str:
+    """A relative change as a signed percentage; one that rounds to nothing has no sign."""
+    return f"{points(100 * value)}%"
 
 
 def points(value: float) -> str:
@@ -131,6 +136,18 @@ def render(template: str, target: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(clean(environment().get_template(template).render(content)))
 
 
+def folded(body: str, name: str) -> str:
+    """A page's body in which the table below the heading of this name is shown on demand; as it is where there is none."""
+    heading, above, rest = body.partition(f'<h2 id="{name}">')
+    before, opening, table = rest.partition('<div class="scroll">')
+    inside, closing, after = table.partition("</table></div>")
+    if not closing or "<h2" in before:
+        return body
+    rows = inside.count("<tr>") - 1
+    table = f"<details><summary>{rows} rows</summary>{opening}{inside}{closing}</details>"
+    return f"{heading}{above}{before}{table}{after}"
+
+
 def render_html(page: Path) -> None:
     """Writes a Markdown page as HTML beside it, its pictures inside; links lead to the sections."""
     tokens = PARSER.parse(page.read_text())
@@ -148,6 +165,7 @@ def render_html(page: Path) -> None:
                 part.attrSet("src", f"data:image/png;base64,{picture}")
     body = PARSER.renderer.render(tokens, PARSER.options, {})
     body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    body = folded(body, "parameters")
     links = "".join(f'<a href="#{name}">{title}</a>' for name, (tag, title) in headings.items() if tag == "h2")
     before, heading, after = body.partition("<h2")
     title = next((title for tag, title in headings.values() if tag == "h1"), "")

@@ -18,7 +18,7 @@ from hermes.pages.figures import Curves, Row
 REPORTS = Path("reports")
 EVALUATION = Path("data/evaluation")
 QUANTIZE, COMPRESS = Path("models/gguf/quantize.json"), Path("models/compressed/compress.json")
-SUITES = EVALUATION / "suites.json"
+SUITES, EVIDENCE = EVALUATION / "suites.json", EVALUATION / "evidence.json"
 TASKS = ("strict", "preference", "perplexity", "failures")
 T = TypeVar("T")
 
@@ -154,6 +154,108 @@ class Answer(Shape):
     strict: bool
 
 
+class Interval(Shape):
+    """A mean with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Changed(Shape):
+    """A number before and after, and its paired change."""
+
+    before: float
+    after: float
+    change: float
+    low: float
+    high: float
+
+
+class Lengths(Shape):
+    """How long answers are."""
+
+    words: Changed
+    tokens: Changed
+    gain_of_matched: Gain | None
+
+
+class Stopping(Shape):
+    """How many answers end by themselves."""
+
+    finished_before: float
+    finished_after: float
+    passed_of_finished_before: float | None
+    passed_of_finished_after: float | None
+    gain: Gain
+    gain_of_finished: Gain | None
+
+
+class AnswersBeside(Shape):
+    """What answers say beside their scores."""
+
+    length: Lengths
+    stopping: Stopping
+
+
+class Bin(Shape):
+    """Margins of one confidence."""
+
+    n: int
+    confidence: float
+    right: float
+    low: float
+    high: float
+
+
+class Calibration(Shape):
+    """How far margins are to be trusted."""
+
+    bins: list[Bin]
+    error: float
+
+
+class Margins(Shape):
+    """Rewards of held-out pairs."""
+
+    n: int
+    mean: Interval
+    right: Interval
+    chosen: Interval
+    rejected: Interval
+    edges: list[float]
+    counts: list[int]
+    calibration: Calibration
+
+
+class Prose(Changed):
+    """Of prose."""
+
+    tokens: int
+
+
+class Capitals(Gain):
+    """Of capitals."""
+
+    before: float
+    after: float
+
+
+class General(Shape):
+    """What training should leave alone."""
+
+    prose: Prose
+    capitals: Capitals
+
+
+class Evidence(Shape):
+    """evidence.json."""
+
+    answers: AnswersBeside | None
+    margins: Margins | None
+    general: General | None
+
+
 class Kept(Shape):
     """A split in subset.json."""
 
@@ -203,6 +305,7 @@ class Inputs:
     divergence: Row
     merge: Row
     suites: Row
+    evidence: Row
     results: Mapping[str, Row]
     answers: Mapping[str, Mapping[str, Row]]
 
@@ -238,7 +341,7 @@ def read_inputs() -> Inputs:
         )
     suites = read(SUITES, shaped(dict[str, Suite])) if SUITES.is_file() else {}
     for name, suite in suites.items():
-        if missing := [model for model in models if model not in suite["models"]]:
+        if missing := [model for model in ("base", "merged") if model not in suite["models"]]:
             raise UserError(f"{SUITES}: `{name}` says nothing of {missing[0]}; {REMAKE}")
     results = {name: dict.fromkeys(TASKS) | read(EVALUATION / f"{name}.json", shaped(Result)) for name in models}
     for name in ("base", "merged"):
@@ -260,6 +363,7 @@ def read_inputs() -> Inputs:
         divergence=divergence,
         merge=read(EVALUATION / "merge.json", shaped(Merges)),
         suites=suites,
+        evidence=read(EVIDENCE, shaped(Evidence)) if EVIDENCE.is_file() else dict.fromkeys(Evidence.model_fields),
         results=results,
         answers={name: read_answers(name, results[name]) for name in dict.fromkeys(["base", "merged", models[-1]])},
     )

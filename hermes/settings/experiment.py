@@ -48,7 +48,13 @@ class Profile(Settings):
         if self.merge.base == "nf4" and self.base.quantization != "nf4":
             raise ValueError("`merge.base: nf4` needs `base.quantization: nf4`, which training would have used")
         methods = {*get_args(Method)}
-        asked = {*self.evaluate.types} if isinstance(self.evaluate.types, list) else set()
+        asked: set[str] = set()
+        for named in (self.evaluate.types, self.evaluate.suite_types):
+            asked |= {*named} if isinstance(named, list) else set()
+        if self.evaluate.types == "all" and "f16" in self.evaluate.suite_types:
+            raise ValueError(
+                "`evaluate.suite_types` asks for f16, which `evaluate.types: all` leaves out; name it there"
+            )
         # The model decides which ladder is made; only one can be.
         ladders = [self.quantize.types] if isinstance(self.quantize.types, list) else LADDERS.values()
         for key, missing in (
@@ -57,7 +63,7 @@ class Profile(Settings):
         ):
             if missing:
                 raise ValueError(
-                    f"`evaluate.types` asks for {min(missing)}, which is not made; add it to `{key}` or take it out"
+                    f"`evaluate.types` or `suite_types` asks for {min(missing)}, which is not made; add it to `{key}` or take it out"
                 )
         if (pairs := self.compress.awq_pairs) > self.calibration.pairs:
             raise ValueError(

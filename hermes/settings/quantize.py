@@ -26,7 +26,7 @@ Blocks256 = Literal[
 GgufType = Literal[Blocks32, Blocks256]
 LADDERS: dict[bool, tuple[GgufType, ...]] = {  # by whether most weights stand in rows that blocks of 256 divide
     True: ("Q8_0", "Q5_K_M", "Q4_K_M", "Q3_K_M"),
-    False: ("Q8_0", "Q5_0", "Q4_0"),
+    False: ("Q8_0", "Q5_0", "IQ4_NL"),
 }
 # llama.cpp refuses to round to so few bits without an importance matrix.
 WEIGHED = frozenset({"IQ3_XXS", "IQ2_M"})

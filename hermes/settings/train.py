@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from hermes.params import Settings, each_once
 from hermes.settings.base import Count, CountOrZero
 
+Beta = Annotated[float, Field(gt=0, le=1000)]
 PositiveFiniteFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 LossType = Literal[
@@ -88,7 +89,7 @@ class Science(Settings):
     """The keys above the profiles."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    beta: Annotated[float, Field(gt=0, le=1000)]
+    beta: Beta
     loss_type: LossType
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
 

@@ -138,9 +138,9 @@ def test_a_mistake_in_any_section_is_one_line_that_names_the_key(
         (["Q8_0"], ["f16", "Q8_0", "gptq", "Q4_0"], "quantize.types"),
         (["Q8_0"], ["f16", "Q8_0", "gptq"], None),
         (["Q8_0"], "all", None),
-        ("ladder", ["f16", "Q8_0", "Q4_0", "awq"], None),
+        ("ladder", ["f16", "Q8_0", "IQ4_NL", "awq"], None),
         ("ladder", ["f16", "Q8_0", "Q4_K_M"], None),
-        ("ladder", ["Q4_K_M", "Q4_0"], "quantize.types"),  # no one ladder has both
+        ("ladder", ["Q4_K_M", "IQ4_NL"], "quantize.types"),  # no one ladder has both
         ("ladder", ["f16", "Q6_K"], "quantize.types"),
         ([], ["gptq", "awq"], None),
         ([], [], None),

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import huggingface_hub
 import nltk
 import numpy as np
@@ -24,10 +26,10 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hermes.console import UserError
-from hermes.evaluation import benchmarks, run_benchmarks, suite_tasks
+from hermes.evaluation import benchmarks, run_benchmarks, suite_tasks, vllm_chat
 from hermes.evaluation.benchmarks import Benchmark, Run, Suite, Task
 from hermes.evaluation.chat_models import ChatModel, GgufChat, HuggingFaceChat, opened
 from hermes.evaluation.run_benchmarks import SuiteModel
@@ -349,10 +351,15 @@ def test_the_stage_writes_scores_and_logs_of_every_model(
     Path("models/base").symlink_to(tiny_model_folder)
     Path("models/gguf/f16.gguf").symlink_to(gguf_file)
     section = read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]["evaluate"]
-    settings = EvaluateSettings(**section | {"suites": ["nous"], "types": ["f16"], "slots": 4})
+    settings = EvaluateSettings(**section | {"suites": ["nous"], "suite_types": "all", "types": ["f16"], "slots": 4})
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     open_model = partial(opened, batching=settings, tokenizer=tokenizer, dtype=torch.float32)
-    folders = evaluate.run_suites(settings, torch.float32, open_model, ["base", "f16"])
+    for number in range(2):  # as two processes do; then nothing is left to ask
+        half = evaluate.run_suites(settings, torch.float32, open_model, ["base", "f16"], share=(number, 2))
+        assert all(len([*folder.glob("*.json")]) == number + 1 for folder in half.values())
+    folders = evaluate.run_suites(
+        settings, torch.float32, lambda path: pytest.fail(f"{path} is asked again"), ["base", "f16"]
+    )
     evaluate.write_suites(settings, folders, data / "out")
     written = json.loads((data / "out/suites.json").read_text())["nous"]
     assert written["title"] == "Local"
@@ -372,17 +379,109 @@ def test_the_stage_writes_scores_and_logs_of_every_model(
         evaluate.run_suites(settings, torch.float32, open_model, ["base", "f16"])
 
 
+def test_what_writes_answers_may_be_another_than_what_scores_choices(data: Path, models: dict[str, Opened]) -> None:
+    asked: dict[str, list[str]] = {"scores": [], "writes": []}
+
+    @contextlib.contextmanager
+    def opening(what: str) -> Iterator[ChatModel]:
+        with models["transformers"]() as chat:
+            generate, likelihoods = chat.generate, chat._loglikelihood_tokens
+            chat.generate = lambda prompts: asked[what].append("answers") or generate(prompts)  # type: ignore[func-returns-value, method-assign]
+            chat._loglikelihood_tokens = lambda *a, **k: asked[what].append("choices") or likelihoods(*a, **k)  # type: ignore[func-returns-value, method-assign]
+            yield chat
+
+    wanted = [LOCAL[0], LOCAL[4], LOCAL[2]]
+    run_benchmarks.run_all(wanted, data / "two", partial(opening, "scores"), CONTEXT, partial(opening, "writes"))
+    assert asked == {"scores": ["choices", "choices"], "writes": ["answers"]}
+    run_benchmarks.run_all(wanted, data / "one", models["transformers"], CONTEXT)
+    for run in wanted:
+        assert (data / f"one/{run.label}.json").read_bytes() == (data / f"two/{run.label}.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def vllm_model(tmp_path_factory: pytest.TempPathFactory, embedded_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A random model whose heads are of a width that vLLM has on a CPU."""
+    config = LlamaConfig(
+        vocab_size=len(embedded_tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vllm")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    embedded_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not vllm_chat.PYTHON.is_file(), reason="./setup.sh vllm has not run here")
+def test_vllm_writes_the_answers_that_transformers_writes(data: Path, vllm_model: Path) -> None:
+    """In float32, up to each task's own stops; the second time another model's answers are refused."""
+    batching = Batching(max_new_tokens=8, batch_size=3, slots=4, context=CONTEXT, threads=2, engine="vllm")
+    tokenizer = AutoTokenizer.from_pretrained(vllm_model)
+    written = [run for run in LOCAL if run.task in WRITTEN]
+    on_vllm = partial(vllm_chat.written_by_vllm, vllm_model, batching, tokenizer, torch.float32)
+    in_transformers = partial(opened, vllm_model, batching, tokenizer, torch.float32)
+    run_benchmarks.run_all(written, data / "vllm", in_transformers, CONTEXT, on_vllm)
+    run_benchmarks.run_all(written, data / "transformers", in_transformers, CONTEXT)
+    for run in written:
+        for ending in ("json", "jsonl.gz"):
+            name = f"{run.label}.{ending}"
+            assert (data / "vllm" / name).read_bytes() == (data / "transformers" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not vllm_chat.PYTHON.is_file(), reason="./setup.sh vllm has not run here")
+def test_answers_of_vllm_that_transformers_would_not_write_are_refused(
+    tmp_path: Path, vllm_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batching = Batching(max_new_tokens=8, batch_size=3, slots=4, context=200, threads=2, engine="vllm")
+    tokenizer = AutoTokenizer.from_pretrained(vllm_model)
+    other = load(vllm_model, torch.float32)
+    torch.nn.init.normal_(other.get_parameter("model.layers.0.mlp.down_proj.weight"), std=0.5)
+    other.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(vllm_chat, "load", lambda folder, dtype: load(tmp_path / "other", dtype))
+    with vllm_chat.written_by_vllm(vllm_model, batching, tokenizer, torch.float32) as chat:
+        with pytest.raises(
+            UserError, match=r"vLLM writes tokens that are .* nats behind the likeliest one of Transformers"
+        ):
+            chat.generate([[5, 6, 7], [8, 9]])
+        chat.process.kill()
+        with pytest.raises(UserError, match=r"vLLM does not run it"):
+            chat.ask([[5]], 1)
+
+
+def test_without_vllm_its_engine_is_refused_in_one_line(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_chat, "PYTHON", Path("nowhere/python"))
+    batching = Batching(max_new_tokens=8, batch_size=3, slots=4, context=200, threads=2, engine="vllm")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    with (
+        pytest.raises(UserError, match=r"nowhere/python: no such file, .* \./setup\.sh vllm$"),
+        vllm_chat.written_by_vllm(tiny_model_folder, batching, tokenizer, torch.float32),
+    ):
+        pass
+
+
 def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("dvc.yaml", "packages.yaml", "requirements-math.lock"):
+    for name in ("dvc.yaml", "packages.yaml", "requirements-math.lock", "requirements-vllm.lock"):
         shutil.copy(ROOT / name, tmp_path)
     for folder in ("hermes", "stages"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(run_benchmarks, "ROOT", tmp_path)
     model = tmp_path / "model.gguf"
     model.write_bytes(b"weights")
-    batching = Batching(max_new_tokens=8, batch_size=4, slots=4, context=64, threads=1)
+    batching = Batching(max_new_tokens=8, batch_size=4, slots=4, context=64, threads=1, engine="transformers")
     settings = EvaluateSettings(**read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]["evaluate"])
     found = {run_benchmarks.folder_name(model, batching, torch.float32)}
 
@@ -409,9 +508,12 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
     assert edited("dvc.yaml", "langdetect, llama-cpp-python", "llama-cpp-python")
     model.write_bytes(b"others")
     assert changes()
-    for key in ("batch_size", "slots", "context", "threads"):
+    for key in ("batch_size", "slots", "context", "threads", "engine"):
         batching = batching.model_copy(update={key: 99})
         assert changes(), key
+
+    monkeypatch.setattr(run_benchmarks, "device_name", lambda: "another GPU")
+    assert changes()
 
     batching = batching.model_copy(update={"max_new_tokens": 9})
     assert not changes()
@@ -437,7 +539,10 @@ def test_the_modules_that_shape_results_import_no_other_that_does() -> None:
     left_out = {f"hermes/{name}.py" for name in names}
     shaping = {f"hermes/{name}.py" for name in run_benchmarks.CODE}
     imported = {file_of(name) for file in shaping for name in imports(MODULES[file])} & MODULES.keys()
-    assert imported | {"hermes/evaluation/run_benchmarks.py"} == left_out | shaping
+    engines = {
+        f"hermes/evaluation/{name}.py" for name in ("run_benchmarks", "vllm_chat")
+    }  # which the stage gives each other
+    assert imported | engines == left_out | shaping
 
 
 @pytest.mark.parametrize("backend", ["transformers", "gguf"])
@@ -493,6 +598,22 @@ def test_a_plain_prompt_gets_the_beginning_of_sequence_token_once(byte_tokenizer
     assert model.tok_encode(f"{bos[0]}user")[:2] == [bos[1], byte_tokenizer.convert_tokens_to_ids("u")]
 
 
+def test_data_sets_are_read_at_the_commits_that_are_listed(
+    data: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str | None] = {}
+    whole = datasets.load_dataset
+
+    def seen(path: str, *arguments: Any, **options: Any) -> Any:
+        asked[path] = options["revision"]
+        return whole(path, *arguments, **options)
+
+    monkeypatch.setattr(suite_tasks, "load_dataset", seen)
+    suite_tasks.load_task(Run("arc_challenge", 0, False), manager)
+    assert asked == {"allenai/ai2_arc": suite_tasks.REVISIONS["allenai/ai2_arc"]}
+    assert re.fullmatch("[0-9a-f]{40}", asked["allenai/ai2_arc"] or "")
+
+
 def test_without_a_network_a_missing_data_set_is_one_line(
     tmp_path: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -500,7 +621,7 @@ def test_without_a_network_a_missing_data_set_is_one_line(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        UserError, match=r"^task openbookqa: allenai/openbookqa@main: .*check the name, the network"
+        UserError, match=r"^task openbookqa: allenai/openbookqa@[0-9a-f]{40}: .*check the name, the network"
     ) as error:
         suite_tasks.load_task(Run("openbookqa", 0, False), manager)
     assert "\n" not in str(error.value)
@@ -602,7 +723,7 @@ rows = [
 data_set("DigitalLearningGmbH/MATH-lighteval", "algebra", {"train": rows, "test": [*rows, rows[0] | {"level": "Level 4"}]})
 run, load_task = Run("leaderboard_math_algebra_hard", 4, True), suite_tasks.load_task
 suite_tasks.load_task = lambda *asked: with_short_answers(load_task(*asked))
-batching = Batching(max_new_tokens=8, batch_size=2, slots=4, context=2000, threads=1)
+batching = Batching(max_new_tokens=8, batch_size=2, slots=4, context=2000, threads=1, engine="transformers")
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 half = r"Final Answer: The final answer is $\frac{2}{4}$. I hope it is correct. Problem: What is $3$?"
 found = {}
@@ -638,3 +759,22 @@ def test_mathematics_without_its_packages_says_how_to_install_them(monkeypatch: 
     monkeypatch.setattr(suite_tasks, "MATH", Path("nowhere"))
     with pytest.raises(UserError, match=r"nowhere: no such folder.*; run: \./setup\.sh math"):
         suite_tasks.use_math()
+
+
+def test_vllm_of_one_of_several_processes_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": "x",
+        "HOME": "/h",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    found = vllm_chat.variables(2, gpus=2)
+    assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"], found["HOME"]) == ("6", "2", "/h")
+    assert not {"RANK", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & found.keys()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert vllm_chat.variables(2, gpus=2)["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES" not in vllm_chat.variables(2, gpus=0)

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "c0ffee" * 6 + "cafe"
@@ -143,6 +145,58 @@ def test_a_training_that_fails_sends_nothing_and_its_error_stays(tmp_path: Path)
     assert asked == []
     assert kept(next(line for line in said.splitlines() if line.startswith("W&B")), run, "keeps the run in a folder")
     assert said.endswith("ValueError: the training failed\n")
+
+
+READ_BACK = """
+import json, sys
+from pathlib import Path
+from hermes.training.tracking import Artifact, Tracking
+for part in ("train", "resumed"):
+    with Tracking.start({"beta": 0.1}, "a1b2c3") as run:
+        run.log({"loss": 0.6931}, step=1 if part == "train" else 2)
+with Tracking.start({"beta": 0.1}, "a1b2c3") as run:
+    made = Artifact("models-adapter", "model", "0123.dir", {"data/tokens": "4567.dir"})
+    run.results(3, {"strict_accuracy.merged": 0.7}, (["id", "base"], [["q1", "No."]]), [Path("loss.png")], [made])
+"""
+
+
+def records(run: Path) -> list[Any]:
+    """What wandb wrote into an offline run."""
+    from wandb.proto import wandb_internal_pb2
+
+    from tests.hermes.leveldb_log import read_log
+
+    (file,) = run.glob("*.wandb")
+    return [
+        wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
+        for data in read_log(file.read_bytes())
+    ]
+
+
+def test_an_offline_run_is_read_back_with_one_id_its_answers_and_the_lineage_of_its_artifacts(tmp_path: Path) -> None:
+    workspace(tmp_path)
+    Figure().savefig(tmp_path / "loss.png")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_API_KEY": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", READ_BACK], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    runs = sorted((tmp_path / ".scratch/wandb/wandb").glob("offline-run-*"))
+    found = [record for run in runs for record in records(run)]
+    assert {record.run.run_id for record in found if record.WhichOneof("record_type") == "run"} == {"a1b2c3"}
+    steps = [record.history.step.num for record in found if record.WhichOneof("record_type") == "history"]
+    assert steps == [1, 2, 3]
+    logged = [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
+    (artifact,) = (one for one in logged if one.type == "model")
+    assert json.loads(artifact.metadata) == {"md5": "0123.dir", "made_from": {"data/tokens": "4567.dir"}}
+    assert [(entry.path, entry.ref) for entry in artifact.manifest.contents] == [
+        ("models-adapter", "dvc://md5/0123.dir")
+    ]
+    tables = [path for run in runs for path in run.rglob("*.table.json")]
+    assert json.loads(tables[0].read_text())["data"] == [["q1", "No."]]
+    sent = [path for run in runs for path in run.rglob("*") if path.is_file() and path.parent.name != "logs"]
+    assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in sent)
+    last = done.stderr.strip().splitlines()[-1]  # names every part of the run, which W&B puts together
+    assert all(run.name in last for run in runs)
 
 
 def test_an_address_that_is_none_turns_it_off_in_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The evaluation stage: its own tasks, and the stage as a whole on tiny models."""
 
 import json
+import os
 import re
 import shutil
 import weakref
@@ -8,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +30,7 @@ from hermes.model.base import load
 from hermes.params import read_yaml
 from hermes.settings.base import BaseSettings
 from hermes.settings.evaluate import EvaluateSettings
+from hermes.training import distributed
 from stages import evaluate, fetch_data
 from stages.tokenize import conversation_ids
 from tests.hermes.test_run_benchmarks import write_arc
@@ -275,9 +278,16 @@ class Memory:
         return opening
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
-    tmp_path: Path, tiny_model_folder: Path, gguf_file: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch
+    processes: int,
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    gguf_file: Path,
+    manager: TaskManager,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where several processes share the suites, here one after the other: what they have asked is not asked again."""
     monkeypatch.setattr(suite_tasks, "task_manager", lambda: manager)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -309,7 +319,9 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
         write_manifest(folder)
     profile = read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]
     section = {"suites": ["nous"], "types": ["f16"], "tasks": ["preference"], "slots": 4, "divergence_pairs": 2}
+    section |= {"suite_types": "all", "processes": processes}
     loaded = evaluate.Params(
+        beta=0.1,
         bits="portable",
         base=BaseSettings(**profile["base"]),
         evaluate=EvaluateSettings(**profile["evaluate"] | section),
@@ -318,8 +330,17 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
     monkeypatch.setattr(evaluate, "set_determinism", lambda _: None)
     monkeypatch.setattr(evaluate, "disable_progress_bar", lambda: None)
     memory = Memory()
+
+    def launch(processes: int, distribution: str, threads: int, module: str) -> None:
+        for rank in map(str, range(processes)):
+            with patch.dict(os.environ, RANK=rank, LOCAL_RANK=rank):
+                evaluate.main()
+            assert not Path("data/evaluation").exists()
+
+    monkeypatch.setattr(distributed, "launch", launch)
     monkeypatch.setattr(torch.cuda, "empty_cache", memory.empty_cache)
-    monkeypatch.setattr("hermes.training.exactness.release", lambda: None)  # which tries a first layer beside the model
+    for trying in ("training.exactness", "evaluation.choices"):  # which try first layers beside the model
+        monkeypatch.setattr(f"hermes.{trying}.release", lambda: None)
     for module, name in (
         (chat_models, "load"),
         (chat_models, "GgufModel"),

@@ -16,28 +16,37 @@ from ruamel.yaml import YAML
 
 from hermes import params
 from hermes.console import UserError
+from hermes.evaluation import evidence
 from hermes.evaluation.benchmarks import SUITES, summary
 from hermes.pages import figures, render, results
 from hermes.pages.figures import _moving_mean
 from hermes.pages.published_run import BASE, SETTINGS, deviations
 from stages import report
 
+ROOT = Path(__file__).parents[2]
 KINDS = {"lowercase": True, "bullets": True, "json": True, "end_with": True, "brackets": False, "avoid_word": False}
 TOPICS = ("tea", "rivers", "chess", "bread", "clouds")
 MODELS = {"base": 0.3, "merged": 0.55, "f16": 0.55, "Q8_0": 0.55, "gptq": 0.52, "Q4_K_M": 0.5}
 FILES = {"Q4_K_M": 105_000_000, "gptq": 113_000_000, "Q8_0": 145_000_000, "f16": 271_000_000}
 COMPRESSED = {"gptq"}
+GENERAL = {
+    "prose": {"before": 21.0, "after": 22.05, "change": 0.05, "low": 0.03, "high": 0.07, "tokens": 24_000},
+    "capitals": {"before": 0.6, "after": 0.59, "points": -1.0, "low": -3.0, "high": 1.0, "n": 104},
+}
 EVIL = 'x</div><script>alert("1")</script> | a cell | <img src="https://example.com/x.png"> `code` *bold*\n| --- |'
 
 
 def write_reports(root: Path, beta: float = 0.1, seed: int = 0, rate: float | None = None) -> None:
     """Writes every file that the report reads, made up but consistent; `rate` is how often the trained models pass."""
     (root / "params.yaml").write_text(
-        f"seed: 42\nbeta: {beta}\nloss_type: sigmoid\nprofile: cpu\ncollect:\n  topics: 165\n"
+        f"seed: 42\nbeta: {beta}\nloss_type: sigmoid\nprofile: cpu\nwandb: {{enabled: false, project: p}}\ncollect:\n  topics: 165\n"
         "profiles:\n  cpu:\n    train:\n      learning_rate: 5e-6\n      epochs: 1\n"
         "    quantize:\n      types: [Q8_0, Q4_K_M]\n"
         "  a40:\n    train:\n      learning_rate: 1e-6\n"
     )
+    stages = params.read_yaml(ROOT / "dvc.yaml")["stages"].values()
+    keys = sorted({key for stage in stages for key in stage.get("params", []) if isinstance(key, str)})
+    _json(root / "dvc.yaml", {"stages": {"all": {"cmd": "true", "params": keys}}})
     reports, evaluation = root / "reports", root / "data/evaluation"
     random = Random(seed)
     answers = {
@@ -47,6 +56,19 @@ def write_reports(root: Path, beta: float = 0.1, seed: int = 0, rate: float | No
     for name, rows in answers.items():
         _write(evaluation / f"{name}.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
         _json(evaluation / f"{name}.json", _result(name, rows, random))
+    pairs = [
+        [
+            {"topic": row["topic"], "log_likelihoods": [random.gauss(-20 + gain, 2), random.gauss(-20 - gain, 2)]}
+            for row in answers["base"]
+        ]
+        for gain in (0, 5)
+    ]
+    beside = {
+        "answers": evidence.answers(answers["base"], answers["merged"]),
+        "margins": evidence.margins(pairs[0], pairs[1], beta),
+        "general": GENERAL,
+    }
+    _json(evaluation / "evidence.json", beside)
     against = {"merged": "base"} | dict.fromkeys(FILES, "merged")
     _json(evaluation / "comparison.json", {n: _compare(answers[old], answers[n], old) for n, old in against.items()})
     kl = {"hf_bf16": 1e-5, "f16": 2e-6, "Q8_0": 4e-4, "gptq": 0.07, "Q4_K_M": 0.021}
@@ -111,6 +133,7 @@ def _answers(model: str, random: Random, rate: float) -> list[dict[str, Any]]:
                 rows.append(
                     row
                     | {"question": f"Tell me about {topic} ({kind}).", "answer": text, "grade": 0.9 if strict else 0.3}
+                    | {"tokens": len(text) // 3}
                 )
     return rows
 
@@ -214,7 +237,8 @@ def _training(folder: Path, random: Random) -> None:
             | {"rewards/chosen": margin / 2, "rewards/rejected": -margin / 2, "learning_rate": 5e-6, "grad_norm": 2.5}
         )
         if step % 40 == 1:
-            evaluation.append(row)
+            rewards = {"rewards/chosen": -margin / 10, "rewards/rejected": -margin}
+            evaluation.append(row | rewards | {"logps/chosen": -30 - margin, "logps/rejected": -30 - 10 * margin})
     for name, rows in (("history", history), ("evaluation", evaluation)):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{name}.csv").open("w", newline="") as file:
@@ -228,6 +252,7 @@ def _training(folder: Path, random: Random) -> None:
         "pairs": 1999,
         "epochs": 1.0,
         "reference_difference": 1.5e-6,
+        "run": "0123456789abcdef",
     }
     _json(
         folder / "summary.json",
@@ -304,12 +329,43 @@ def test_the_figures_carry_no_date_and_no_version(built: Path) -> None:
         assert not re.search(rb"tEXt|iTXt|tIME", figure.read_bytes())
 
 
-def test_the_page_needs_no_network_and_no_script(page: Page) -> None:
-    assert "script" not in page.tags
+def test_the_page_needs_no_network_and_its_only_script_is_its_own(page: Page) -> None:
+    assert page.tags.count("script") == 1
+    assert page.tags[-1] == "script"  # behind all that is data
     assert not {"link", "iframe", "object", "embed"} & set(page.tags)
     assert all(link.startswith(("data:image/png;base64,", "#")) or link == "provenance.md" for link in page.links)
     assert "@import" not in page.text
     assert "url(" not in page.text
+
+
+def test_the_page_begins_with_the_verdict_and_what_it_may_be_due_to(built: Path, page: Page) -> None:
+    found = json.loads((built / "data/evaluation/evidence.json").read_text())
+    head = page.text.split("How this run differs")[0]
+    gains = json.loads((built / "data/evaluation/comparison.json").read_text())["merged"]
+    sides = {report.side(gains[name]) for name in ("strict", "unseen", "preference")} - {"the same"}
+    found_verdict = re.search(r"The verdict: ([^.]+)\.", head)
+    assert found_verdict
+    assert found_verdict[1] == (
+        "better in one respect and worse in another" if len(sides) == 2 else (*sides, "no difference seen")[0]
+    )
+    words = found["answers"]["length"]["words"]
+    assert f"Answers have {render.number(words['after'])} words instead of {render.number(words['before'])}" in head
+    assert "the perplexity went from 21 to 22.05 (+5.0%, 95% interval +3.0% to +7.0%, 24,000 tokens)" in head
+    assert "Capitals known: 60.0% before, 59.0% after (−1.0 points, −3.0 to +1.0, n = 104)." in head
+    margins = found["margins"]
+    assert f"The mean margin is {render.number(margins['mean']['mean'])}" in page.text
+    assert "The chosen answers became less likely, too" in page.text  # their last reward is below zero
+
+
+def test_gains_decide_the_verdict() -> None:
+    def row(low: float, high: float) -> dict[str, Any]:
+        return {"gain": {"low": low, "high": high}}
+
+    assert report.verdict([]) is None
+    assert report.verdict([row(1, 2), row(-1, 1)]) == "better"
+    assert report.verdict([row(-2, -1), row(-1, 1)]) == "worse"
+    assert report.verdict([row(-1, 1)]) == "no difference seen"
+    assert report.verdict([row(-2, -1), row(1, 2)]) == "better in one respect and worse in another"
 
 
 def test_every_link_of_the_page_has_its_target(page: Page) -> None:
@@ -318,7 +374,7 @@ def test_every_link_of_the_page_has_its_target(page: Page) -> None:
 
 def test_an_answer_with_markup_is_shown_and_not_obeyed(page: Page) -> None:
     assert '<script>alert("1")</script>' in page.text
-    assert page.tags.count("img") == 3
+    assert page.tags.count("img") == 4
 
 
 def test_an_answer_with_markup_stays_in_its_markdown_cell(built: Path) -> None:
@@ -331,6 +387,7 @@ def test_an_answer_with_markup_stays_in_its_markdown_cell(built: Path) -> None:
     assert "`code` *bold*" in rendered.text
     assert sorted(link for link in rendered.links if link.endswith("png")) == [
         "figures/kinds.png",
+        "figures/margins.png",
         "figures/quantization.png",
         "figures/training.png",
     ]
@@ -369,7 +426,7 @@ def test_a_name_with_markup_is_shown_and_not_obeyed(tmp_path: Path, monkeypatch:
     report.main()
     text, page = report.MARKDOWN.read_text(), Page(report.HTML.read_text())
     assert "\u202e" not in text + page.text
-    assert page.tags.count("img") == 3
+    assert page.tags.count("img") == 4
     assert page.tags.count("h1") == 1
     assert not {"b", "del"} & set(page.tags)
     assert all(link.startswith(("data:image/png;base64,", "#")) or link == "provenance.md" for link in page.links)
@@ -623,10 +680,12 @@ def test_a_run_that_measured_preference_alone_is_reported_without_the_rest(
         "quantized_kl",
         "train",
     }
-    assert "the share of held-out pairs whose chosen answer is the likelier one from" in page.text
+    gain = comparison["merged"]["preference"]
+    word = {"better": "Better", "worse": "Worse", "the same": "The same"}[report.side(gain)]
+    assert f"{word}: preferences" in page.text
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
     assert "before-and-after-by-kind-of-instruction" not in page.ids
-    assert sorted(path.name for path in report.FIGURES.iterdir()) == ["quantization.png", "training.png"]
+    assert sorted(path.name for path in report.FIGURES.iterdir()) == ["margins.png", "quantization.png", "training.png"]
     assert [file["score"] for file in report.quantized_files(results.read_inputs())] == [
         json.loads((evaluation / f"{name}.json").read_text())["preference"]["accuracy"]
         for name in ("f16", "Q8_0", "gptq", "Q4_K_M")
@@ -642,6 +701,7 @@ def test_a_run_that_measured_nothing_is_reported(tmp_path: Path, monkeypatch: py
     nothing: dict[str, Any] = {"strict": None, "unseen": None, "preference": None, "by_kind": {}, "against": "base"}
     _json(evaluation / "comparison.json", dict.fromkeys(("merged", *FILES), nothing))
     _json(evaluation / "divergence.json", {})
+    (evaluation / "evidence.json").unlink()  # as in results from before it was made
     merge = json.loads((evaluation / "merge.json").read_text())
     _json(evaluation / "merge.json", {"rounding": merge["rounding"]})
     monkeypatch.chdir(tmp_path)
@@ -665,7 +725,7 @@ def test_a_run_with_one_gguf_file_or_none_evaluated_is_reported(
     monkeypatch.chdir(tmp_path)
     report.main()
     page = Page(report.HTML.read_text())
-    assert page.tags.count("img") == 2 + len(kept)
+    assert page.tags.count("img") == 3 + len(kept)
     assert [name for name in FILES if f"| {name} | " in report.MARKDOWN.read_text().split("##")[0]] == kept
 
 

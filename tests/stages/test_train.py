@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import MagicMock
@@ -28,6 +29,7 @@ from hermes import params
 from hermes.artifacts import check_together, sha256_file, sha256_folder, write_manifest, write_parquet
 from hermes.console import UserError
 from hermes.model.base import load_base
+from hermes.params import read_yaml
 from hermes.run import run_tool
 from hermes.settings.base import BaseSettings
 from hermes.settings.reference import ReferenceSettings
@@ -112,7 +114,7 @@ def with_train(**changes: object) -> train.Params:
 
 
 def run(loaded: train.Params, scratch: str = "scratch") -> list[dict[str, float]]:
-    train.run(loaded, Path(scratch), made_from())
+    train.run(loaded, Path(scratch) / "run", made_from())  # of one name, which the summary holds
     lines = (train.REPORTS / "history.csv").read_text().splitlines()
     return [dict(zip(lines[0].split(","), map(float, line.split(",")), strict=True)) for line in lines[1:]]
 
@@ -145,6 +147,14 @@ def test_a_base_kept_dequantized_trains_to_the_same_bits(workspace: Path) -> Non
     assert len(hashes) == 1
 
 
+def test_the_name_of_a_run_does_not_depend_on_what_else_is_loaded(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = train.run_key(PARAMS, made_from())
+    monkeypatch.delitem(sys.modules, "hermes.settings.experiment")
+    assert train.run_key(PARAMS, made_from()) == key
+
+
 def test_the_same_run_writes_the_same_bits(workspace: Path) -> None:
     hashes = set()
     for scratch in ("a", "b"):
@@ -171,7 +181,7 @@ def test_a_killed_run_resumes_to_the_same_bits(workspace: Path, monkeypatch: pyt
     with pytest.raises(Killed):
         run(PARAMS, "killed")
     monkeypatch.setattr(train, "build_trainer", build)
-    assert list(Path("killed").glob("checkpoint-2"))
+    assert list(Path("killed/run").glob("checkpoint-2"))
     resumed = run(PARAMS, "killed")
     assert sha256_file(train.ADAPTER / "adapter_model.safetensors") == adapter
     assert resumed == expected
@@ -238,12 +248,12 @@ def test_a_signal_ends_training_behind_the_step_and_the_next_run_has_the_same_bi
         train, "build_trainer", lambda *a: build(a[0], a[1], a[2], [*a[3], Signal(number, step, where)])
     )
     with pytest.raises(SystemExit) as ended:
-        run_tool("train", lambda: train.run(loaded, Path("stopped"), made_from()))
+        run_tool("train", lambda: train.run(loaded, Path("stopped/run"), made_from()))
     assert ended.value.code == 128 + number
     line = f"train: {said} behind step {saved} of 6, which is kept; run the same command again to go on"
     assert line in capsys.readouterr().err
     assert signal.getsignal(number) is before
-    assert [path.name for path in Path("stopped").glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    assert [path.name for path in Path("stopped/run").glob("checkpoint-*")] == [f"checkpoint-{saved}"]
     assert not train.ADAPTER.exists()
     monkeypatch.setattr(train, "build_trainer", build)
     run(loaded, "stopped")
@@ -262,13 +272,13 @@ def test_the_same_signal_again_ends_training_at_once(
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as ended:
-            run_tool("train", lambda: train.run(loaded, Path("stopped"), made_from()))
+            run_tool("train", lambda: train.run(loaded, Path("stopped/run"), made_from()))
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, before if number == signal.SIGTERM else signal.default_int_handler)
     assert ended.value.code == 128 + signal.SIGTERM
     assert "train: stopped by SIGTERM; run the same command again to go on" in capsys.readouterr().err
-    assert not list(Path("stopped").glob("checkpoint-*"))
+    assert not list(Path("stopped/run").glob("checkpoint-*"))
 
 
 def outputs() -> dict[str, str]:
@@ -306,9 +316,19 @@ def test_other_code_never_resumes_a_run(workspace: Path, monkeypatch: pytest.Mon
     for folder in made_from():
         assert train.run_key(PARAMS, made_from() | {folder: "0" * 64}) != key
     changed = workspace / "packages.yaml"
-    changed.write_text("torch: 0.0\n")
-    monkeypatch.setattr(train, "PACKAGES", changed)
-    assert train.run_key(PARAMS, made_from()) != key
+    for versions, is_same in (({"matplotlib": "0.0"}, True), ({"torch": "0.0"}, False)):  # DVC tracks one of them
+        changed.write_text(json.dumps(read_yaml(train.PACKAGES) | versions))
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "PACKAGES", changed)
+            assert (train.run_key(PARAMS, made_from()) == key) is is_same
+    for file, is_same in (("hermes/settings/evaluate.py", True), ("hermes/training/lora.py", False)):
+        root = workspace / Path(file).stem
+        shutil.copytree(train.ROOT / "hermes", root / "hermes", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(train.ROOT / "stages", root / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+        (root / file).write_text("# changed\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "ROOT", root)
+            assert (train.run_key(PARAMS, made_from()) == key) is is_same
 
 
 def test_one_folder_is_trained_in_by_one_process(workspace: Path) -> None:
@@ -600,6 +620,6 @@ def test_tracking_that_breaks_does_not_break_training(
         def finish(self) -> None:
             raise ConnectionError("still gone")
 
-    monkeypatch.setattr(train.Tracking, "start", classmethod(lambda cls, config: cls(Broken())))
+    monkeypatch.setattr(train.Tracking, "start", classmethod(lambda cls, config, run_id: cls(Broken())))
     assert len(run(PARAMS)) == 6
     assert "W&B stopped logging: gone" in capsys.readouterr().err

@@ -14,8 +14,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import ModelCard, constants
+from datasets import load_dataset
+from huggingface_hub import DatasetCard, ModelCard, constants
 
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
@@ -29,7 +32,7 @@ from tools.publish import LICENCES, check_name, terms_of
 APACHE, LLAMA_3, LLAMA_3_1 = LICENCES.values()
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "someone/Llama-3-8B-tuned"
-GGUF, GPTQ = f"{REPO}-GGUF", f"{REPO}-GPTQ-Int4"
+GGUF, GPTQ, DATA = f"{REPO}-GGUF", f"{REPO}-GPTQ-Int4", f"{REPO}-Preferences"
 MERGE = "yuvraj17/Llama3-8B-SuperNova-Spectrum-dare_ties"
 HERMES = "mlabonne/chatml-OpenHermes2.5-dpo-binarized-alpha"
 WEIGHTS = {
@@ -67,9 +70,8 @@ class WritableHub(Hub):
             assert hashlib.sha256(content).hexdigest() == path.rpartition("/")[2]
             self.stored[path.rpartition("/")[2]] = content
             return self.send(200)
-        writes = (
-            r"/api/repos/create|/api/validate-yaml|/[^/]+/[^/]+\.git/.*|/api/models/[^/]+/[^/]+/(preupload|commit)/.*"
-        )
+        kept = r"/api/(models|datasets)/[^/]+/[^/]+/(preupload|commit)/.*"
+        writes = rf"/api/repos/create|/api/validate-yaml|(/datasets)?/[^/]+/[^/]+\.git/.*|{kept}"
         if self.command != "POST" or not re.fullmatch(writes, path):
             self.path = self.path.replace("/main", f"/{COMMIT}")
             return super().answer()
@@ -86,15 +88,19 @@ class WritableHub(Hub):
             place = f"http://{self.headers['Host']}/{repo}"
             if repo in self.forbidden:
                 return self.send(403, b"{}")
-            if f"models/{repo}" in self.repositories:
+            place_here = f"{wanted.get('type', 'model')}s/{repo}"
+            if place_here in self.repositories:
                 return self.send(409, json.dumps({"url": place, "error": "exists"}).encode())
-            self.repositories[f"models/{repo}"] = {".gitattributes": b"*.gguf lfs"}
+            self.repositories[place_here] = {".gitattributes": b"*.gguf lfs"}
             return self.send_json({"url": place})
         if path == "/api/validate-yaml":
             return self.send_json({"errors": [], "warnings": []})
         if "/preupload/" in path:
             files = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".gguf")) else "regular"}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".gguf", ".parquet")) else "regular",
+                }
                 for f in json.loads(posted)["files"]
             ]
             return self.send_json({"files": [file | {"shouldIgnore": False} for file in files]})
@@ -110,7 +116,7 @@ class WritableHub(Hub):
         repo = "/".join(path.split("/")[3:5])
         lines = [json.loads(line) for line in posted.splitlines()]
         self.commits.append((repo, lines))
-        held = self.repositories[f"models/{repo}"]
+        held = self.repositories[f"{path.split('/')[2]}/{repo}"]
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
@@ -252,6 +258,94 @@ def test_a_release_is_shown_and_nothing_is_sent(workplace: Path, hub: str, make:
         (release(GPTQ) / "model.safetensors", "models/compressed/gptq/model.safetensors"),
     ):
         assert path.samefile(source)  # a link, not a copy
+
+
+def test_the_adapter_names_its_base_as_the_hub_does(workplace: Path, make: Make) -> None:
+    make()
+    config = json.loads((release() / "adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (MERGE, COMMIT)
+    assert f'AutoPeftModelForCausalLM.from_pretrained("{REPO}", subfolder="adapter")' in text_of()
+    assert Path("models/adapter/adapter_config.json").read_text() == "{}"  # the artifact stays as it is
+    base = json.loads(Path("models/base/manifest.json").read_text())
+    Path("models/base/manifest.json").write_text(json.dumps(base | {"source": "./models/rebuilt-base"}))
+    publish.assemble(REPO, head(), [LLAMA_3])
+    assert (release() / "adapter/adapter_config.json").read_text() == "{}"
+    assert "is not on the Hub: `PeftModel.from_pretrained(base," in text_of()
+
+
+def put_rows() -> None:
+    """Pairs, with a licence on the card of what they were taken from."""
+    Path("data/subset").mkdir()
+    for split in ("train", "validation", "test"):
+        pq.write_table(
+            pa.table({"question": ["Why?"], "chosen": ["So."], "rejected": ["No."]}), f"data/subset/{split}.parquet"
+        )
+    manifest = json.loads(Path("data/raw/manifest.json").read_text())
+    put("data/raw/manifest.json", manifest | {"card": {"license": "apache-2.0"}})
+
+
+def test_the_pairs_and_answers_become_a_data_set_where_that_is_asked_for(
+    workplace: Path, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_rows()
+    put_log = Path("data/evaluation/suites/merged/gsm8k.jsonl.gz")
+    put_log.parent.mkdir(parents=True)
+    put_log.write_bytes(b"questions of others")
+    made = publish.assemble(REPO, head(), [LLAMA_3], with_data=True)
+    assert list(made) == [DATA, GGUF, GPTQ, REPO]
+    placed = {file["path"] for file in made[DATA]}
+    assert {
+        "train.parquet",
+        "validation.parquet",
+        "test.parquet",
+        "evaluation/merged.jsonl",
+        "evaluation/evidence.json",
+    } <= placed
+    assert not {"LICENSE", "NOTICE"} & placed  # which are those of the weights
+    assert not [path for path in placed if "suites" in path]
+    card: Any = DatasetCard(text_of(DATA))
+    assert card.data.license == "apache-2.0"
+    pairs, answers = card.data.configs
+    assert pairs["data_files"][0] == {"split": "train", "path": "train.parquet"}
+    assert {"split": "merged", "path": "evaluation/merged.jsonl"} in answers["data_files"]
+    assert "The verdict:" in text_of(DATA)
+    assert f"[{DATA}](https://huggingface.co/datasets/{DATA})" in text_of()
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    publish.push(release(DATA), DATA, head(), "data")
+    held = WritableHub.repositories[f"datasets/{DATA}"]
+    assert held.keys() - {".gitattributes"} == placed | {"README.md"}
+    monkeypatch.chdir(release(DATA))
+    files, cache = {part["split"]: part["path"] for part in pairs["data_files"]}, str(workplace / "cache")
+    assert load_dataset("parquet", data_files=files, cache_dir=cache)["test"]["question"] == ["Why?"]
+    written = load_dataset("json", data_files={"merged": "evaluation/merged.jsonl"}, cache_dir=cache)
+    assert {"question", "answer", "strict", "finished"} <= {*written["merged"].column_names}
+
+
+def test_pairs_whose_licence_nobody_states_are_not_published(workplace: Path) -> None:
+    put_rows()
+    manifest = json.loads(Path("data/raw/manifest.json").read_text())
+    put("data/raw/manifest.json", manifest | {"card": {}})
+    with pytest.raises(
+        UserError,
+        match=f"^the card of {HERMES} states no licence that is known, so its pairs are not published; leave DATA=1",
+    ):
+        publish.assemble(REPO, head(), [LLAMA_3], with_data=True)
+
+
+def test_mixed_pairs_are_published_under_a_licence_of_all_their_sources(workplace: Path) -> None:
+    put_rows()
+    manifest = json.loads(Path("data/raw/manifest.json").read_text())
+    other = {"source": "someone/pairs", "revision": "0" * 40, "share": 0.5, "card": {}}
+    for card, said in (
+        ({}, "^the card of someone/pairs states no licence"),
+        ({"license": "mit"}, rf"^the pairs are mixed of {HERMES} under apache-2\.0, someone/pairs under mit, and"),
+    ):
+        put("data/raw/manifest.json", manifest | {"mixed_with": [other | {"card": card}]})
+        with pytest.raises(UserError, match=said):
+            publish.assemble(REPO, head(), [LLAMA_3], with_data=True)
+    put("data/raw/manifest.json", manifest | {"mixed_with": [other | {"card": {"license": "apache-2.0"}}]})
+    assert DATA in publish.assemble(REPO, head(), [LLAMA_3], with_data=True)
+    assert f"Rows of someone/pairs are among them, at revision {'0' * 40}." in text_of(DATA)
 
 
 def test_what_was_not_compressed_has_no_repository(workplace: Path, make: Make) -> None:

@@ -31,6 +31,18 @@ if float(beta) == 0.4: pathlib.Path("{root}/up").touch(); time.sleep(60)
 pathlib.Path("score.json").write_text(json.dumps({{"beta": float(beta)}}))
 """
 
+# Waits until another one does: those of beta 0.2 and 0.5 can end only together, and that of 0.1 beside nobody.
+MEETING = """
+import json, pathlib, re, sys, time
+beta = re.search("beta: ([0-9.]+)", pathlib.Path("params.yaml").read_text())[1]
+if float(beta) == 0.3: sys.exit("no")
+here = pathlib.Path("{root}/here")
+(here / beta).touch()
+deadline = time.monotonic() + 120
+while beta != "0.1" and len(list(here.iterdir())) < 3 and time.monotonic() < deadline: time.sleep(0.1)
+pathlib.Path("score.json").write_text(json.dumps(sorted(path.name for path in here.iterdir())))
+"""
+
 
 @pytest.mark.parametrize(
     "text",
@@ -88,15 +100,85 @@ def test_seeds_keep_their_order_and_none_comes_twice() -> None:
 @pytest.mark.parametrize("words", [(), ("--betas", "0.1", "--seeds", "1")])
 def test_a_sweep_varies_one_thing(words: tuple[str, ...]) -> None:
     done = run(*words)
-    assert (done.returncode, done.stderr) == (1, "sweep: give either --betas or --seeds\n")
+    assert (done.returncode, done.stderr) == (1, "sweep: give either --betas, --seeds or --grid\n")
+
+
+def test_a_grid_is_every_combination_under_the_selected_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert sweep.grid("beta=0.05,0.1 train.learning_rate=1e-4,0.001") == {
+        "beta-0.05-train.learning_rate-1e-4": ["beta=0.05", "profiles.cpu.train.learning_rate=1e-4"],
+        "beta-0.05-train.learning_rate-0.001": ["beta=0.05", "profiles.cpu.train.learning_rate=0.001"],
+        "beta-0.1-train.learning_rate-1e-4": ["beta=0.1", "profiles.cpu.train.learning_rate=1e-4"],
+        "beta-0.1-train.learning_rate-0.001": ["beta=0.1", "profiles.cpu.train.learning_rate=0.001"],
+    }
+    assert sweep.grid("loss_type=ipo,hinge") == {
+        "loss_type-ipo": ["loss_type=ipo"],
+        "loss_type-hinge": ["loss_type=hinge"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"--grid: has no key; write it like 'beta=0\.05,0\.1 train"),
+        ("beta", r"--grid: 'beta' is no key with its values"),
+        ("beta=0.1,", r"--grid: 'beta=0\.1,' is no key"),
+        ("beta=--help", r"is no key with its values"),
+        ("gamma=1,2", r"params\.yaml has no value gamma, on top or in the profile cpu"),
+        ("train=1,2", r"params\.yaml has no value train"),
+        ("profile=cpu,quick", r"params\.yaml has no value profile"),
+        ("beta=0.1,0.1", r"beta or one of its values comes twice"),
+        ("beta=0.1,0.10", r"beta or one of its values comes twice"),
+        ("beta=0.1 beta=0.2", r"beta or one of its values comes twice"),
+        ("beta=-1", r"is no key"),
+        ("beta=0.1 loss_type=ipo,other", r"--grid: beta=0\.1, loss_type=other: params\.yaml: `loss_type` is 'other'"),
+        ("seed=" + ",".join(map(str, range(65))), r"65 experiments; 64 at most"),
+    ],
+)
+def test_what_is_no_grid_is_refused_before_anything_runs(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=said) as error:
+        sweep.grid(text)
+    assert "\n" not in str(error.value)
 
 
 def test_experiment_names_are_valid_git_references() -> None:
     names = [*sweep.assignments("beta", sweep.parse("beta", "0.05,1e-2,12")), *sweep.assignments("seed", ["42"])]
     assert names[0] == "beta-0.05"
+    names += sweep.grid("train.batch_size=4 evaluate.batch_size=2")
+    assert names[-1] == "train.batch_size-4-evaluate.batch_size-2"
     for name in names:
         command = ["git", "check-ref-format", f"refs/exps/{name}"]
         assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_parts_of_a_gpu_are_not_counted_as_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tool := tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'GPU 0: one (UUID: GPU-1)'\necho '  MIG 1g.10gb Device 0: (UUID: MIG-2)'\n"
+    )
+    tool.chmod(0o755)
+    assert sweep.gpus() == ["0"]
+    tool.write_text("#!/bin/sh\necho 'GPU access failed'\nexit 9\n")
+    assert sweep.gpus() == []
+
+
+def test_what_a_dead_worker_left_running_ends_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked = iter([{}, {"seed-1": "Queued"}])
+    monkeypatch.setattr(sweep, "states", lambda: next(looked, {"seed-1": "Running"}))
+    monkeypatch.setattr(sweep, "dvc", lambda *arguments: "")
+    monkeypatch.setattr(sweep, "workers", lambda: 1)
+    monkeypatch.setattr(sweep.subprocess, "run", lambda *command, **options: None)
+    monkeypatch.setattr(sweep, "POLL", 0)
+    said = "seed-1: its worker has died, and DVC has it for running; end it: .venv/bin/dvc queue kill seed-1\n"
+    with sweep.Relay() as relay:
+        assert sweep.run_queued({"seed-1": ["seed=1"]}, 1, relay) == []
+        assert capsys.readouterr().err == said
+        sweep.end_queued({"seed-1"}, signal.SIGINT)
+        assert capsys.readouterr().err == said
 
 
 @pytest.fixture
@@ -136,13 +218,17 @@ def dvc(*words: str) -> str:
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     whole = [sys.executable, "-m", "tools.sweep", *words]
-    return subprocess.run(whole, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(whole, capture_output=True, text=True, check=False, timeout=300)
 
 
 def experiments() -> dict[str, object]:
     """What the score of each experiment says, by the experiment's name."""
     found = command("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
     return {ref.split("/")[-1]: json.loads(command("git", "show", f"{ref}:score.json")) for ref in found}
+
+
+def head() -> str:
+    return command("git", "rev-parse", "HEAD").strip()
 
 
 def check_untouched(*, interrupted: bool = False) -> None:
@@ -208,3 +294,59 @@ def test_without_a_git_identity_nothing_is_begun(repository: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "git config --global user.email" in done.stderr
     assert experiments() == {}
+
+
+@pytest.mark.slow
+def test_several_run_at_once_in_the_queue_and_the_first_one_before_them(repository: Path) -> None:
+    """As the first has computed what all share when the others begin."""
+    Path("stages/score.py").write_text(MEETING.format(root=repository))
+    Path(".gitignore").write_text(Path(".gitignore").read_text() + "here\n")
+    Path("here").mkdir()
+    command("git", "commit", "-qam", "a meeting")
+    done = run("--betas", "0.1,0.2,0.5,0.3", "--jobs", "2")
+    assert done.returncode == 1, done.stderr
+    assert "beta-0.3: failed; `.venv/bin/dvc queue logs beta-0.3` says why" in done.stderr
+    assert done.stdout.splitlines()[-1] == "review --compare beta-0.1 beta-0.2 beta-0.5"
+    together = ["0.1", "0.2", "0.5"]
+    assert experiments() == {"beta-0.1": ["0.1"], "beta-0.2": together, "beta-0.5": together}
+
+    # Once more on another commit: what DVC's queue says of the first sweep is not taken for the second.
+    Path("stages/score.py").write_text(
+        "import pathlib, time; time.sleep(5); pathlib.Path('score.json').write_text('[]')"
+    )
+    Path("dvc.yaml").write_text(DVC_YAML.replace("params:", "deps: [stages/score.py]\n    params:"))
+    command("git", "commit", "-qam", "another score")
+    done = run("--betas", "0.1,0.3,0.5", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "review --compare beta-0.1 beta-0.3 beta-0.5"
+    newest = command("git", "for-each-ref", "--format=%(refname)", f"refs/exps/{head()[:2]}/{head()[2:]}/*").split()
+    assert sorted(ref.split("/")[-1] for ref in newest) == ["beta-0.1", "beta-0.3", "beta-0.5"]
+    check_untouched()
+
+
+@pytest.mark.slow
+def test_what_waits_in_the_queue_already_is_not_run_beside_a_sweep(repository: Path) -> None:
+    dvc("exp", "run", "--queue", "-S", "beta=7", "--name", "mine")
+    done = run("--betas", "0.1,0.2", "--jobs", "2")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("sweep: --jobs: DVC's queue holds mine, which would run too;")
+    assert experiments() == {}
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_queued_ones_too(repository: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.sweep", "--betas", "0.2,0.4,0.5", "--jobs", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while not Path("up").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "sweep: interrupted" in process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "beta-0.4" not in experiments()
+    assert not [line for line in dvc("queue", "status").splitlines() if line.endswith(("Queued", "Running"))]
