@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,6 +102,7 @@ class VllmChat(ChatModel):
             stdout=subprocess.PIPE,
             env=variables(batching.threads, torch.cuda.device_count()),
             text=True,
+            process_group=0,  # vLLM has processes of its own, which hold the memory
         )
 
     def ask(self, prompts: list[Ids], limit: int) -> list[Ids]:
@@ -159,5 +161,6 @@ def written_by_vllm(
     try:
         yield chat
     finally:
-        chat.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(chat.process.pid, signal.SIGKILL)
         chat.process.communicate()

@@ -19,6 +19,7 @@ import datasets
 import huggingface_hub
 import nltk
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -456,6 +457,18 @@ def test_answers_of_vllm_that_transformers_would_not_write_are_refused(
         chat.process.kill()
         with pytest.raises(UserError, match=r"vLLM does not run it"):
             chat.ask([[5]], 1)
+        assert members(chat.process.pid)  # which outlive it
+    assert not psutil.wait_procs(members(chat.process.pid), timeout=10)[1]
+
+
+def members(group: int) -> list[psutil.Process]:
+    """The processes of a process group, but for those that have ended."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def test_without_vllm_its_engine_is_refused_in_one_line(
