@@ -110,6 +110,26 @@ def embedded_tokenizer() -> PreTrainedTokenizerBase:
     return load_embedded_tokenizer()
 
 
+def write_llama_for_vllm(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Path:
+    """A random Llama whose heads are of a width that vLLM has on a CPU."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_random_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A random, narrow Llama with this tokenizer, as fetch_model leaves one."""
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

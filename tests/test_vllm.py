@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hermes.bits import cpu_flags
 from hermes.evaluation.chat_models import score
 from hermes.model import compressed
 from hermes.model.base import load
+from tests.conftest import write_llama_for_vllm
 
 PYTHON = Path(__file__).parent.parent / ".venv/vllm/bin/python"
 ASK = """
@@ -58,21 +59,7 @@ def ask_transformers(folder: Path, asked: list[list[int]]) -> list[float]:
 def test_vllm_finds_answers_as_likely_as_transformers(
     tmp_path: Path, embedded_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    config = LlamaConfig(
-        vocab_size=len(embedded_tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
-    embedded_tokenizer.save_pretrained(tmp_path / "model")
+    write_llama_for_vllm(tmp_path / "model", embedded_tokenizer, torch.bfloat16)
     random = torch.Generator().manual_seed(1)
     asked = [torch.randint(0, len(embedded_tokenizer), (32,), generator=random).tolist() for _ in range(8)]
     folders = {"float32": tmp_path / "model"}

@@ -27,7 +27,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes.console import UserError
 from hermes.evaluation import benchmarks, run_benchmarks, suite_tasks, vllm_chat
@@ -39,6 +39,7 @@ from hermes.model.gguf import GgufModel
 from hermes.params import read_yaml
 from hermes.settings.evaluate import Batching, EvaluateSettings
 from stages import evaluate, fetch_data, subset
+from tests.conftest import write_llama_for_vllm
 from tests.hermes.test_benchmarks import config
 from tests.test_graph import MODULES, file_of, imports
 
@@ -401,24 +402,7 @@ def test_what_writes_answers_may_be_another_than_what_scores_choices(data: Path,
 
 @pytest.fixture(scope="module")
 def vllm_model(tmp_path_factory: pytest.TempPathFactory, embedded_tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A random model whose heads are of a width that vLLM has on a CPU."""
-    config = LlamaConfig(
-        vocab_size=len(embedded_tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vllm")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    embedded_tokenizer.save_pretrained(folder)
-    return folder
+    return write_llama_for_vllm(tmp_path_factory.mktemp("vllm"), embedded_tokenizer, torch.float32)
 
 
 @pytest.mark.slow

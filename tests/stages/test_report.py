@@ -692,7 +692,10 @@ def test_a_run_that_measured_preference_alone_is_reported_without_the_rest(
     ]
 
 
-def test_a_run_that_measured_nothing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_general", [False, True])
+def test_a_run_that_measured_no_gain_is_reported_with_its_cost(
+    with_general: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_reports(tmp_path)
     evaluation = tmp_path / "data/evaluation"
     for name in MODELS:
@@ -701,12 +704,17 @@ def test_a_run_that_measured_nothing_is_reported(tmp_path: Path, monkeypatch: py
     nothing: dict[str, Any] = {"strict": None, "unseen": None, "preference": None, "by_kind": {}, "against": "base"}
     _json(evaluation / "comparison.json", dict.fromkeys(("merged", *FILES), nothing))
     _json(evaluation / "divergence.json", {})
-    (evaluation / "evidence.json").unlink()  # as in results from before it was made
+    if with_general:
+        _json(evaluation / "evidence.json", {"answers": None, "margins": None, "general": GENERAL})
+    else:
+        (evaluation / "evidence.json").unlink()  # as in results from before it was made
     merge = json.loads((evaluation / "merge.json").read_text())
     _json(evaluation / "merge.json", {"rounding": merge["rounding"]})
     monkeypatch.chdir(tmp_path)
     report.main()
     assert "so no gain is known" in report.MARKDOWN.read_text()
+    cost = "**What it cost.** On prose of scientific abstracts the perplexity went from 21 to 22.05 (+5.0%,"
+    assert (cost in report.MARKDOWN.read_text()) is with_general
     assert [path.name for path in report.FIGURES.iterdir()] == ["training.png"]
 
 
