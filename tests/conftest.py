@@ -125,7 +125,8 @@ def write_llama_for_vllm(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype
         initializer_range=0.05,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    (model.bfloat16() if dtype == torch.bfloat16 else model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
