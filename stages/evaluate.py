@@ -6,7 +6,7 @@ them. Beside them, over full distributions, is the divergence of each file (and 
 answer that reaches the token limit is unfinished and fails. All questions meet all models, so every comparison is paired
 (hermes/evaluation/intervals.py).
 
-Benchmark suites (hermes/evaluation/benchmarks.py) come first: they are long, need the network, and go on where a killed run stopped.
+Benchmark suites (hermes/evaluation/suites.py) come first: they are long, need the network, and go on where a killed run stopped.
 Their results stay in .scratch/suites, so that another suite or GGUF type costs only itself.
 """
 
@@ -14,9 +14,7 @@ import json
 import logging
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,13 +28,15 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from hermes import params
-from hermes.artifacts import check_together, complete_file, complete_folder, read_json, scratch_folder, write_json
+from hermes.artifacts import check_together, complete_file, complete_folder, read_json, write_json
 from hermes.bits import Bits
 from hermes.console import UserError, say
-from hermes.evaluation import benchmarks, evidence, general, run_benchmarks
-from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, Ids, opened, score
+from hermes.evaluation import evidence, general, suites
+from hermes.evaluation.chat_models import ChatModel, HuggingFaceChat, opened, score
+from hermes.evaluation.greedy import Ids
 from hermes.evaluation.held_out import HeldOut, read_held_out
 from hermes.evaluation.intervals import paired_gain, ratio_interval
+from hermes.evaluation.suites import Opener
 from hermes.evaluation.vllm_chat import written_by_vllm
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
@@ -58,7 +58,6 @@ GGUF, COMPRESSED = Path("models/gguf"), Path("models/compressed")
 OUTPUT, TASKS = Path("data/evaluation"), Path(__file__).parent.parent / "hermes/evaluation/tasks"
 SEEN = {kind.name for kind in SEEN_KINDS}
 Answers = list[dict[str, Any]]
-Opener = Callable[[Path], AbstractContextManager[ChatModel]]
 
 
 class Params(params.Params):
@@ -124,39 +123,6 @@ def grade_answers(samples: Answers, model: ChatModel) -> Answers:
     ]
 
 
-def run_suites(
-    settings: EvaluateSettings,
-    dtype: torch.dtype,
-    open_model: Opener,
-    names: list[str],
-    open_written: Opener | None = None,
-    share: tuple[int, int] = (0, 1),
-) -> dict[str, Path]:
-    """The folder of each model that suites are asked of, with the results and logs of all tasks; nothing where there are no suites.
-
-    Process k of n, the `share`, runs every n-th task from its k-th on. `open_written` writes a folder's answers.
-
-    Raises:
-        UserError: something is missing (hermes/evaluation/run_benchmarks.py), or a model was not asked the questions of those before it.
-    """
-    runs = benchmarks.runs(settings.suites)
-    folders: dict[str, Path] = {}
-    files = names if settings.suite_types == "all" else settings.suite_types
-    if unknown := {*files} - {*names}:
-        raise UserError(
-            f"params.yaml: `evaluate.suite_types` names {min(unknown)}, which `evaluate.types` does not evaluate"
-        )
-    for name in (name for name in names if runs and name in ("base", "merged", *files)):
-        say(f"suites on {name}")
-        folders[name] = scratch_folder("suites") / run_benchmarks.folder_name(path_of(name), settings, dtype)
-        own, path = runs[share[0] :: share[1]], path_of(name)
-        written = partial(open_written, path) if open_written and path.is_dir() else None
-        run_benchmarks.run_all(own, folders[name], partial(open_model, path), settings.context, written)
-        if share == (0, 1):
-            benchmarks.check_questions(suite_results(runs, folders))
-    return folders
-
-
 def share_suites(settings: EvaluateSettings) -> None:
     """Has several processes ask the suites, a GPU each; what they have asked is then found in the scratch.
 
@@ -168,24 +134,6 @@ def share_suites(settings: EvaluateSettings) -> None:
             f"params.yaml: `evaluate.processes` is {settings.processes}, but {gpus} CUDA device(s) are here; lower it to {gpus} at most"
         )
     distributed.launch(settings.processes, "ddp", settings.threads, "stages.evaluate")
-
-
-def suite_results(runs: list[benchmarks.Run], folders: dict[str, Path]) -> dict[str, dict[benchmarks.Run, Any]]:
-    """For each model the result of each run."""
-    return {name: {run: read_json(folder / f"{run.label}.json") for run in runs} for name, folder in folders.items()}
-
-
-def write_suites(settings: EvaluateSettings, folders: dict[str, Path], target: Path) -> None:
-    """Writes suites.json, which the report shows, and suites/MODEL/, the results and logs of the tasks."""
-    runs = benchmarks.runs(settings.suites)
-    results = suite_results(runs, folders)
-    write_json(
-        target / "suites.json", {name: benchmarks.summary(benchmarks.SUITES[name], results) for name in settings.suites}
-    )
-    for name, folder in folders.items():
-        (target / "suites" / name).mkdir(parents=True)
-        for file in (f"{run.label}.{ending}" for run in runs for ending in ("json", "jsonl.gz")):
-            shutil.copyfile(folder / file, target / "suites" / name / file)
 
 
 def mean(values: list[float]) -> float | None:
@@ -415,8 +363,8 @@ def main() -> None:
     if distributed.is_launched() and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     tokenizer = load_tokenizer(MERGED)
-    names = ["base", "merged", *asked_files(settings)]
-    for path in map(path_of, names):
+    paths = {name: path_of(name) for name in ("base", "merged", *asked_files(settings))}
+    for path in paths.values():
         if path.suffix == ".gguf":  # a damaged one is found before hours of others
             with GgufModel(path, threads=1, weights=False):
                 pass
@@ -424,14 +372,14 @@ def main() -> None:
     dtype = compute_type(loaded.bits)
     open_model = partial(opened, batching=settings, tokenizer=tokenizer, dtype=dtype)
     on_vllm = partial(written_by_vllm, batching=settings, tokenizer=tokenizer, dtype=dtype)
-    engine = (open_model, names, on_vllm if settings.engine == "vllm" else None)
+    engine = (open_model, paths, on_vllm if settings.engine == "vllm" else None)
     if settings.suites and settings.processes > 1:
         if distributed.is_launched():
-            run_suites(settings, dtype, *engine, (int(os.environ["RANK"]), settings.processes))
+            suites.ask(settings, dtype, *engine, (int(os.environ["RANK"]), settings.processes))
             return
         share_suites(settings)
-    folders = run_suites(settings, dtype, *engine)
-    compared = settings.divergence_pairs > 0
+    folders = suites.ask(settings, dtype, *engine)
+    names, compared = [*paths], settings.divergence_pairs > 0
     exact = Exact.of(settings, tokenizer, held_out["preference"]) if compared else None
     summaries, rows, apart = {}, {}, {}
     for name in names:
@@ -464,7 +412,7 @@ def main() -> None:
         measured = {{"merged": "hf_bf16"}.get(name, name): found for name, found in apart.items() if found}
         write_json(target / "divergence.json", measured)
         if folders:
-            write_suites(settings, folders, target)
+            suites.write(settings, folders, target)
         write_json(target / "merge.json", faithful | {"rounding": read_json(MERGED / "merge.json")})
 
 

@@ -66,7 +66,7 @@ class Folder:
         self, prompts: Sequence[Ids], max_new_tokens: int, /, *, stopped: Callable[[Ids], bool] | None
     ) -> list[Ids]:
         """The likeliest tokens after each prompt; `stopped` sees an answer grow."""
-        from hermes.evaluation.chat_models import greedy_answers  # which takes seconds to import
+        from hermes.evaluation.greedy import greedy_answers  # which takes seconds to import
 
         return greedy_answers(self.model, list(prompts), self.ends, max_new_tokens, stopped)
 

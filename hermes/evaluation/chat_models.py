@@ -7,7 +7,7 @@ end-of-sequence token is scored with it; lm-eval's own pairing would move the te
 import contextlib
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,19 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hermes.console import progress
 from hermes.data.chat_text import end_of_answer, ends_of_answer, rendered
 from hermes.data.prefixes import common_length
 from hermes.evaluation import choices as side_by_side
+from hermes.evaluation.greedy import Ids, Stopped, greedy_answers
 from hermes.model.base import load, release
-from hermes.model.gguf import UBATCH, GgufModel, common_beginning
+from hermes.model.gguf import UBATCH, GgufModel
 from hermes.settings.evaluate import Batching
 from hermes.training.exactness import choose_forward
 from hermes.training.shared_prefix import Forward, pair_logits
 
-Ids = list[int]
-Stopped = Callable[[Ids], bool]
 TOKENS_TOGETHER = 1024
 
 
@@ -169,65 +168,6 @@ class ChatModel(TokenizedModel):
     @abstractmethod
     def answer_logits(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[torch.Tensor]]:
         """For each answer to each prompt the logits that predict its tokens: (answer tokens, vocabulary)."""
-
-
-def greedy_answers(
-    model: PreTrainedModel, prompts: list[Ids], ends: set[int], limit: int, stopped: Stopped | None = None
-) -> list[Ids]:
-    """The likeliest tokens after each prompt, in one batch; answers that have ended leave it, a tenth at a time.
-
-    What the prompts begin with is computed once for all, and the rest of each padded on the left.
-
-    Args:
-        model: any causal language model.
-        prompts: ids, none empty.
-        ends: the tokens that end an answer, which keeps the one that it ends with.
-        limit: longest answer.
-        stopped: says of an answer so far whether it has ended, without one of them.
-    """
-    common = common_beginning(prompts)
-    width = max(map(len, prompts)) - common
-    padding = [common + width - len(prompt) for prompt in prompts]
-    ids = torch.tensor(
-        [[min(ends)] * n + prompt[common:] for n, prompt in zip(padding, prompts, strict=True)], device=model.device
-    )
-    mask = torch.tensor([[1] * common + [0] * n + [1] * (width - n) for n in padding], device=model.device)
-    positions = (mask.cumsum(dim=1) - 1)[:, common:].clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    if common:
-        beginning = torch.tensor([prompts[0][:common]], device=model.device)
-        model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(prompts))
-    answers: list[Ids] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    rows = list(range(len(prompts)))
-    while True:
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-        running = []
-        for place, (row, token) in enumerate(zip(rows, ids[:, 0].tolist(), strict=True)):
-            answer = answers[row]
-            if not ended[row]:
-                answer.append(token)
-                ended[row] = token in ends or len(answer) >= limit or (stopped is not None and stopped(answer))
-                if not ended[row]:
-                    running.append(place)
-        if not running:
-            return answers
-        if len(running) <= 0.9 * len(rows):
-            kept = torch.tensor(running, device=model.device)
-            cache.batch_select_indices(kept)
-            ids, mask, positions = ids[kept], mask[kept], positions[kept]
-            rows = [rows[place] for place in running]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
 
 
 class HuggingFaceChat(ChatModel):

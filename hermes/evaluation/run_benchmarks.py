@@ -36,6 +36,7 @@ CODE = (
     "evaluation/run_benchmarks",
     "evaluation/suite_tasks",
     "evaluation/chat_models",
+    "evaluation/greedy",
     "evaluation/choices",
     "evaluation/vllm_chat",
     "evaluation/vllm_worker",

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +9,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from gguf.quants import quantize as quantize_array
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from hermes.console import UserError
 from hermes.data.chat_text import answer_ids, prompt_ids
-from hermes.evaluation.chat_models import ChatModel, GgufChat, HuggingFaceChat, greedy_answers
+from hermes.evaluation.chat_models import ChatModel, GgufChat, HuggingFaceChat
 from hermes.model import gguf_files
 from hermes.model.base import load
 from hermes.model.gguf import GgufModel
@@ -103,34 +102,6 @@ def test_parallel_greedy_answers_are_those_of_one_at_a_time_and_of_transformers(
     assert parallel == single
     same = sum(left[:3] == right[:3] for left, right in zip(parallel, reference, strict=True))
     assert same >= 0.75 * len(many)  # float16 against float32 may part at a near tie
-
-
-@pytest.mark.parametrize("beginning", [[], [5, 40, 7, 11]])
-def test_batched_greedy_answers_are_those_of_generate(beginning: list[int]) -> None:
-    """Ragged prompts whose answers end at different steps, so that the batch shrinks more than once."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    config = LlamaConfig(vocab_size=53, num_hidden_layers=2, initializer_range=0.4, **sizes)  # of varied answers
-    model, end, limit = LlamaForCausalLM(config).eval(), 7, 40
-    prompts = [beginning + torch.randint(53, (1 + i % 12,)).tolist() for i in range(30)]
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        ones = torch.ones_like(ids)
-        output = model.generate(
-            ids, attention_mask=ones, do_sample=False, max_new_tokens=limit, eos_token_id=end, pad_token_id=0
-        )
-        expected.append(output[0, len(prompt) :].tolist())
-    ended = [len(answer) for answer in expected if answer[-1] == end]
-    assert len(set(ended)) >= 5
-    assert any(len(answer) == limit for answer in expected)
-    with torch.inference_mode():
-        assert greedy_answers(model, prompts, {end}, limit) == expected
 
 
 def test_samples_of_a_prompt_use_its_cache_and_stop_at_the_limit(gguf_file: Path, prompts: list[list[int]]) -> None:

@@ -30,7 +30,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes.console import UserError
-from hermes.evaluation import benchmarks, run_benchmarks, suite_tasks, vllm_chat
+from hermes.evaluation import benchmarks, run_benchmarks, suite_tasks, suites, vllm_chat
 from hermes.evaluation.benchmarks import Benchmark, Run, Suite, Task
 from hermes.evaluation.chat_models import ChatModel, GgufChat, HuggingFaceChat, opened
 from hermes.evaluation.run_benchmarks import SuiteModel
@@ -352,17 +352,16 @@ def test_the_stage_writes_scores_and_logs_of_every_model(
     Path("models/gguf").mkdir(parents=True)
     Path("models/base").symlink_to(tiny_model_folder)
     Path("models/gguf/f16.gguf").symlink_to(gguf_file)
+    paths = {name: evaluate.path_of(name) for name in ("base", "f16")}
     section = read_yaml(ROOT / "params.yaml")["profiles"]["cpu"]["evaluate"]
     settings = EvaluateSettings(**section | {"suites": ["nous"], "suite_types": "all", "types": ["f16"], "slots": 4})
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     open_model = partial(opened, batching=settings, tokenizer=tokenizer, dtype=torch.float32)
     for number in range(2):  # as two processes do; then nothing is left to ask
-        half = evaluate.run_suites(settings, torch.float32, open_model, ["base", "f16"], share=(number, 2))
+        half = suites.ask(settings, torch.float32, open_model, paths, share=(number, 2))
         assert all(len([*folder.glob("*.json")]) == number + 1 for folder in half.values())
-    folders = evaluate.run_suites(
-        settings, torch.float32, lambda path: pytest.fail(f"{path} is asked again"), ["base", "f16"]
-    )
-    evaluate.write_suites(settings, folders, data / "out")
+    folders = suites.ask(settings, torch.float32, lambda path: pytest.fail(f"{path} is asked again"), paths)
+    suites.write(settings, folders, data / "out")
     written = json.loads((data / "out/suites.json").read_text())["nous"]
     assert written["title"] == "Local"
     assert set(written["models"]) == {"base", "f16"}
@@ -371,14 +370,11 @@ def test_the_stage_writes_scores_and_logs_of_every_model(
     wanted = {f"{label}.{ending}" for label in labels for ending in ("json", "jsonl.gz")}
     assert all({path.name for path in (data / "out/suites" / name).iterdir()} == wanted for name in ("base", "f16"))
     assert str(data) not in (data / "out/suites.json").read_text()
-    assert (
-        evaluate.run_suites(settings.model_copy(update={"suites": []}), torch.float32, open_model, ["base", "f16"])
-        == {}
-    )
+    assert suites.ask(settings.model_copy(update={"suites": []}), torch.float32, open_model, paths) == {}
     path = folders["f16"] / f"{labels[0]}.json"
     path.write_text(path.read_text().replace('"revision": null', f'"revision": "{"a" * 40}"'))
     with pytest.raises(UserError, match=rf"{labels[0]} asked base 5 .* unknown, f16 5 .* of revision a+; delete"):
-        evaluate.run_suites(settings, torch.float32, open_model, ["base", "f16"])
+        suites.ask(settings, torch.float32, open_model, paths)
 
 
 def test_what_writes_answers_may_be_another_than_what_scores_choices(data: Path, models: dict[str, Opened]) -> None:

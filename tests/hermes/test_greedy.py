@@ -1,0 +1,125 @@
+"""Greedy answers of many prompts at once are those of one at a time, and the cache's room changes no bit of them."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
+
+from hermes.evaluation import greedy
+from hermes.evaluation.greedy import ROOM, RoomyLayer, greedy_answers
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "gemma2, every second layer a window": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8, "sliding_window": 16}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "head_dim": 8}),
+    "deepseek, values of another size": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {"num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "kv_lora_rank": 8}
+        | {"q_lora_rank": 8, "first_k_dense_replace": 2, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+    ),
+}
+
+
+def answered(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """The greedy answers, and the logits of every step; every 250th token ends an answer, whatever it is."""
+    logits: list[torch.Tensor] = []
+    tokens = itertools.count(1)
+    hook = model.get_output_embeddings().register_forward_hook(lambda *parts: logits.append(parts[2].clone()))
+    with torch.inference_mode():
+        answers = greedy_answers(model, prompts, {7}, ROOM + 30, lambda answer: next(tokens) % 250 == 0)
+    hook.remove()
+    return answers, logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_room_of_the_cache_changes_no_bit(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config, architecture, special = FAMILIES[family]
+    model = architecture(config(initializer_range=0.4, **SIZES | special)).to(dtype).eval()
+    beginning = torch.randint(53, (4,)).tolist()
+    prompts = [beginning + torch.randint(53, (1 + i % 12,)).tolist() for i in range(30)]
+    found, logits = answered(model, prompts)
+    monkeypatch.setattr(greedy, "roomy_cache", lambda model: DynamicCache(config=model.config))
+    expected, slow = answered(model, prompts)
+    assert found == expected
+    assert len(logits) == len(slow) > ROOM + 2
+    assert all(torch.equal(left, right) for left, right in zip(logits, slow, strict=True))
+    assert len({len(step) for step in logits}) > 3  # rows left the batch
+
+
+def test_a_token_is_written_behind_the_others_and_they_are_not_copied() -> None:
+    torch.manual_seed(0)
+    roomy, plain = RoomyLayer(), DynamicLayer()
+
+    def both(tokens: int, rows: int) -> None:
+        new = torch.randn(rows, 2, tokens, 8), torch.randn(rows, 2, tokens, 6)
+        for left, right in zip(roomy.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(left, right)
+
+    def selected(rows: list[int]) -> None:
+        for layer in (roomy, plain):
+            layer.batch_select_indices(torch.tensor(rows))
+
+    both(5, 1)
+    for layer in (roomy, plain):
+        layer.batch_repeat_interleave(4)
+    both(3, 4)
+    places = []
+    for _ in range(2 * ROOM + 1):
+        both(1, 4)
+        assert roomy.keys is not None
+        places.append(roomy.keys.data_ptr())
+    assert [places[i] != places[i - 1] for i in range(1, len(places))].count(True) == 2
+    selected([0, 2, 3])
+    both(1, 3)
+    both(2, 3)  # several at once
+    both(1, 3)
+    selected([1])
+    both(1, 1)
+    assert roomy.get_seq_length() == plain.get_seq_length() == 8 + 2 * ROOM + 1 + 5
+
+
+@pytest.mark.parametrize("beginning", [[], [5, 40, 7, 11]])
+def test_batched_greedy_answers_are_those_of_generate(beginning: list[int]) -> None:
+    """Ragged prompts whose answers end at different steps, so that the batch shrinks more than once."""
+    torch.manual_seed(0)
+    config = LlamaConfig(initializer_range=0.4, **SIZES)  # of varied answers
+    model, end, limit = LlamaForCausalLM(config).eval(), 7, 40
+    prompts = [beginning + torch.randint(53, (1 + i % 12,)).tolist() for i in range(30)]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        ones = torch.ones_like(ids)
+        output = model.generate(
+            ids, attention_mask=ones, do_sample=False, max_new_tokens=limit, eos_token_id=end, pad_token_id=0
+        )
+        expected.append(output[0, len(prompt) :].tolist())
+    ended = [len(answer) for answer in expected if answer[-1] == end]
+    assert len(set(ended)) >= 5
+    assert any(len(answer) == limit for answer in expected)
+    with torch.inference_mode():
+        assert greedy_answers(model, prompts, {end}, limit) == expected
