@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from hermes.console import UserError
-from tools import sweep
+from tools import dvc_queue, sweep
+from tools.dvc_runs import Relay
 
 ROOT = Path(__file__).resolve().parents[2]
 DVC_YAML = """
@@ -159,25 +160,25 @@ def test_parts_of_a_gpu_are_not_counted_as_gpus(tmp_path: Path, monkeypatch: pyt
         "#!/bin/sh\necho 'GPU 0: one (UUID: GPU-1)'\necho '  MIG 1g.10gb Device 0: (UUID: MIG-2)'\n"
     )
     tool.chmod(0o755)
-    assert sweep.gpus() == ["0"]
+    assert dvc_queue.gpus() == ["0"]
     tool.write_text("#!/bin/sh\necho 'GPU access failed'\nexit 9\n")
-    assert sweep.gpus() == []
+    assert dvc_queue.gpus() == []
 
 
 def test_what_a_dead_worker_left_running_ends_the_sweep(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     looked = iter([{}, {"seed-1": "Queued"}])
-    monkeypatch.setattr(sweep, "states", lambda: next(looked, {"seed-1": "Running"}))
-    monkeypatch.setattr(sweep, "dvc", lambda *arguments: "")
-    monkeypatch.setattr(sweep, "workers", lambda: 1)
-    monkeypatch.setattr(sweep.subprocess, "run", lambda *command, **options: None)
-    monkeypatch.setattr(sweep, "POLL", 0)
+    monkeypatch.setattr(dvc_queue, "states", lambda: next(looked, {"seed-1": "Running"}))
+    monkeypatch.setattr(dvc_queue, "dvc", lambda *arguments: "")
+    monkeypatch.setattr(dvc_queue, "workers", lambda: 1)
+    monkeypatch.setattr(dvc_queue.subprocess, "run", lambda *command, **options: None)
+    monkeypatch.setattr(dvc_queue, "POLL", 0)
     said = "seed-1: its worker has died, and DVC has it for running; end it: .venv/bin/dvc queue kill seed-1\n"
-    with sweep.Relay() as relay:
-        assert sweep.run_queued({"seed-1": ["seed=1"]}, 1, relay) == []
+    with Relay() as relay:
+        assert dvc_queue.run_queued({"seed-1": ["seed=1"]}, 1, relay) == []
         assert capsys.readouterr().err == said
-        sweep.end_queued({"seed-1"}, signal.SIGINT)
+        dvc_queue.end_queued({"seed-1"}, signal.SIGINT)
         assert capsys.readouterr().err == said
 
 
