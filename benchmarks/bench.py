@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ OTHERS = [
     for precompute in (True, False)
     for batch_size in (8, 2)  # with 4 accumulated: the same steps, less padding
 ]
-SUITE_QUESTIONS = 24
+# Of a suite; written answers fill two batches, whose prompts are of similar length, as those of a whole suite are.
+SUITE_QUESTIONS = {"shared": 24, "unshared": 12, "generation": 64}
 TRIED = {"embedded": 16, "hermes": 8}  # pairs that a candidate is tried on
 Result = dict[str, Any]
 
@@ -137,12 +139,12 @@ def compare_evaluation(answers: int, prompts: int, repetitions: int) -> tuple[di
     return ratios, raw
 
 
-def compare_suites(questions: int, repetitions: int) -> tuple[dict[str, list[float]], list[Result]]:
-    """A suite's questions in three shapes through both models; whether both answer alike is in the raw results."""
+def compare_suites(questions: Mapping[str, int], repetitions: int) -> tuple[dict[str, list[float]], list[Result]]:
+    """So many questions of each shape of a suite through both models; whether both answer alike is in the raw results."""
     ratios: dict[str, list[float]] = {}
     raw = []
-    for _, shape in itertools.product(range(repetitions), ("shared", "unshared", "generation")):
-        ours, theirs = (measure(f"suites_{side}", shape=shape, questions=questions) for side in ("ours", "hf"))
+    for _, (shape, number) in itertools.product(range(repetitions), questions.items()):
+        ours, theirs = (measure(f"suites_{side}", shape=shape, questions=number) for side in ("ours", "hf"))
         ratios.setdefault(f"evaluate.suites_vs_hf.{shape}", []).append(theirs["seconds"] / ours["seconds"])
         alike = sum(ours == theirs for ours, theirs in zip(ours["answers"], theirs["answers"], strict=True))
         sides = {
@@ -150,7 +152,7 @@ def compare_suites(questions: int, repetitions: int) -> tuple[dict[str, list[flo
             for name, found in (("ours", ours), ("hf", theirs))
         }
         apart = [abs(own - other) for own, other in zip(ours.get("totals", []), theirs.get("totals", []), strict=True)]
-        raw.append({"shape": shape, "questions": questions, "alike": alike, "apart": max(apart, default=None), **sides})
+        raw.append({"shape": shape, "questions": number, "alike": alike, "apart": max(apart, default=None), **sides})
     return ratios, raw
 
 
@@ -215,6 +217,9 @@ def write_markdown(found: Result, path: Path) -> None:
                 lines.append(f"| {key} | {what} | {mix} | {target} | {numbers} |")
     if "suites_on" in found:
         lines += ["", f"The rows evaluate.suites_vs_hf were measured alone, on {found['suites_on']}."]
+    if asked := found.get("raw", {}).get("suites"):
+        alike = {row["shape"]: f"{row['alike']} of {row['questions']} in {row['shape']}" for row in asked}
+        lines += ["", f"Questions of suites that both sides answer alike: {', '.join(alike.values())}."]
     lines += [
         "",
         "Stock TRL's best settings here: " + "; ".join(f"{mix}: {best}" for mix, best in found["best"].items()) + ".",
@@ -256,7 +261,7 @@ def bench(full: bool) -> Result:
     main = numbers["embedded"]
     found, raw["evaluation"] = compare_evaluation(16 if full else 4, 128 if full else 32, repetitions)
     main |= {key: summary(values) for key, values in found.items()}
-    found, raw["suites"] = compare_suites(SUITE_QUESTIONS if full else 8, repetitions)
+    found, raw["suites"] = compare_suites(SUITE_QUESTIONS if full else dict.fromkeys(SUITE_QUESTIONS, 8), repetitions)
     main |= {key: summary(values) for key, values in found.items()}
     cells: list[Result] = []
     if full:

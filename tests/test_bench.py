@@ -176,4 +176,6 @@ def test_the_rows_of_suites_are_measured_alone_into_what_is_there(
         assert found[f"evaluate.suites_vs_hf.{shape}"] == {"median": 4.0, "min": 4.0, "max": 4.0}
     assert found["train.vs_trl"] == before["train.vs_trl"]
     bench.write_markdown(found, tmp_path / "bench.md")
-    assert "The rows evaluate.suites_vs_hf were measured alone, on " in (tmp_path / "bench.md").read_text()
+    text = (tmp_path / "bench.md").read_text()
+    assert "The rows evaluate.suites_vs_hf were measured alone, on " in text
+    assert "answer alike: 24 of 24 in shared, 12 of 12 in unshared, 64 of 64 in generation.\n" in text
