@@ -1,11 +1,12 @@
 """The likeliest answers of a Transformers model to many prompts at once."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from hermes.model.gguf import common_beginning
 
@@ -30,7 +31,9 @@ class RoomyLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps the keys and values of new tokens, and gives those of all."""
-        if self.keys is None or self.values is None or key_states.shape[-2] != 1:
+        latent = key_states.shape[-1] != value_states.shape[-1]  # a product with them may need them in one piece
+        if self.keys is None or self.values is None or key_states.shape[-2] != 1 or latent:
+            self.forget()
             return super().update(key_states, value_states, *args, **kwargs)
         tokens = self.keys.shape[-2]
         if self.keys is not self.given or tokens == self.held[0].shape[-2]:  # other rows, or no room
@@ -44,12 +47,42 @@ class RoomyLayer(DynamicLayer):
         self.given = self.keys
         return self.keys, self.values
 
+    def forget(self) -> None:
+        """Frees the room, where the keys and values are about to be others."""
+        self.held, self.given = [], None
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows alone."""
+        super().batch_select_indices(indices)
+        self.forget()
+
 
 def roomy_cache(model: PreTrainedModel) -> DynamicCache:
     """The cache that a model would make itself, with room in the layers that see all tokens."""
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def takes_rows(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether a model keeps keys and values alone, so that rows may be padded on the left, and may leave a batch."""
+    kept = all(
+        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in cache.layers
+    )
+    return kept and {"past_key_values", "position_ids"} <= inspect.signature(model.forward).parameters.keys()
+
+
+def answer_alone(
+    model: PreTrainedModel, prompt: Ids, ends: set[int], limit: int, stopped: Stopped | None = None
+) -> Ids:
+    """The likeliest tokens after a prompt, which is read anew with every token: right for any causal model, and slow."""
+    answer: Ids = []
+    while True:
+        ids = torch.tensor([prompt + answer], device=model.device)
+        answer.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+        if answer[-1] in ends or len(answer) >= limit or (stopped is not None and stopped(answer)):
+            return answer
 
 
 def greedy_answers(
@@ -66,7 +99,11 @@ def greedy_answers(
         limit: longest answer.
         stopped: says of an answer so far whether it has ended, without one of them.
     """
-    common = common_beginning(prompts)
+    cache = roomy_cache(model)
+    if not takes_rows(model, cache):
+        return [answer_alone(model, prompt, ends, limit, stopped) for prompt in prompts]
+    # Padding would follow the beginning, and a window would count it.
+    common = common_beginning(prompts) if all(type(layer) is RoomyLayer for layer in cache.layers) else 0
     width = max(map(len, prompts)) - common
     padding = [common + width - len(prompt) for prompt in prompts]
     ids = torch.tensor(
@@ -74,7 +111,6 @@ def greedy_answers(
     )
     mask = torch.tensor([[1] * common + [0] * n + [1] * (width - n) for n in padding], device=model.device)
     positions = (mask.cumsum(dim=1) - 1)[:, common:].clamp(min=0)
-    cache = roomy_cache(model)
     if common:
         beginning = torch.tensor([prompts[0][:common]], device=model.device)
         model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -8,7 +8,6 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
-    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -20,7 +19,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from hermes.evaluation import greedy
-from hermes.evaluation.greedy import ROOM, RoomyLayer, greedy_answers
+from hermes.evaluation.greedy import ROOM, RoomyLayer, answer_alone, greedy_answers, roomy_cache, takes_rows
+from tests.hermes.test_architectures import small_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 53,
@@ -60,10 +60,13 @@ def test_the_room_of_the_cache_changes_no_bit(family: str, dtype: torch.dtype, m
     torch.manual_seed(0)
     config, architecture, special = FAMILIES[family]
     model = architecture(config(initializer_range=0.4, **SIZES | special)).to(dtype).eval()
+    roomy = [type(layer) is RoomyLayer for layer in roomy_cache(model).layers]
+    assert roomy == ([False, True] if config is Gemma2Config else [True, True])
+    assert takes_rows(model, roomy_cache(model))
     beginning = torch.randint(53, (4,)).tolist()
     prompts = [beginning + torch.randint(53, (1 + i % 12,)).tolist() for i in range(30)]
     found, logits = answered(model, prompts)
-    monkeypatch.setattr(greedy, "roomy_cache", lambda model: DynamicCache(config=model.config))
+    monkeypatch.setattr(greedy, "RoomyLayer", DynamicLayer)
     expected, slow = answered(model, prompts)
     assert found == expected
     assert len(logits) == len(slow) > ROOM + 2
@@ -71,12 +74,25 @@ def test_the_room_of_the_cache_changes_no_bit(family: str, dtype: torch.dtype, m
     assert len({len(step) for step in logits}) > 3  # rows left the batch
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "bloom", "lfm2", "qwen3_next", "mamba"])
+def test_answers_of_a_ragged_batch_are_those_of_reading_all_anew(name: str) -> None:
+    """Windows of 8 tokens, and states that run on from token to token: what padding or a kept beginning could reach."""
+    torch.manual_seed(1)
+    model = small_model(name)
+    beginning = torch.randint(3, 128, (4,)).tolist()
+    prompts = [beginning + torch.randint(3, 128, (n,)).tolist() for n in (3, 11, 1, 18, 7)]
+    assert takes_rows(model, roomy_cache(model)) is (name in ("llama", "mistral", "gemma2", "gpt_oss"))
+    with torch.inference_mode():
+        expected = [answer_alone(model, prompt, {2}, 12) for prompt in prompts]
+        assert greedy_answers(model, prompts, {2}, 12) == expected
+
+
 def test_a_token_is_written_behind_the_others_and_they_are_not_copied() -> None:
     torch.manual_seed(0)
     roomy, plain = RoomyLayer(), DynamicLayer()
 
     def both(tokens: int, rows: int) -> None:
-        new = torch.randn(rows, 2, tokens, 8), torch.randn(rows, 2, tokens, 6)
+        new = torch.randn(rows, 2, tokens, 8), torch.randn(rows, 2, tokens, 8)
         for left, right in zip(roomy.update(*new), plain.update(*new), strict=True):
             assert torch.equal(left, right)
 
@@ -95,6 +111,7 @@ def test_a_token_is_written_behind_the_others_and_they_are_not_copied() -> None:
         places.append(roomy.keys.data_ptr())
     assert [places[i] != places[i - 1] for i in range(1, len(places))].count(True) == 2
     selected([0, 2, 3])
+    assert not roomy.held  # what is gone takes no memory
     both(1, 3)
     both(2, 3)  # several at once
     both(1, 3)

@@ -513,6 +513,7 @@ def test_the_folder_of_results_changes_with_all_that_shapes_them_and_nothing_els
     others = (
         "hermes/evaluation/benchmarks",
         "hermes/evaluation/intervals",
+        "hermes/evaluation/suites",
         "hermes/instructions/kinds",
         "stages/evaluate",
     )
