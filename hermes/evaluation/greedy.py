@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hermes.model.gguf import common_beginning
 
@@ -65,12 +65,10 @@ def roomy_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def takes_rows(model: PreTrainedModel, cache: DynamicCache) -> bool:
-    """Whether a model keeps keys and values alone, so that rows may be padded on the left, and may leave a batch."""
-    kept = all(
-        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
-        for layer in cache.layers
-    )
-    return kept and {"past_key_values", "position_ids"} <= inspect.signature(model.forward).parameters.keys()
+    """Whether rows may be padded on the left, and leave a batch: the model takes positions, and all its layers are of kinds that were tried."""
+    tried = (RoomyLayer, DynamicSlidingWindowLayer)
+    taken = inspect.signature(model.forward).parameters.keys()
+    return all(type(layer) in tried for layer in cache.layers) and {"past_key_values", "position_ids"} <= taken
 
 
 def answer_alone(
@@ -90,7 +88,8 @@ def greedy_answers(
 ) -> list[Ids]:
     """The likeliest tokens after each prompt, in one batch; answers that have ended leave it, a tenth at a time.
 
-    What the prompts begin with is computed once for all, and the rest of each padded on the left.
+    The rest of each prompt is padded on the left. What all begin with is computed once, if every layer sees all tokens. A model that keeps
+    more than keys and values, or takes no positions, answers one prompt at a time.
 
     Args:
         model: any causal language model.
