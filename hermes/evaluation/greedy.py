@@ -65,7 +65,7 @@ def roomy_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def takes_rows(model: PreTrainedModel, cache: DynamicCache) -> bool:
-    """Whether rows may be padded on the left, and leave a batch: the model takes positions, and all its layers are of kinds that were tried."""
+    """Whether rows may be padded on the left and leave a batch: it takes positions, and its layers are of kinds that were tried."""
     tried = (RoomyLayer, DynamicSlidingWindowLayer)
     taken = inspect.signature(model.forward).parameters.keys()
     return all(type(layer) in tried for layer in cache.layers) and {"past_key_values", "position_ids"} <= taken
