@@ -21,7 +21,8 @@ from hermes.console import progress
 from hermes.data.chat_text import end_of_answer, ends_of_answer, rendered
 from hermes.data.prefixes import common_length
 from hermes.evaluation import choices as side_by_side
-from hermes.evaluation.greedy import Ids, Stopped, greedy_answers
+from hermes.evaluation import greedy
+from hermes.evaluation.greedy import Ids, Stopped, answer_alone, greedy_answers
 from hermes.model.base import load, release
 from hermes.model.gguf import UBATCH, GgufModel
 from hermes.settings.evaluate import Batching
@@ -182,6 +183,8 @@ class HuggingFaceChat(ChatModel):
         # Whether choices are read side by side, which nothing puts back once it was not exact; tried up to so many tokens, and with a
         # beginning that is kept.
         self.side_by_side, self.tried_choices, self.tried_beginning = True, 0, False
+        # The same of prompts that are answered in batches.
+        self.in_batches, self.tried_answers = True, 0
 
     def prepare(self, prompts: list[Ids], answers: list[list[Ids]]) -> None:
         """Finds the forward that is exact for this model, again where a longer answer comes than any before."""
@@ -215,14 +218,24 @@ class HuggingFaceChat(ChatModel):
 
     @torch.inference_mode()
     def generate(self, prompts: list[Ids]) -> list[Ids]:
-        """Greedy answers by batches of prompts sorted by length."""
+        """Greedy answers by batches of prompts sorted by length, where that is exact for this model; else one at a time."""
+        if not prompts:
+            return []
+        longest = max(map(len, prompts)) + self.max_new_tokens
+        if self.in_batches and longest > self.tried_answers:
+            folder = Path(self.model.name_or_path)
+            self.in_batches = greedy.is_exact(folder, self.model, prompts, self.ends, self.max_new_tokens)
+            self.tried_answers = longest
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        size = self.batch_size if self.in_batches else 1
         answers: dict[int, Ids] = {}
-        for batch in progress(batches, "generating", unit="batch"):
-            found = greedy_answers(
-                self.model, [prompts[i] for i in batch], self.ends, self.max_new_tokens, self.stopped
-            )
+        for start in progress(range(0, len(order), size), "generating", unit="batch"):
+            batch = order[start : start + size]
+            settings = self.ends, self.max_new_tokens, self.stopped
+            if self.in_batches:
+                found = greedy_answers(self.model, [prompts[i] for i in batch], *settings)
+            else:
+                found = [answer_alone(self.model, prompts[i], *settings) for i in batch]
             answers |= zip(batch, found, strict=True)
         return [answers[i] for i in range(len(prompts))]
 

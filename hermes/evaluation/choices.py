@@ -17,11 +17,9 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from hermes.console import warn
 from hermes.data.prefixes import common_length
-from hermes.model.base import load, release
+from hermes.evaluation.oracle import agrees
 from hermes.training.answer_scores import AnswerLogProbs
-from hermes.training.exactness import TOLERANCE, quietly, shallow_config
 from hermes.training.shared_prefix import Forward, body, logits_alone
 
 Ids = list[int]
@@ -240,16 +238,9 @@ def is_exact(folder: Path, how: Forward, prompts: Sequence[Ids], answers: Sequen
     if not how.shared:
         return False
     chosen = few(prompts, answers)
-    with quietly():
-        model = load(folder, torch.float32, config=shallow_config(folder)).eval()
-    try:
-        far = difference(model, how, [prompts[i] for i in chosen], [answers[i] for i in chosen])
-        why = "" if far <= TOLERANCE else f"its log-probabilities would be up to {far:.1g} nats a token off"
-    except Exception as error:  # whatever a model does not take
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    finally:
-        del model
-        release()
-    if why:
-        warn(f"{folder}: the choices of a question are not read side by side ({why}); two at a time, which is slower")
-    return not why
+    own_prompts, own_answers = [prompts[i] for i in chosen], [answers[i] for i in chosen]
+    return agrees(
+        folder,
+        lambda model: difference(model, how, own_prompts, own_answers),
+        "the choices of a question are not read side by side but two at a time",
+    )

@@ -1,18 +1,30 @@
-"""The likeliest answers of a Transformers model to many prompts at once."""
+"""The likeliest answers of a Transformers model to many prompts at once.
+
+Not every model takes padding, or a cache. `is_exact` compares a batch with reading all anew before batches are used, on a copy of the
+model's first layers in float32. A model that differs answers one prompt at a time.
+"""
 
 import inspect
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hermes.console import warn
+from hermes.evaluation.oracle import agrees
 from hermes.model.gguf import common_beginning
+from hermes.training.shared_prefix import logits_alone
 
 Ids = list[int]
 Stopped = Callable[[Ids], bool]
+Heard = Callable[[list[int], torch.Tensor], None]
 ROOM = 64  # tokens
+ONE_AT_A_TIME = "prompts are answered one at a time and not in batches"
 
 
 class RoomyLayer(DynamicLayer):
@@ -84,23 +96,26 @@ def answer_alone(
 
 
 def greedy_answers(
-    model: PreTrainedModel, prompts: list[Ids], ends: set[int], limit: int, stopped: Stopped | None = None
+    model: PreTrainedModel,
+    prompts: list[Ids],
+    ends: set[int],
+    limit: int,
+    stopped: Stopped | None = None,
+    heard: Heard | None = None,
 ) -> list[Ids]:
     """The likeliest tokens after each prompt, in one batch; answers that have ended leave it, a tenth at a time.
 
-    The rest of each prompt is padded on the left. What all begin with is computed once, if every layer sees all tokens. A model that keeps
-    more than keys and values, or takes no positions, answers one prompt at a time.
+    The rest of each prompt is padded on the left. What all begin with is computed once, if every layer sees all tokens.
 
     Args:
-        model: any causal language model.
+        model: a causal language model for which this is exact (`is_exact`).
         prompts: ids, none empty.
         ends: the tokens that end an answer, which keeps the one that it ends with.
         limit: longest answer.
         stopped: says of an answer so far whether it has ended, without one of them.
+        heard: gets the numbers of the prompts in the batch and the logits (prompts, vocabulary) of each step.
     """
     cache = roomy_cache(model)
-    if not takes_rows(model, cache):
-        return [answer_alone(model, prompt, ends, limit, stopped) for prompt in prompts]
     # Padding would follow the beginning, and a window would count it.
     common = common_beginning(prompts) if all(type(layer) is RoomyLayer for layer in cache.layers) else 0
     width = max(map(len, prompts)) - common
@@ -126,7 +141,10 @@ def greedy_answers(
             use_cache=True,
             logits_to_keep=1,
         )
-        ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        logits = output.logits[:, -1]
+        if heard is not None:
+            heard(rows, logits)
+        ids = logits.argmax(dim=-1, keepdim=True)
         running = []
         for place, (row, token) in enumerate(zip(rows, ids[:, 0].tolist(), strict=True)):
             answer = answers[row]
@@ -144,3 +162,50 @@ def greedy_answers(
             rows = [rows[place] for place in running]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
+
+
+def few(prompts: Sequence[Ids]) -> list[Ids]:
+    """The longest prompt, the shortest and the middle one."""
+    by_length = sorted(prompts, key=lambda prompt: (len(prompt), prompt))
+    return [by_length[-1], by_length[0], by_length[len(by_length) // 2]]
+
+
+@torch.inference_mode()
+def difference(model: PreTrainedModel, prompts: list[Ids], ends: set[int], limit: int) -> float:
+    """How far the log-probabilities of a batch's tokens are from those of reading all anew, in nats a token at most.
+
+    An answer leaves the batch at every third of the limit, whatever it is.
+    """
+    tokens, every = itertools.count(1), max(1, len(prompts) * limit // 3)
+    found: list[list[torch.Tensor]] = [[] for _ in prompts]
+
+    def heard(rows: list[int], logits: torch.Tensor) -> None:
+        for row, own in zip(rows, logits.float().log_softmax(dim=-1), strict=True):
+            found[row].append(own)
+
+    answers = greedy_answers(model, prompts, ends, limit, lambda _: next(tokens) % every == 0, heard)
+    far = 0.0
+    for prompt, answer, steps in zip(prompts, answers, found, strict=True):
+        ids = torch.tensor([*prompt, *answer], device=model.device)
+        theirs = logits_alone(model.forward, ids, len(answer)).float().log_softmax(dim=-1)
+        chosen = ids[len(prompt) :].unsqueeze(1)
+        apart = float((torch.stack(steps[: len(answer)]) - theirs).gather(1, chosen).abs().max())
+        far = max(far, apart if math.isfinite(apart) else math.inf)
+    return far
+
+
+def is_exact(folder: Path, model: PreTrainedModel, prompts: Sequence[Ids], ends: set[int], limit: int) -> bool:
+    """Whether a batch of a few prompts gets the answers that each gets alone; says so on stderr where not.
+
+    A first batch may keep a beginning; a second one cannot, as one of its prompts lacks it.
+    """
+    if not takes_rows(model, roomy_cache(model)):
+        warn(f"{folder}: {ONE_AT_A_TIME} (it keeps more than keys and values, or takes no positions), which is slower")
+        return False
+    tried, steps = few(prompts), min(limit, ROOM + 2)
+    without = [*tried[:2], tried[0][1:] or tried[0]]
+    return agrees(
+        folder,
+        lambda shallow: max(difference(shallow, batch, ends, steps) for batch in (tried, without)),
+        ONE_AT_A_TIME,
+    )

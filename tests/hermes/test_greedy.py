@@ -1,11 +1,15 @@
 """Greedy answers of many prompts at once are those of one at a time, and the cache's room changes no bit of them."""
 
 import itertools
+import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     Gemma2Config,
@@ -19,8 +23,11 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from hermes.evaluation import greedy
-from hermes.evaluation.greedy import ROOM, RoomyLayer, answer_alone, greedy_answers, roomy_cache, takes_rows
-from tests.hermes.test_architectures import small_model
+from hermes.evaluation.chat_models import HuggingFaceChat
+from hermes.evaluation.greedy import ROOM, RoomyLayer, answer_alone, greedy_answers, is_exact, roomy_cache, takes_rows
+from hermes.model.base import load
+from tests.hermes.test_architectures import EXPECTED as TRAINED
+from tests.hermes.test_architectures import PAGE, small_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 53,
@@ -30,7 +37,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
+PLAIN: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "gemma2, every second layer a window": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8, "sliding_window": 16}),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "head_dim": 8}),
@@ -41,6 +48,12 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
         | {"q_lora_rank": 8, "first_k_dense_replace": 2, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
     ),
 }
+# docs/bring-a-model.md says how every architecture answers, which is what is expected here.
+ROW = re.compile(r"^\| (in batches|one prompt at a time) \| (.*) \|$", re.MULTILINE)
+EXPECTED = {name: how for how, names in ROW.findall(PAGE.read_text()) for name in re.findall(r"`([^`]+)`", names)}
+FAMILIES = ["llama", "mistral", "gemma2", "gpt_oss", "bloom", "lfm2", "qwen3_next", "mamba", "moshi"]
+# Latent attention, whose published models have as many heads of keys as of queries.
+LATENT = {name: {"num_key_value_heads": 4} for name in ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")}
 
 
 def answered(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -55,10 +68,10 @@ def answered(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[list[lis
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_the_room_of_the_cache_changes_no_bit(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    config, architecture, special = FAMILIES[family]
+    config, architecture, special = PLAIN[family]
     model = architecture(config(initializer_range=0.4, **SIZES | special)).to(dtype).eval()
     roomy = [type(layer) is RoomyLayer for layer in roomy_cache(model).layers]
     assert roomy == ([False, True] if config is Gemma2Config else [True, True])
@@ -74,17 +87,80 @@ def test_the_room_of_the_cache_changes_no_bit(family: str, dtype: torch.dtype, m
     assert len({len(step) for step in logits}) > 3  # rows left the batch
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "bloom", "lfm2", "qwen3_next", "mamba"])
-def test_answers_of_a_ragged_batch_are_those_of_reading_all_anew(name: str) -> None:
-    """Windows of 8 tokens, and states that run on from token to token: what padding or a kept beginning could reach."""
-    torch.manual_seed(1)
-    model = small_model(name)
-    beginning = torch.randint(3, 128, (4,)).tolist()
-    prompts = [beginning + torch.randint(3, 128, (n,)).tolist() for n in (3, 11, 1, 18, 7)]
-    assert takes_rows(model, roomy_cache(model)) is (name in ("llama", "mistral", "gemma2", "gpt_oss"))
+def ragged(seed: int) -> list[list[int]]:
+    """Prompts of many lengths with a common beginning; some pass a window of 8 tokens."""
+    draw = random.Random(seed)
+    beginning = [draw.randrange(3, 128) for _ in range(4)]
+    return [beginning + [draw.randrange(3, 128) for _ in range(n)] for n in (3, 11, 1, 18, 7)]
+
+
+def check(name: str, folder: Path) -> str:
+    """The verdict on a model type. What is said to be exact gives other prompts the answers of reading all anew."""
+    model = small_model(name, **LATENT.get(name, {}))
+    model.save_pretrained(folder)
+    if not is_exact(folder, model, ragged(0), {2}, 12):
+        return "one prompt at a time"
+    prompts = ragged(1)
     with torch.inference_mode():
-        expected = [answer_alone(model, prompt, {2}, 12) for prompt in prompts]
-        assert greedy_answers(model, prompts, {2}, 12) == expected
+        for asked in (prompts, [prompt[i:] for i, prompt in enumerate(prompts)]):
+            assert greedy_answers(model, asked, {2}, 12) == [answer_alone(model, prompt, {2}, 12) for prompt in asked]
+    return "in batches"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_of_a_ragged_batch_are_those_of_reading_all_anew(name: str, tmp_path: Path) -> None:
+    """Windows of 8 tokens, and states that run on from token to token: what padding or a kept beginning could reach."""
+    assert check(name, tmp_path) == EXPECTED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - set(FAMILIES)))
+def test_every_other_architecture(name: str, tmp_path: Path) -> None:
+    assert check(name, tmp_path) == EXPECTED[name]
+
+
+def test_a_model_that_differs_in_a_batch_answers_one_prompt_at_a_time(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model("moshi")
+    model.save_pretrained(tmp_path)
+    chat = HuggingFaceChat(load(tmp_path, torch.float32), AutoTokenizer.from_pretrained(tiny_model_folder), 12, 5)
+    with torch.inference_mode():
+        expected = [answer_alone(model, prompt, chat.ends, 12) for prompt in ragged(2)]
+        assert greedy_answers(model, ragged(2), chat.ends, 12) != expected  # what the check is for
+    for _ in range(2):
+        assert chat.generate(ragged(2)) == expected
+    said = capsys.readouterr().err
+    assert said.count("one at a time and not in batches (log-probabilities would be up to") == 1
+
+
+def test_batches_are_tried_again_where_more_tokens_come_than_were_tried(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never again once they were not exact, though a window may be wider than what comes later."""
+    tried: list[int] = []
+
+    def within_window(
+        folder: Path, model: PreTrainedModel, prompts: list[list[int]], ends: set[int], limit: int
+    ) -> bool:
+        tried.append(max(map(len, prompts)) + limit)
+        return is_exact(folder, model, prompts, ends, limit) and tried[-1] <= 40
+
+    monkeypatch.setattr(greedy, "is_exact", within_window)
+    model = load(tiny_model_folder, torch.float32)
+    chat = HuggingFaceChat(model, AutoTokenizer.from_pretrained(tiny_model_folder), 10, 5)
+    for length, limit, in_batches in ((20, 10, True), (10, 10, True), (20, 15, True), (40, 10, False), (5, 5, False)):
+        chat.max_new_tokens, prompts = limit, [[5] * length, [6] * 3]
+        found = chat.generate(prompts)
+        assert chat.in_batches is in_batches
+        with torch.inference_mode():
+            assert found == [answer_alone(model, prompt, chat.ends, limit) for prompt in prompts]
+    assert tried == [30, 35, 50]
+    assert chat.generate([]) == []
+
+
+def test_the_page_has_every_architecture_that_can_be_evaluated() -> None:
+    assert EXPECTED.keys() == {name for name, verdict in TRAINED.items() if verdict != "refused"}
 
 
 def test_a_token_is_written_behind_the_others_and_they_are_not_copied() -> None:
