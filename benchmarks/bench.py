@@ -218,8 +218,10 @@ def write_markdown(found: Result, path: Path) -> None:
     if "suites_on" in found:
         lines += ["", f"The rows evaluate.suites_vs_hf were measured alone, on {found['suites_on']}."]
     if asked := found.get("raw", {}).get("suites"):
-        alike = {row["shape"]: f"{row['alike']} of {row['questions']} in {row['shape']}" for row in asked}
-        lines += ["", f"Questions of suites that both sides answer alike: {', '.join(alike.values())}."]
+        shapes = dict.fromkeys(row["shape"] for row in asked)
+        worst = [min((row for row in asked if row["shape"] == shape), key=lambda row: row["alike"]) for shape in shapes]
+        alike = [f"{row['alike']} of {row['questions']} in {row['shape']}" for row in worst]
+        lines += ["", f"Questions of suites that both sides answer alike: {', '.join(alike)}."]
     lines += [
         "",
         "Stock TRL's best settings here: " + "; ".join(f"{mix}: {best}" for mix, best in found["best"].items()) + ".",

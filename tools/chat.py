@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from gguf import GGUFReader
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from hermes.artifacts import complete_file, sha256_folder
 from hermes.console import UserError, escaped, printable, warn
@@ -59,16 +59,33 @@ class Folder:
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = load(path, compute_type("portable")).eval()
+        self.model.generation_config = GenerationConfig()  # a folder's own may sample, or punish repetition
         self.ends, self.context = ends_of_answer(tokenizer), CONTEXT
 
-    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Ids], max_new_tokens: int, /, *, stopped: Callable[[Ids], bool] | None
     ) -> list[Ids]:
         """The likeliest tokens after each prompt; `stopped` sees an answer grow."""
-        from hermes.evaluation.greedy import greedy_answers  # which takes seconds to import
+        return [self.answer(prompt, max_new_tokens, stopped) for prompt in prompts]
 
-        return greedy_answers(self.model, list(prompts), self.ends, max_new_tokens, stopped)
+    def answer(self, prompt: Ids, max_new_tokens: int, stopped: Callable[[Ids], bool] | None) -> Ids:
+        """The likeliest tokens after one."""
+        ids = torch.tensor([prompt], device=self.model.device)
+
+        def look(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            ended = stopped is not None and stopped(ids[0, len(prompt) :].tolist())
+            return torch.tensor([ended], device=ids.device)
+
+        found = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(self.ends),
+            pad_token_id=min(self.ends),
+            stopping_criteria=StoppingCriteriaList([look]),
+        )
+        return found[0, len(prompt) :].tolist()
 
 
 class Conversation:

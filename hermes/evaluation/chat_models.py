@@ -224,7 +224,7 @@ class HuggingFaceChat(ChatModel):
         longest = max(map(len, prompts)) + self.max_new_tokens
         if self.in_batches and longest > self.tried_answers:
             folder = Path(self.model.name_or_path)
-            self.in_batches = greedy.is_exact(folder, self.model, prompts, self.ends, self.max_new_tokens)
+            self.in_batches = greedy.is_exact(folder, self.model, prompts, self.max_new_tokens)
             self.tried_answers = longest
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         size = self.batch_size if self.in_batches else 1

@@ -22,9 +22,20 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from hermes.data.prefixes import common_length
 from hermes.evaluation import greedy
 from hermes.evaluation.chat_models import HuggingFaceChat
-from hermes.evaluation.greedy import ROOM, RoomyLayer, answer_alone, greedy_answers, is_exact, roomy_cache, takes_rows
+from hermes.evaluation.choices import Room
+from hermes.evaluation.greedy import (
+    ROOM,
+    RoomyLayer,
+    answer_alone,
+    greedy_answers,
+    is_exact,
+    roomy_cache,
+    takes_rows,
+    tried,
+)
 from hermes.model.base import load
 from tests.hermes.test_architectures import EXPECTED as TRAINED
 from tests.hermes.test_architectures import PAGE, small_model
@@ -87,6 +98,42 @@ def test_the_room_of_the_cache_changes_no_bit(family: str, dtype: torch.dtype, m
     assert len({len(step) for step in logits}) > 3  # rows left the batch
 
 
+@pytest.mark.parametrize("family", PLAIN)
+def test_answers_do_not_depend_on_how_many_prompts_are_read_at_once(family: str) -> None:
+    """With and without a beginning that is kept; some prompts are longer than gemma2's window."""
+    torch.manual_seed(0)
+    config, architecture, special = PLAIN[family]
+    model = architecture(config(initializer_range=0.4, **SIZES | special)).eval()
+    rest = [torch.randint(53, (1 + 3 * i,)).tolist() for i in range(9)]
+    for prompts in (rest, [[5, 40, 8, 11, *own] for own in rest]):
+        found: dict[int, list[torch.Tensor]] = {}
+        answers = {}
+        with torch.inference_mode():
+            for together in (1, 4, 9):
+                steps = found[together] = []
+
+                def heard(_: list[int], logits: torch.Tensor, steps: list[torch.Tensor] = steps) -> None:
+                    steps.append(logits)
+
+                answers[together] = greedy_answers(model, prompts, {7}, 20, None, heard, together)
+        assert answers[1] == answers[4] == answers[9]
+        for few, all_at_once in zip(found[1] + found[4], found[9] + found[9], strict=True):
+            torch.testing.assert_close(few, all_at_once, atol=1e-4, rtol=0)
+
+
+def test_no_more_prompts_are_read_at_once_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greedy, "room", lambda model: Room(100, 1000))
+    model, shapes = small_model("llama"), []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    with torch.inference_mode():
+        greedy_answers(model, [[3 + i] * (21 + i) for i in range(9)], {2}, 2)
+        greedy_answers(model, [[3] * 120, [4] * 110], {2}, 1)  # one at least
+    # A forward is as wide as its own longest prompt.
+    assert shapes == [(3, 23), (3, 26), (3, 29), (9, 1), (1, 120), (1, 110)]
+
+
 def ragged(seed: int) -> list[list[int]]:
     """Prompts of many lengths with a common beginning; some pass a window of 8 tokens."""
     draw = random.Random(seed)
@@ -98,7 +145,7 @@ def check(name: str, folder: Path) -> str:
     """The verdict on a model type. What is said to be exact gives other prompts the answers of reading all anew."""
     model = small_model(name, **LATENT.get(name, {}))
     model.save_pretrained(folder)
-    if not is_exact(folder, model, ragged(0), {2}, 12):
+    if not is_exact(folder, model, ragged(0), 12):
         return "one prompt at a time"
     prompts = ragged(1)
     with torch.inference_mode():
@@ -134,17 +181,35 @@ def test_a_model_that_differs_in_a_batch_answers_one_prompt_at_a_time(
     assert said.count("one at a time and not in batches (log-probabilities would be up to") == 1
 
 
+def test_a_window_that_only_a_long_answer_passes_is_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small_model("moshi", sliding_window=100)
+    model.save_pretrained(tmp_path)
+    assert is_exact(tmp_path, model, [[5] * 20, [6] * 9], 60)
+    assert not is_exact(tmp_path, model, [[5] * 20, [6] * 9], 120)
+    assert "one at a time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("prompts", "limit"), [([[5]], 1), ([[5], [6]], 3), ([[0, 0]], 1), ([[7] * 3] * 4, 200)])
+def test_what_is_tried_has_a_beginning_once_and_reaches_the_last_token(prompts: list[list[int]], limit: int) -> None:
+    (with_one, without), steps = tried(prompts, limit)
+    assert max(map(len, with_one)) + steps == max(map(len, prompts)) + limit
+    assert max(map(len, without)) == max(map(len, with_one))
+    assert 1 <= steps <= ROOM + 6
+    assert common_length(without) == 0
+    assert common_length(with_one) == min(map(len, with_one))
+    if limit > 100:
+        assert len({len(prompt) for prompt in with_one}) == 3
+
+
 def test_batches_are_tried_again_where_more_tokens_come_than_were_tried(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And never again once they were not exact, though a window may be wider than what comes later."""
-    tried: list[int] = []
+    asked: list[int] = []
 
-    def within_window(
-        folder: Path, model: PreTrainedModel, prompts: list[list[int]], ends: set[int], limit: int
-    ) -> bool:
-        tried.append(max(map(len, prompts)) + limit)
-        return is_exact(folder, model, prompts, ends, limit) and tried[-1] <= 40
+    def within_window(folder: Path, model: PreTrainedModel, prompts: list[list[int]], limit: int) -> bool:
+        asked.append(max(map(len, prompts)) + limit)
+        return is_exact(folder, model, prompts, limit) and asked[-1] <= 40
 
     monkeypatch.setattr(greedy, "is_exact", within_window)
     model = load(tiny_model_folder, torch.float32)
@@ -155,7 +220,7 @@ def test_batches_are_tried_again_where_more_tokens_come_than_were_tried(
         assert chat.in_batches is in_batches
         with torch.inference_mode():
             assert found == [answer_alone(model, prompt, chat.ends, limit) for prompt in prompts]
-    assert tried == [30, 35, 50]
+    assert asked == [30, 35, 50]
     assert chat.generate([]) == []
 
 
