@@ -37,6 +37,7 @@ CODE = (
     "evaluation/suite_tasks",
     "evaluation/chat_models",
     "evaluation/greedy",
+    "evaluation/oracle",
     "evaluation/choices",
     "evaluation/vllm_chat",
     "evaluation/vllm_worker",
