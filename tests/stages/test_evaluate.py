@@ -339,7 +339,7 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
 
     monkeypatch.setattr(distributed, "launch", launch)
     monkeypatch.setattr(torch.cuda, "empty_cache", memory.empty_cache)
-    for trying in ("training.exactness", "evaluation.choices"):  # which try first layers beside the model
+    for trying in ("training.exactness", "evaluation.oracle"):  # which try first layers beside the model
         monkeypatch.setattr(f"hermes.{trying}.release", lambda: None)
     for module, name in (
         (chat_models, "load"),
