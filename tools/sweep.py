@@ -81,8 +81,10 @@ def grid(text: str) -> dict[str, list[str]]:
             raise UserError(f"--grid: {part[:60]!r} is no key with its values; {EXAMPLE}")
         key, values = found[1], found[2].split(",")
         path = key if key in tree and key not in (*params.UNTRACKED, "profile") else f"profiles.{profile}.{key}"
-        if not isinstance(value_at(tree, path), str | int | float | None) or value_at(tree, path) is MISSING:
+        if (now := value_at(tree, path)) is MISSING:
             raise UserError(f"--grid: params.yaml has no value {key}, on top or in the profile {profile}")
+        if isinstance(now, list | Mapping):
+            raise UserError(f"--grid: {key} is a list or a section of params.yaml; a grid takes keys with one value")
         if key in axes or len({str(as_dvc_reads(path, value)) for value in values}) < len(values):
             raise UserError(f"--grid: {key} or one of its values comes twice")
         axes[key] = [(path, value) for value in values]
