@@ -41,7 +41,7 @@ from hermes.evaluation.vllm_chat import written_by_vllm
 from hermes.instructions.kinds import SEEN_KINDS
 from hermes.instructions.verifiers import is_looping
 from hermes.model.adapter_merge import Merger
-from hermes.model.base import as_computed, compute_type, load, load_base, release, set_determinism
+from hermes.model.base import as_computed, compute_type, load, load_base, load_config, release, set_determinism
 from hermes.model.gguf import GgufModel
 from hermes.model.tokenizer import load_tokenizer
 from hermes.run import run_stage
@@ -73,6 +73,19 @@ def path_of(name: str) -> Path:
     """The folder or the file of the model of this name."""
     whole = {"base": BASE, "merged": MERGED} | {method: COMPRESSED / method for method in get_args(Method)}
     return whole.get(name, GGUF / f"{name}.gguf")
+
+
+def check_context(folder: Path, context: int) -> None:
+    """Refuses prompts that may reach beyond the positions that a model was made for, where a score says nothing.
+
+    Raises:
+        UserError: gives both lengths.
+    """
+    positions = getattr(load_config(folder).get_text_config(), "max_position_embeddings", None)
+    if positions and context > positions:
+        raise UserError(
+            f"params.yaml: `evaluate.context` is {context}, and {folder} has {positions} positions (`max_position_embeddings`); lower it"
+        )
 
 
 def asked_files(settings: EvaluateSettings) -> list[str]:
@@ -362,6 +375,7 @@ def main() -> None:
     set_determinism(settings.threads)  # in each of several processes, since bits may depend on it
     if distributed.is_launched() and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    check_context(BASE, settings.context)
     tokenizer = load_tokenizer(MERGED)
     paths = {name: path_of(name) for name in ("base", "merged", *asked_files(settings))}
     for path in paths.values():

@@ -247,7 +247,8 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
         llama.cpp     the largest file, a cache for its slots and one more, and one to score in (hermes/model/gguf.py)
         divergence    the merged model in float32 with a row of logits
 
-    The forward is tried on a first layer in float32 (hermes/training/exactness.py), before the base is loaded, and in evaluate beside it.
+    The forward is tried on a first layer in float32 (hermes/training/exactness.py), before the base is loaded. Evaluate tries two layers
+    (hermes/evaluation/oracle.py), with the model beside them.
 
     The importance matrix takes the f16 file and a cache for its longest pair, and compress what tools/quantization_plan.py says.
 
@@ -261,10 +262,11 @@ def memory_of(run: Run, is_gpu: bool) -> dict[str, int]:
     forward = step.workspace + step.logits + row * shape.hidden * SIZES[loaded.base.dtype] * 8
     cache = 4 * shape.layers * shape.kv_heads * shape.head_size  # bytes a token, keys and values in 16 bits
     cells = (e.slots + 1) * e.context + max(UBATCH, 2 * e.context)
-    tried = 4 * (shape.other_weights + shape.linear_weights // shape.layers)
+    layer = 4 * shape.linear_weights // shape.layers
+    tried = 4 * shape.other_weights + layer
     tried += 8 * int(max(lengths.chosen.max(), lengths.rejected.max())) * shape.vocabulary
     size = 2 if is_gpu else SIZES[loaded.base.dtype]
-    needed = [size * weights + max(e.batch_size * e.context * cache * size // 2, tried)]
+    needed = [size * weights + max(e.batch_size * e.context * cache * size // 2, tried + layer)]
     needed += [gguf_size(kind, shape) + cells * cache for kind in evaluated(loaded, shape) if kind in BITS]
     needed += [4 * weights + e.context * shape.vocabulary * 4] if e.divergence_pairs else []
     kept = base.weights + base.constants

@@ -23,6 +23,7 @@ from hermes.data.prefixes import common_length
 from hermes.evaluation import choices as side_by_side
 from hermes.evaluation import greedy
 from hermes.evaluation.greedy import Ids, Stopped, answer_alone, greedy_answers
+from hermes.evaluation.oracle import Verdicts
 from hermes.model.base import load, release
 from hermes.model.gguf import UBATCH, GgufModel
 from hermes.settings.evaluate import Batching
@@ -53,7 +54,7 @@ class TokenizedModel(TemplateLM):
 
     @cached_property
     def ends(self) -> set[int]:
-        """The tokens at which an answer that is written ends, here as in any runtime."""
+        """The tokens at which an answer that is written ends: the template's and the tokenizer's."""
         return ends_of_answer(self.tokenizer)
 
     @property
@@ -75,7 +76,7 @@ class TokenizedModel(TemplateLM):
 
 
 class ChatModel(TokenizedModel):
-    """What the two backends share: text to ids, and ids to the results that lm-eval expects.
+    """What the backends share: text to ids, and ids to the results that lm-eval expects.
 
     `finished` says of each generated answer whether it ended before `max_new_tokens`, and `lengths` how many tokens it has.
     `stopped` is None, or says of an answer so far whether it has ended, where that is not a matter of the end token alone. `until` and
@@ -179,35 +180,24 @@ class HuggingFaceChat(ChatModel):
     ) -> None:
         super().__init__(tokenizer, max_new_tokens)
         self.model, self.batch_size = model.eval(), batch_size
-        self.how, self.tried = Forward(), 0  # up to this many tokens
-        # Whether choices are read side by side, which nothing puts back once it was not exact; tried up to so many tokens, and with a
-        # beginning that is kept.
-        self.side_by_side, self.tried_choices, self.tried_beginning = True, 0, False
-        # The same of prompts that are answered in batches.
-        self.in_batches, self.tried_answers = True, 0
+        self.how = Forward()
+        self.forwards: Verdicts[Forward] = Verdicts(slow=Forward(shared=False))
+        self.side_by_side: Verdicts[bool] = Verdicts(slow=False)  # choices
+        self.in_batches: Verdicts[bool] = Verdicts(slow=False)  # written answers
 
     def prepare(self, prompts: list[Ids], answers: list[list[Ids]]) -> None:
-        """Finds the forward that is exact for this model, again where a longer answer comes than any before."""
+        """Finds the forward that is exact for this model and answers of this length."""
         pairs = [(prompt, found[0], found[-1]) for prompt, found in zip(prompts, answers, strict=True)]
         longest = max((sum(map(len, pair)) for pair in pairs), default=0)
-        if longest > self.tried:
-            self.how, self.tried = choose_forward(Path(self.model.name_or_path), pairs), longest
+        self.how = self.forwards.at((longest,), lambda: choose_forward(Path(self.model.name_or_path), pairs))
 
     def choices_of(self, prompts: list[Ids], answers: list[list[Ids]]) -> list[list[tuple[float, bool]]]:
         """All choices of a question side by side (hermes/evaluation/choices.py), where that is exact for this model."""
         if not prompts:
             return []
-        longest = max(len(prompt) + max(map(len, found)) for prompt, found in zip(prompts, answers, strict=True))
-        has_beginning = any(part.beginning for part in side_by_side.parts(prompts))
-        if longest > self.tried_choices or has_beginning > self.tried_beginning:
-            self.prepare(prompts, answers)
-            folder = Path(self.model.name_or_path)
-            self.side_by_side = self.side_by_side and side_by_side.is_exact(folder, self.how, prompts, answers)
-            self.tried_choices, self.tried_beginning = (
-                max(longest, self.tried_choices),
-                has_beginning or self.tried_beginning,
-            )
-        if not self.side_by_side:
+        self.prepare(prompts, answers)
+        folder, size = Path(self.model.name_or_path), side_by_side.size(prompts, answers)
+        if not self.side_by_side.at(size, lambda: side_by_side.is_exact(folder, self.how, prompts, answers)):
             return self.scores_of(prompts, answers)
         found, bar = {}, progress(range(len(prompts)), "scoring", unit="question")
         for number, scored in side_by_side.scores(self.model, self.how, prompts, answers):
@@ -221,18 +211,17 @@ class HuggingFaceChat(ChatModel):
         """Greedy answers by batches of prompts sorted by length, where that is exact for this model; else one at a time."""
         if not prompts:
             return []
-        longest = max(map(len, prompts)) + self.max_new_tokens
-        if self.in_batches and longest > self.tried_answers:
-            folder = Path(self.model.name_or_path)
-            self.in_batches = greedy.is_exact(folder, self.model, prompts, self.max_new_tokens)
-            self.tried_answers = longest
+        folder, longest = Path(self.model.name_or_path), max(map(len, prompts)) + self.max_new_tokens
+        in_batches = self.in_batches.at(
+            (longest,), lambda: greedy.is_exact(folder, self.model, prompts, self.max_new_tokens)
+        )
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        size = self.batch_size if self.in_batches else 1
+        size = self.batch_size if in_batches else 1
         answers: dict[int, Ids] = {}
         for start in progress(range(0, len(order), size), "generating", unit="batch"):
             batch = order[start : start + size]
             settings = self.ends, self.max_new_tokens, self.stopped
-            if self.in_batches:
+            if in_batches:
                 found = greedy_answers(self.model, [prompts[i] for i in batch], *settings)
             else:
                 found = [answer_alone(self.model, prompts[i], *settings) for i in batch]

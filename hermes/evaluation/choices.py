@@ -23,7 +23,6 @@ from hermes.training.answer_scores import AnswerLogProbs
 from hermes.training.shared_prefix import Forward, body, logits_alone
 
 Ids = list[int]
-Scores = list[list[tuple[float, bool]]]
 WORTH = 32  # tokens; a shorter beginning is read again with every prompt
 # Of a GPU's memory beside the weights: for what the tokens of a batch need, and as much for the keys and values that its rows see.
 SHARE = 0.25
@@ -44,6 +43,22 @@ class Part(NamedTuple):
 
     beginning: int
     members: list[int]
+
+
+class Size(NamedTuple):
+    """What a model may take up to some number: whether it takes the choices of a task is remembered by it.
+
+    Attributes:
+        question: tokens of the longest prompt with its longest choice.
+        beginning: tokens of the longest beginning that is kept.
+        row: tokens that a row holds at most, its beginning among them.
+        several: whether a choice has more than one token, so that choices lie behind their question.
+    """
+
+    question: int
+    beginning: int
+    row: int
+    several: int
 
 
 def parts(prompts: Sequence[Ids]) -> list[Part]:
@@ -171,9 +186,23 @@ def log_probs(model: PreTrainedModel, how: Forward, kept: DynamicCache | None, r
     return torch.stack([found.double(), likeliest.double()], dim=1)
 
 
+def size(prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> Size:
+    """The size of questions, one at least."""
+    return Size(
+        max(len(prompt) + max(map(len, choices)) for prompt, choices in zip(prompts, answers, strict=True)),
+        max(part.beginning for part in parts(prompts)),
+        max(width(prompt, choices, 0) for prompt, choices in zip(prompts, answers, strict=True)),
+        any(len(answer) > 1 for choices in answers for answer in choices),
+    )
+
+
 @torch.inference_mode()
 def scores(
-    model: PreTrainedModel, how: Forward, prompts: Sequence[Ids], answers: Sequence[list[Ids]]
+    model: PreTrainedModel,
+    how: Forward,
+    prompts: Sequence[Ids],
+    answers: Sequence[list[Ids]],
+    asked: Sequence[Part] | None = None,
 ) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
     """For each question, by number, the log-probability of each choice in nats, and whether it is the greedy one.
 
@@ -184,6 +213,7 @@ def scores(
         how: how it makes logits (hermes/training/exactness.py).
         prompts: ids, none empty.
         answers: the choices of each, none empty.
+        asked: the questions that are asked; None is all of them.
     """
 
     def read(batch: list[int], found: torch.Tensor) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
@@ -194,7 +224,7 @@ def scores(
 
     limit = room(model)
     waiting: tuple[list[int], torch.Tensor] | None = None
-    for part in parts(prompts):
+    for part in parts(prompts) if asked is None else asked:
         kept = read_beginning(model, prompts[part.members[0]][: part.beginning])
         for batch in batches(prompts, answers, part, limit):
             rows = rows_of([prompts[i] for i in batch], [answers[i] for i in batch], part.beginning)
@@ -206,28 +236,39 @@ def scores(
         yield from read(*waiting)
 
 
-def few(prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> list[int]:
-    """The questions that both ways are tried on: the longest of all, and the longest, shortest and middle one of two parts.
+def few(prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> list[Part]:
+    """The questions that both ways are tried on, which have the size of all.
 
-    These are the largest part, and the largest whose beginning is kept.
+    These are the longest, the one with the longest choice and the widest row, each behind the beginning of its part. Of the largest part,
+    and of that with the longest beginning, the longest, shortest and middle one are tried, too.
     """
-    found = sorted(parts(prompts), key=lambda part: -len(part.members))
-    longest = max(range(len(prompts)), key=lambda i: (len(prompts[i]) + max(map(len, answers[i])), -i))
-    tried = [longest]
-    for part in (*found[:1], *[part for part in found if part.beginning][:1]):
-        tried += [part.members[-1], part.members[0], part.members[len(part.members) // 2]]
-    return list(dict.fromkeys(tried))
+    numbers, found = range(len(prompts)), parts(prompts)
+    largest = [
+        max(numbers, key=lambda i: len(prompts[i]) + max(map(len, answers[i]))),
+        max(numbers, key=lambda i: max(map(len, answers[i]))),
+        max(numbers, key=lambda i: width(prompts[i], answers[i], 0)),
+    ]
+    for part in (max(found, key=lambda part: len(part.members)), max(found, key=lambda part: part.beginning)):
+        largest += [part.members[-1], part.members[0], part.members[len(part.members) // 2]]
+    chosen = (Part(beginning, [i for i in members if i in largest]) for beginning, members in found)
+    return [part for part in chosen if part.members]
 
 
 @torch.inference_mode()
-def difference(model: PreTrainedModel, how: Forward, prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> float:
-    """How far the two ways are apart on questions, in nats a token at most."""
-    found, far = dict(scores(model, how, prompts, answers)), 0.0
-    for i, (prompt, choices) in enumerate(zip(prompts, answers, strict=True)):
-        for answer, (ours, _) in zip(choices, found[i], strict=True):
-            ids = torch.tensor([*prompt, *answer], device=model.device)
+def difference(
+    model: PreTrainedModel,
+    how: Forward,
+    prompts: Sequence[Ids],
+    answers: Sequence[list[Ids]],
+    asked: Sequence[Part] | None = None,
+) -> float:
+    """How far the two ways are apart on questions, in nats a token at most; arguments as of `scores`."""
+    far = 0.0
+    for i, found in scores(model, how, prompts, answers, asked):
+        for answer, (ours, _) in zip(answers[i], found, strict=True):
+            ids = torch.tensor([*prompts[i], *answer], device=model.device)
             logits = logits_alone(model.forward, ids, len(answer)).float()
-            theirs = logits.log_softmax(dim=-1).gather(1, ids[len(prompt) :].unsqueeze(1)).double().sum()
+            theirs = logits.log_softmax(dim=-1).gather(1, ids[len(prompts[i]) :].unsqueeze(1)).double().sum()
             apart = abs(ours - float(theirs)) / len(answer)
             far = max(far, apart if math.isfinite(apart) else math.inf)
     return far
@@ -237,10 +278,9 @@ def is_exact(folder: Path, how: Forward, prompts: Sequence[Ids], answers: Sequen
     """Whether a model of this folder gives the choices of a few questions what its own forward gives them; says so on stderr where not."""
     if not how.shared:
         return False
-    chosen = few(prompts, answers)
-    own_prompts, own_answers = [prompts[i] for i in chosen], [answers[i] for i in chosen]
+    asked = few(prompts, answers)
     return agrees(
         folder,
-        lambda model: difference(model, how, own_prompts, own_answers),
+        lambda model: difference(model, how, prompts, answers, asked),
         "the choices of a question are not read side by side but two at a time",
     )

@@ -91,9 +91,10 @@ def answer_alone(
 ) -> Ids:
     """The likeliest tokens after a prompt, which is read anew with every token: right for any causal model, and slow."""
     answer: Ids = []
+    kept = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     while True:
         ids = torch.tensor([prompt + answer], device=model.device)
-        answer.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+        answer.append(int(model(input_ids=ids, use_cache=False, **kept).logits[0, -1].argmax()))
         if answer[-1] in ends or len(answer) >= limit or (stopped is not None and stopped(answer)):
             return answer
 

@@ -5,13 +5,36 @@ Nothing is trusted by a model's name. The copy is in float32 and has as many lay
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hermes.console import warn
 from hermes.model.base import load, load_config, release
+from hermes.shortage import lack
 from hermes.training.exactness import TOLERANCE, quietly, shallow_config
+
+Way = TypeVar("Way")
+
+
+class Verdicts(Generic[Way]):
+    """Which way a model takes at which size. It does not depend on what was asked before, so that a run which goes on has the same bits.
+
+    A fast way that is exact at a size is exact at smaller ones; where it is not, it is not at larger ones. All others are tried.
+    """
+
+    def __init__(self, slow: Way) -> None:
+        self.slow = slow
+        self.tried: dict[tuple[int, ...], Way] = {}
+
+    def at(self, size: tuple[int, ...], find: Callable[[], Way]) -> Way:
+        """The way at a size, for example in tokens; `find` tries it."""
+        for known, way in self.tried.items():
+            smaller, larger = (known, size) if way == self.slow else (size, known)
+            if all(one <= other for one, other in zip(smaller, larger, strict=True)):
+                return way
+        return self.tried.setdefault(size, find())
 
 
 def first_layers(folder: Path) -> PreTrainedConfig:
@@ -33,7 +56,7 @@ def agrees(folder: Path, difference: Callable[[PreTrainedModel], float], otherwi
 
     Args:
         folder: the model, for Transformers.
-        difference: of two ways, in nats a token; what it raises counts as a difference.
+        difference: of two ways, in nats a token; what it raises counts as a difference, unless the machine lacks something.
         otherwise: what is done if they differ, for the line.
     """
     with quietly():
@@ -42,6 +65,8 @@ def agrees(folder: Path, difference: Callable[[PreTrainedModel], float], otherwi
         far = difference(model)
         why = "" if far <= TOLERANCE else f"log-probabilities would be up to {far:.1g} nats a token off"
     except Exception as error:  # whatever a model does not take
+        if lack(error):
+            raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     finally:
         del model

@@ -1,5 +1,6 @@
 """The choices of questions side by side, against the model's own forward of each alone."""
 
+import itertools
 import math
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from hermes.data.prefixes import common_length
 from hermes.evaluation import choices
 from hermes.evaluation.chat_models import HuggingFaceChat
 from hermes.evaluation.choices import Part, Room
@@ -166,10 +168,10 @@ def test_a_model_that_is_exact_is_tried_once_for_the_longest_question(
     prompts, answers = asked()
     for number in (4, 8, 2):
         found = chat.choices_of(prompts[:number], answers[:number])
-        assert chat.side_by_side
         for own, theirs in zip(found, alone(model, prompts[:number], answers[:number]), strict=True):
             assert [total for total, _ in own] == pytest.approx([total for total, _ in theirs], abs=1e-4)
     assert tried == [4, 8]
+    assert all(chat.side_by_side.tried.values())
     assert chat.choices_of([], []) == []
 
 
@@ -202,38 +204,63 @@ def test_a_gpus_batches_go_by_its_memory_and_the_models_widths(monkeypatch: pyte
     assert on(10e9, **llama3) == Room(1, 1)  # where the weights do not fit, either
 
 
-def test_a_model_that_was_not_exact_once_is_not_read_side_by_side_again(
+def test_a_task_is_read_as_its_size_says_and_not_as_those_before_it(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many short choices are more tokens together than one long sequence, which alone may pass a window."""
-    asked_of: list[int] = []
-
-    def within_window(folder: Path, how: Forward, prompts: list[Ids], answers: list[list[Ids]]) -> bool:
-        asked_of.append(max(len(prompt) + max(map(len, own)) for prompt, own in zip(prompts, answers, strict=True)))
-        return asked_of[-1] <= 40
-
-    monkeypatch.setattr(choices, "is_exact", within_window)
-    chat = HuggingFaceChat(
-        load(tiny_model_folder, torch.float32), AutoTokenizer.from_pretrained(tiny_model_folder), 0, 8
+    short, many, long = (
+        ([[5] * 20], [[[6] * 10] * number]) if tokens == 20 else ([[5] * tokens], [[[6] * 10] * number])
+        for tokens, number in ((20, 2), (20, 8), (60, 2))
     )
-    many, long = ([[5] * 20], [[[6] * 10] * 8]), ([[5] * 60], [[[6] * 10] * 2])
-    chat.choices_of(*many)
-    assert chat.side_by_side
-    chat.choices_of(*long)
-    assert not chat.side_by_side
-    chat.choices_of([[5] * 20], [[[6] * 10] * 30])
-    assert not chat.side_by_side
-    assert asked_of == [30, 70]
+    ways: list[int] = []
+
+    def two_at_a_time(
+        _: HuggingFaceChat, prompts: list[Ids], answers: list[list[Ids]]
+    ) -> list[list[tuple[float, bool]]]:
+        ways.append(choices.size(prompts, answers).row)
+        return []
+
+    monkeypatch.setattr(choices, "is_exact", lambda _, how, prompts, answers: choices.size(prompts, answers).row <= 75)
+    monkeypatch.setattr(HuggingFaceChat, "scores_of", two_at_a_time)
+    model, tokenizer = load(tiny_model_folder, torch.float32), AutoTokenizer.from_pretrained(tiny_model_folder)
+    for order in itertools.permutations([short, many, long]):
+        chat = HuggingFaceChat(model, tokenizer, 0, 8)
+        ways.clear()
+        for task in order:
+            chat.choices_of(*task)
+        assert sorted(ways) == [78, 92]
 
 
-def test_a_beginning_that_is_kept_is_among_what_is_tried() -> None:
-    draw = random.Random(1)
-    alone = [[draw.randrange(3, 120) for _ in range(60)] for _ in range(6)]
-    start = [draw.randrange(3, 120) for _ in range(40)]
-    prompts = alone + [[*start, draw.randrange(3, 120), 7] for _ in range(3)]
-    answers: list[list[Ids]] = [[[5], [6]] for _ in prompts]
-    chosen = choices.few(prompts, answers)
-    assert any(part.beginning for part in choices.parts([prompts[i] for i in chosen]))
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_tried_has_the_size_of_all(seed: int) -> None:
+    """The longest beginning is kept in it, the longest choice read and the widest row, whatever else the prompts are."""
+    draw = random.Random(seed)
+
+    def some(count: int) -> Ids:
+        return [draw.randrange(3, 120) for _ in range(count)]
+
+    beginnings = [some(draw.randrange(33, 80)) for _ in range(3)]
+    prompts = [some(draw.randrange(1, 90)) for _ in range(draw.randrange(40))]
+    prompts += [[*draw.choice(beginnings), *some(draw.randrange(1, 90))] for _ in range(draw.randrange(2, 40))]
+    draw.shuffle(prompts)
+    answers = [[some(draw.randrange(1, 9)) for _ in range(draw.randrange(1, 5))] for _ in prompts]
+    asked, whole = choices.few(prompts, answers), choices.size(prompts, answers)
+    numbers = [i for part in asked for i in part.members]
+    own = choices.size([prompts[i] for i in numbers], [answers[i] for i in numbers])
+    assert max(part.beginning for part in asked) == whole.beginning
+    assert own._replace(beginning=0) == whole._replace(beginning=0)
+    assert len(numbers) == len(set(numbers)) <= 9
+    for part in asked:
+        assert common_length([prompts[i] for i in part.members]) >= part.beginning
+
+
+def test_only_the_questions_that_are_asked_are_scored() -> None:
+    model, (prompts, answers) = small_model("llama"), asked()
+    whole = dict(choices.scores(model, Forward(), prompts, answers))
+    some = dict(choices.scores(model, Forward(), prompts, answers, [Part(50, [1, 4]), Part(0, [7])]))
+    assert some.keys() == {1, 4, 7}
+    for i, found in some.items():
+        assert [total for total, _ in found] == pytest.approx([total for total, _ in whole[i]], abs=1e-4)
 
 
 def test_a_difference_that_is_no_number_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:

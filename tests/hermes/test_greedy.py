@@ -23,7 +23,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from hermes.data.prefixes import common_length
-from hermes.evaluation import greedy
+from hermes.evaluation import chat_models, greedy
 from hermes.evaluation.chat_models import HuggingFaceChat
 from hermes.evaluation.choices import Room
 from hermes.evaluation.greedy import (
@@ -204,7 +204,7 @@ def test_what_is_tried_has_a_beginning_once_and_reaches_the_last_token(prompts: 
 def test_batches_are_tried_again_where_more_tokens_come_than_were_tried(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And never again once they were not exact, though a window may be wider than what comes later."""
+    """What is shorter than what was exact is not tried again, and neither is what is longer than what was not."""
     asked: list[int] = []
 
     def within_window(folder: Path, model: PreTrainedModel, prompts: list[list[int]], limit: int) -> bool:
@@ -214,10 +214,25 @@ def test_batches_are_tried_again_where_more_tokens_come_than_were_tried(
     monkeypatch.setattr(greedy, "is_exact", within_window)
     model = load(tiny_model_folder, torch.float32)
     chat = HuggingFaceChat(model, AutoTokenizer.from_pretrained(tiny_model_folder), 10, 5)
-    for length, limit, in_batches in ((20, 10, True), (10, 10, True), (20, 15, True), (40, 10, False), (5, 5, False)):
+    ways: list[int] = []
+
+    def batched(model: PreTrainedModel, prompts: list[list[int]], *settings: Any) -> list[list[int]]:
+        ways.append(len(prompts))
+        return greedy_answers(model, prompts, *settings)
+
+    monkeypatch.setattr(chat_models, "greedy_answers", batched)
+    for length, limit, in_batches in (
+        (20, 10, True),
+        (10, 10, True),
+        (20, 15, True),
+        (40, 10, False),
+        (45, 10, False),
+        (5, 5, True),
+    ):
         chat.max_new_tokens, prompts = limit, [[5] * length, [6] * 3]
+        ways.clear()
         found = chat.generate(prompts)
-        assert chat.in_batches is in_batches
+        assert ways == ([2] if in_batches else [])
         with torch.inference_mode():
             assert found == [answer_alone(model, prompt, chat.ends, limit) for prompt in prompts]
     assert asked == [30, 35, 50]

@@ -130,6 +130,12 @@ def test_a_text_that_looks_like_code_is_scored_as_text(
     )
 
 
+def test_a_context_of_more_tokens_than_the_model_has_positions_is_refused(tiny_model_folder: Path) -> None:
+    evaluate.check_context(tiny_model_folder, 512)
+    with pytest.raises(UserError, match=r"`evaluate\.context` is 513, and .*base has 512 positions .*; lower it$"):
+        evaluate.check_context(tiny_model_folder, 513)
+
+
 def test_a_pair_longer_than_the_context_is_refused_before_any_model_is_loaded(
     tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
