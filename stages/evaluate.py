@@ -76,7 +76,7 @@ def path_of(name: str) -> Path:
 
 
 def check_context(folder: Path, context: int) -> None:
-    """Refuses prompts that may reach beyond the positions that a model was made for, where a score says nothing.
+    """Refuses suites whose prompts may reach beyond the positions that a model was made for. lm-eval would cut them there.
 
     Raises:
         UserError: gives both lengths.
@@ -375,7 +375,8 @@ def main() -> None:
     set_determinism(settings.threads)  # in each of several processes, since bits may depend on it
     if distributed.is_launched() and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    check_context(BASE, settings.context)
+    if settings.suites:
+        check_context(BASE, settings.context)
     tokenizer = load_tokenizer(MERGED)
     paths = {name: path_of(name) for name in ("base", "merged", *asked_files(settings))}
     for path in paths.values():

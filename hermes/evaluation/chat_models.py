@@ -196,15 +196,20 @@ class HuggingFaceChat(ChatModel):
         if not prompts:
             return []
         self.prepare(prompts, answers)
-        folder, size = Path(self.model.name_or_path), side_by_side.size(prompts, answers)
-        if not self.side_by_side.at(size, lambda: side_by_side.is_exact(folder, self.how, prompts, answers)):
+        asked = side_by_side.parts(prompts)
+        if not (self.how.shared and self.takes_side_by_side(prompts, answers, asked)):
             return self.scores_of(prompts, answers)
         found, bar = {}, progress(range(len(prompts)), "scoring", unit="question")
-        for number, scored in side_by_side.scores(self.model, self.how, prompts, answers):
+        for number, scored in side_by_side.scores(self.model, self.how, prompts, answers, asked):
             found[number] = scored
             bar.update(1)
         bar.close()
         return [found[i] for i in range(len(prompts))]
+
+    def takes_side_by_side(self, prompts: list[Ids], answers: list[list[Ids]], asked: list[side_by_side.Part]) -> bool:
+        """Whether this model takes choices of this size side by side."""
+        folder, size = Path(self.model.name_or_path), side_by_side.size(prompts, answers, asked)
+        return self.side_by_side.at(size, lambda: side_by_side.is_exact(folder, self.how, prompts, answers, asked))
 
     @torch.inference_mode()
     def generate(self, prompts: list[Ids]) -> list[Ids]:

@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What a model may take up to some number: whether it takes the choices of a task is remembered by it.
+    """How large a task is in what a model may not take: verdicts are remembered by it.
 
     Attributes:
         question: tokens of the longest prompt with its longest choice.
@@ -186,11 +186,11 @@ def log_probs(model: PreTrainedModel, how: Forward, kept: DynamicCache | None, r
     return torch.stack([found.double(), likeliest.double()], dim=1)
 
 
-def size(prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> Size:
-    """The size of questions, one at least."""
+def size(prompts: Sequence[Ids], answers: Sequence[list[Ids]], asked: Sequence[Part]) -> Size:
+    """The size of a task of one question or more, whose parts are `asked`."""
     return Size(
         max(len(prompt) + max(map(len, choices)) for prompt, choices in zip(prompts, answers, strict=True)),
-        max(part.beginning for part in parts(prompts)),
+        max(part.beginning for part in asked),
         max(width(prompt, choices, 0) for prompt, choices in zip(prompts, answers, strict=True)),
         any(len(answer) > 1 for choices in answers for answer in choices),
     )
@@ -202,7 +202,7 @@ def scores(
     how: Forward,
     prompts: Sequence[Ids],
     answers: Sequence[list[Ids]],
-    asked: Sequence[Part] | None = None,
+    asked: Sequence[Part],
 ) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
     """For each question, by number, the log-probability of each choice in nats, and whether it is the greedy one.
 
@@ -213,7 +213,7 @@ def scores(
         how: how it makes logits (hermes/training/exactness.py).
         prompts: ids, none empty.
         answers: the choices of each, none empty.
-        asked: the questions that are asked; None is all of them.
+        asked: the questions that are asked, by their beginnings: `parts` gives all.
     """
 
     def read(batch: list[int], found: torch.Tensor) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
@@ -224,7 +224,7 @@ def scores(
 
     limit = room(model)
     waiting: tuple[list[int], torch.Tensor] | None = None
-    for part in parts(prompts) if asked is None else asked:
+    for part in asked:
         kept = read_beginning(model, prompts[part.members[0]][: part.beginning])
         for batch in batches(prompts, answers, part, limit):
             rows = rows_of([prompts[i] for i in batch], [answers[i] for i in batch], part.beginning)
@@ -236,21 +236,21 @@ def scores(
         yield from read(*waiting)
 
 
-def few(prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> list[Part]:
-    """The questions that both ways are tried on, which have the size of all.
+def few(prompts: Sequence[Ids], answers: Sequence[list[Ids]], asked: Sequence[Part]) -> list[Part]:
+    """The questions of a task that both ways are tried on. Together they have its size.
 
     These are the longest, the one with the longest choice and the widest row, each behind the beginning of its part. Of the largest part,
     and of that with the longest beginning, the longest, shortest and middle one are tried, too.
     """
-    numbers, found = range(len(prompts)), parts(prompts)
+    numbers = range(len(prompts))
     largest = [
         max(numbers, key=lambda i: len(prompts[i]) + max(map(len, answers[i]))),
         max(numbers, key=lambda i: max(map(len, answers[i]))),
         max(numbers, key=lambda i: width(prompts[i], answers[i], 0)),
     ]
-    for part in (max(found, key=lambda part: len(part.members)), max(found, key=lambda part: part.beginning)):
+    for part in (max(asked, key=lambda part: len(part.members)), max(asked, key=lambda part: part.beginning)):
         largest += [part.members[-1], part.members[0], part.members[len(part.members) // 2]]
-    chosen = (Part(beginning, [i for i in members if i in largest]) for beginning, members in found)
+    chosen = (Part(beginning, [i for i in members if i in largest]) for beginning, members in asked)
     return [part for part in chosen if part.members]
 
 
@@ -260,7 +260,7 @@ def difference(
     how: Forward,
     prompts: Sequence[Ids],
     answers: Sequence[list[Ids]],
-    asked: Sequence[Part] | None = None,
+    asked: Sequence[Part],
 ) -> float:
     """How far the two ways are apart on questions, in nats a token at most; arguments as of `scores`."""
     far = 0.0
@@ -274,13 +274,13 @@ def difference(
     return far
 
 
-def is_exact(folder: Path, how: Forward, prompts: Sequence[Ids], answers: Sequence[list[Ids]]) -> bool:
+def is_exact(
+    folder: Path, how: Forward, prompts: Sequence[Ids], answers: Sequence[list[Ids]], asked: Sequence[Part]
+) -> bool:
     """Whether a model of this folder gives the choices of a few questions what its own forward gives them; says so on stderr where not."""
-    if not how.shared:
-        return False
-    asked = few(prompts, answers)
+    tried = few(prompts, answers, asked)
     return agrees(
         folder,
-        lambda model: difference(model, how, prompts, answers, asked),
+        lambda model: difference(model, how, prompts, answers, tried),
         "the choices of a question are not read side by side but two at a time",
     )

@@ -19,9 +19,9 @@ Way = TypeVar("Way")
 
 
 class Verdicts(Generic[Way]):
-    """Which way a model takes at which size. It does not depend on what was asked before, so that a run which goes on has the same bits.
+    """Which way a model takes at which size, as a window's width decides it. So a verdict does not depend on what was asked before.
 
-    A fast way that is exact at a size is exact at smaller ones; where it is not, it is not at larger ones. All others are tried.
+    Assumed is that a fast way which is exact at a size is so at smaller ones, and one that is not, at no larger one. All others are tried.
     """
 
     def __init__(self, slow: Way) -> None:

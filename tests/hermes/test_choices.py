@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hermes.data.prefixes import common_length
-from hermes.evaluation import choices
+from hermes.evaluation import chat_models, choices
 from hermes.evaluation.chat_models import HuggingFaceChat
 from hermes.evaluation.choices import Part, Room
 from hermes.model.base import load
@@ -62,7 +62,7 @@ def alone(model: PreTrainedModel, prompts: list[Ids], answers: list[list[Ids]]) 
 
 
 def check(model: PreTrainedModel, how: Forward, prompts: list[Ids], answers: list[list[Ids]]) -> None:
-    found = dict(choices.scores(model, how, prompts, answers))
+    found = dict(choices.scores(model, how, prompts, answers, choices.parts(prompts)))
     assert sorted(found) == list(range(len(prompts)))
     for i, expected in enumerate(alone(model, prompts, answers)):
         for (ours, likeliest), (theirs, is_likeliest) in zip(found[i], expected, strict=True):
@@ -82,7 +82,7 @@ def test_the_likeliest_choice_is_marked() -> None:
         for prompt, own in zip(prompts, answers, strict=True):
             greedy = int(logits_alone(model.forward, torch.tensor([*prompt, 3]), 1).argmax())
             own.append([greedy])
-    found = dict(choices.scores(model, Forward(), prompts, answers))
+    found = dict(choices.scores(model, Forward(), prompts, answers, choices.parts(prompts)))
     assert all(scores[-1][1] for scores in found.values())
     check(model, Forward(), prompts, answers)
 
@@ -91,7 +91,7 @@ def test_a_beginning_is_read_once_and_every_prompt_once() -> None:
     model, (prompts, answers) = small_model("llama"), asked()
     read = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
-    list(choices.scores(model, Forward(), prompts, answers))
+    list(choices.scores(model, Forward(), prompts, answers, choices.parts(prompts)))
     rows = [len(p) + sum(len(a) - 1 for a in own) for p, own in zip(prompts, answers, strict=True)]
     six, two = [count - 50 for count in rows[:6]], rows[6:]
     assert read == [50, 6 * max(six), 2 * max(two)]
@@ -123,7 +123,7 @@ def verdict(name: str) -> bool:
     if not how.shared:
         return False
     try:
-        return choices.difference(model, how, *asked()) <= TOLERANCE
+        return choices.difference(model, how, *asked(), choices.parts(asked()[0])) <= TOLERANCE
     except Exception:
         return False
 
@@ -158,9 +158,9 @@ def test_a_model_that_is_exact_is_tried_once_for_the_longest_question(
     tried: list[int] = []
     is_exact = choices.is_exact
 
-    def counted(folder: Path, how: Forward, prompts: list[Ids], answers: list[list[Ids]]) -> bool:
+    def counted(folder: Path, how: Forward, prompts: list[Ids], answers: list[list[Ids]], parts: list[Part]) -> bool:
         tried.append(len(prompts))
-        return is_exact(folder, how, prompts, answers)
+        return is_exact(folder, how, prompts, answers, parts)
 
     monkeypatch.setattr(choices, "is_exact", counted)
     model = load(tiny_model_folder, torch.float32)
@@ -208,19 +208,16 @@ def test_a_task_is_read_as_its_size_says_and_not_as_those_before_it(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many short choices are more tokens together than one long sequence, which alone may pass a window."""
-    short, many, long = (
-        ([[5] * 20], [[[6] * 10] * number]) if tokens == 20 else ([[5] * tokens], [[[6] * 10] * number])
-        for tokens, number in ((20, 2), (20, 8), (60, 2))
-    )
+    short, many, long = (([[5] * tokens], [[[6] * 10] * number]) for tokens, number in ((20, 2), (20, 8), (60, 2)))
     ways: list[int] = []
 
     def two_at_a_time(
         _: HuggingFaceChat, prompts: list[Ids], answers: list[list[Ids]]
     ) -> list[list[tuple[float, bool]]]:
-        ways.append(choices.size(prompts, answers).row)
+        ways.append(choices.size(prompts, answers, choices.parts(prompts)).row)
         return []
 
-    monkeypatch.setattr(choices, "is_exact", lambda _, how, prompts, answers: choices.size(prompts, answers).row <= 75)
+    monkeypatch.setattr(choices, "is_exact", lambda _, how, *task: choices.size(*task).row <= 75)
     monkeypatch.setattr(HuggingFaceChat, "scores_of", two_at_a_time)
     model, tokenizer = load(tiny_model_folder, torch.float32), AutoTokenizer.from_pretrained(tiny_model_folder)
     for order in itertools.permutations([short, many, long]):
@@ -229,6 +226,28 @@ def test_a_task_is_read_as_its_size_says_and_not_as_those_before_it(
         for task in order:
             chat.choices_of(*task)
         assert sorted(ways) == [78, 92]
+
+
+def test_a_model_without_a_shared_row_is_not_read_side_by_side(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where a larger task, of a shorter pair, was."""
+    monkeypatch.setattr(chat_models, "choose_forward", lambda _, pairs: Forward(shared=sum(map(len, pairs[0])) < 80))
+    model, tokenizer = load(tiny_model_folder, torch.float32), AutoTokenizer.from_pretrained(tiny_model_folder)
+    chat = HuggingFaceChat(model, tokenizer, 0, 8)
+    larger, longer = ([[5] * 40], [[[6], [6] * 60, [6]]]), ([[5] * 35], [[[6] * 25, [6] * 25]])
+    read: list[int] = []
+    scores = choices.scores
+
+    def counted(*arguments: Any) -> Any:
+        read.append(len(arguments[2][0]))
+        return scores(*arguments)
+
+    monkeypatch.setattr(choices, "scores", counted)
+    for task in (larger, longer):
+        for ours, theirs in zip(chat.choices_of(*task)[0], alone(model, *task)[0], strict=True):
+            assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
+    assert set(read) == {40}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -244,11 +263,10 @@ def test_what_is_tried_has_the_size_of_all(seed: int) -> None:
     prompts += [[*draw.choice(beginnings), *some(draw.randrange(1, 90))] for _ in range(draw.randrange(2, 40))]
     draw.shuffle(prompts)
     answers = [[some(draw.randrange(1, 9)) for _ in range(draw.randrange(1, 5))] for _ in prompts]
-    asked, whole = choices.few(prompts, answers), choices.size(prompts, answers)
+    parts = choices.parts(prompts)
+    asked, whole = choices.few(prompts, answers, parts), choices.size(prompts, answers, parts)
     numbers = [i for part in asked for i in part.members]
-    own = choices.size([prompts[i] for i in numbers], [answers[i] for i in numbers])
-    assert max(part.beginning for part in asked) == whole.beginning
-    assert own._replace(beginning=0) == whole._replace(beginning=0)
+    assert choices.size([prompts[i] for i in numbers], [answers[i] for i in numbers], asked) == whole
     assert len(numbers) == len(set(numbers)) <= 9
     for part in asked:
         assert common_length([prompts[i] for i in part.members]) >= part.beginning
@@ -256,7 +274,7 @@ def test_what_is_tried_has_the_size_of_all(seed: int) -> None:
 
 def test_only_the_questions_that_are_asked_are_scored() -> None:
     model, (prompts, answers) = small_model("llama"), asked()
-    whole = dict(choices.scores(model, Forward(), prompts, answers))
+    whole = dict(choices.scores(model, Forward(), prompts, answers, choices.parts(prompts)))
     some = dict(choices.scores(model, Forward(), prompts, answers, [Part(50, [1, 4]), Part(0, [7])]))
     assert some.keys() == {1, 4, 7}
     for i, found in some.items():
@@ -265,4 +283,4 @@ def test_only_the_questions_that_are_asked_are_scored() -> None:
 
 def test_a_difference_that_is_no_number_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "logits_alone", lambda forward, ids, count: torch.full((count, 128), math.nan))
-    assert choices.difference(small_model("llama"), Forward(), *asked()) == math.inf
+    assert choices.difference(small_model("llama"), Forward(), *asked(), choices.parts(asked()[0])) == math.inf
