@@ -69,9 +69,8 @@ def parts(prompts: Sequence[Ids]) -> list[Part]:
         middle = prompts[rest[len(rest) // 2]][:-1]
         shared = [common_length([middle, prompts[i][:-1]]) for i in rest]
         others = enumerate(sorted(shared, reverse=True))
-        saved, length = max((length * count, length) for count, length in others)
-        if saved == 0 or length < WORTH:
-            length = 0
+        worth = [(length * count, length) for count, length in others if count and length >= WORTH]
+        _, length = max(worth, default=(0, 0))
         members = [i for i, own in zip(rest, shared, strict=True) if own >= length]
         found.append(Part(length, sorted(members, key=lambda i: (len(prompts[i]), i))))
         rest = [i for i, own in zip(rest, shared, strict=True) if own < length]

@@ -12,7 +12,7 @@ from hermes.evaluation.intervals import paired_gain, ratio_interval
 Row = dict[str, Any]
 MATCHED = 0.2  # answers whose numbers of words differ by this share of the larger at most are of matched length
 BINS = 10  # of confidence
-HISTOGRAM = 24  # bars of margins
+HISTOGRAM = 24  # bars of margins, or one more
 
 
 def words(text: str) -> int:
@@ -103,21 +103,33 @@ def margins(before: Sequence[Row], after: Sequence[Row], beta: float) -> Row | N
         )
         gained.append((new["topic"], chosen, rejected))
         found.append((new["topic"], beta * (chosen - rejected)))
-    low, high = min(value for _, value in found), max(value for _, value in found)
-    step = (high - low) / HISTOGRAM or 1.0
-    counts = [0] * HISTOGRAM
-    for _, value in found:
-        counts[min(HISTOGRAM - 1, int((value - low) / step))] += 1
+    edges, counts = histogram([value for _, value in found])
     return {
         "n": len(found),
         "mean": ratio_interval([(topic, value, 1) for topic, value in found]),
         "right": ratio_interval([(topic, float(value > 0), 1) for topic, value in found]),
-        "edges": [low + step * i for i in range(HISTOGRAM + 1)],
+        "edges": edges,
         "counts": counts,
         "calibration": calibration(found),
         "chosen": ratio_interval([(topic, value, 1) for topic, value, _ in gained]),
         "rejected": ratio_interval([(topic, value, 1) for topic, _, value in gained]),
     }
+
+
+def histogram(values: Sequence[float]) -> tuple[list[float], list[int]]:
+    """The edges of bars of one width, and how many values lie in each.
+
+    Zero is an edge and belongs to the bar below it, so that the bars above it hold what is above zero, and no more.
+    """
+    low, high = min(0.0, *values), max(0.0, *values)
+    step = (high - low) / HISTOGRAM or 1.0
+    below, above = math.ceil(-low / step), math.ceil(high / step)
+    if below == 0 and 0.0 in values:
+        below = 1
+    counts = [0] * (below + above)
+    for value in values:
+        counts[max(0, math.ceil(value / step) - 1 + below)] += 1
+    return [step * i for i in range(-below, above + 1)], counts
 
 
 def calibration(found: Sequence[tuple[str, float]]) -> Row:

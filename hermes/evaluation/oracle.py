@@ -1,6 +1,7 @@
 """Whether a fast way gives what a model's own forward gives: tried on its first layers, before the way is used.
 
 Nothing is trusted by a model's name. The copy is in float32 and has as many layers as hold each kind of layer once, two at least.
+A model whose text part is nested in it is copied whole.
 """
 
 from collections.abc import Callable

@@ -115,6 +115,12 @@ def test_prompts_go_by_their_beginnings() -> None:
     assert choices.parts([]) == []
 
 
+def test_a_short_beginning_of_many_does_not_hide_the_long_one_of_some() -> None:
+    many = [[5] * 20 + [other, i] for i in range(50) for other in (4, 6)]
+    some = [[5] * 150 + [7, i] for i in range(10)]
+    assert choices.parts(many + some) == [Part(151, [*range(100, 110)]), Part(0, [*range(100)])]
+
+
 def verdict(name: str) -> bool:
     """Whether a tiny model's choices are the same side by side; an exception is what `is_exact` takes for no."""
     model = small_model(name)

@@ -84,18 +84,32 @@ def test_margins_are_betas_times_what_the_chosen_answers_gained_more() -> None:
     assert found["n"] == sum(found["counts"]) == 4
     assert found["mean"]["mean"] == pytest.approx(0.6875)
     assert found["right"]["mean"] == 0.75
-    assert found["edges"][0] == pytest.approx(-0.5)
-    assert found["edges"][-1] == pytest.approx(2.0)
+    step = 2.5 / evidence.HISTOGRAM
+    assert found["edges"] == pytest.approx([step * i for i in range(-5, 21)])
+    assert [i - 5 for i, count in enumerate(found["counts"]) if count] == [-5, 2, 9, 19]
     assert found["rejected"]["mean"] == pytest.approx(-1)
     assert found["chosen"]["mean"] == pytest.approx(-1 + 0.6875 / 0.1)
     assert evidence.margins([], [], 0.1) is None
 
 
-def test_equal_margins_are_one_bar() -> None:
-    found = evidence.margins(*pairs([0.0, 0.0], 0.1), 0.1)
-    assert found is not None
-    assert found["counts"][0] == 2
-    assert math.isfinite(found["edges"][-1])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_bars_above_zero_hold_the_margins_that_are_right_and_no_other(seed: int) -> None:
+    draw = random.Random(seed)
+    values = [draw.choice([0.0, draw.gauss(draw.choice([-9, 0, 9]), 2)]) for _ in range(draw.randint(1, 60))]
+    edges, counts = evidence.histogram(values)
+    assert 0.0 in edges
+    assert len(edges) == len(counts) + 1
+    assert sum(counts) == len(values)
+    assert sum(counts[edges.index(0.0) :]) == sum(value > 0 for value in values)
+    assert edges[0] <= min(values)
+    assert edges[-1] >= max(values)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0, -2.0, 5e-324])
+def test_equal_margins_are_in_one_bar(value: float) -> None:
+    edges, counts = evidence.histogram([value, value])
+    assert sorted(counts)[-2:] in ([2], [0, 2])
+    assert all(map(math.isfinite, edges))
 
 
 def test_calibrated_margins_have_next_to_no_error_and_doubled_ones_have() -> None:

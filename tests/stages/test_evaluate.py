@@ -362,6 +362,12 @@ def test_the_stage_holds_one_model_at_a_time_and_measures_both_merges(
     assert found["rounding"] == {"base": "bf16"}
     assert [found[onto]["rounding"]["weights"] for onto in ("bf16", "nf4")] == [2 * 64 * 64] * 2
     assert found["bf16"]["rounding"]["relative_error"] != found["nf4"]["rounding"]["relative_error"]
+    long = loaded.model_copy(update={"evaluate": loaded.evaluate.model_copy(update={"context": 513})})
+    monkeypatch.setattr(params, "load", lambda _: long)
+    before = [*memory.opened]
+    with pytest.raises(UserError, match="513, and models/base has 512 positions"):
+        evaluate.main()
+    assert memory.opened == before, "a model was opened before its context was refused"
 
 
 @pytest.mark.parametrize(
