@@ -15,7 +15,7 @@ from hermes import params
 from hermes.artifacts import complete_folder, write_json
 from hermes.console import UserError
 from hermes.pages import figures, published_run
-from hermes.pages.render import interval, percent, points, render, render_html
+from hermes.pages.render import change, interval, number, percent, points, render, render_html
 from hermes.pages.results import EVALUATION, QUANTIZE, REPORTS, Inputs, Row, flips, pair, read_inputs, smaller_files
 from hermes.run import run_stage
 from hermes.training.tracking import Artifact, Tracking
@@ -53,6 +53,7 @@ def metrics(inputs: Inputs) -> Row:
             name: {model: row["average"]["score"] for model, row in suite["models"].items()}
             for name, suite in inputs.suites.items()
         }
+        found["suites_gain"] = {name: suite["models"]["merged"]["gain"] for name, suite in inputs.suites.items()}
     return found
 
 
@@ -130,20 +131,25 @@ def headline(gain: Mapping[str, Any], before: float, after: float, what: str) ->
 
 
 def shares(inputs: Inputs) -> list[Row]:
-    """The shares measured before and after training, with their gains: instructions followed, the same on unseen kinds, preferences."""
+    """The shares before and after training, with their gains: instructions followed, the same on unseen kinds, preferences, suites."""
     gain, models = inputs.comparison["merged"], (inputs.results["base"], inputs.results["merged"])
     found = []
     if gain["strict"]:
         what = "the share of instructions followed exactly"
-        found.append(("instructions followed", what, gain["strict"], [model["strict"]["seen"] for model in models]))
+        scores = [model["strict"]["seen"]["accuracy"] for model in models]
+        found.append(("instructions followed", what, gain["strict"], scores))
     if gain["unseen"]:
         what = "the same share, on kinds of instruction never trained on,"
-        found.append(("unseen kinds followed", what, gain["unseen"], [model["strict"]["unseen"] for model in models]))
+        scores = [model["strict"]["unseen"]["accuracy"] for model in models]
+        found.append(("unseen kinds followed", what, gain["unseen"], scores))
     if models[1]["preference"]:
         what = "the share of held-out pairs whose chosen answer is the likelier one"
-        found.append(("preferences", what, gain["preference"], [model["preference"] for model in models]))
+        found.append(("preferences", what, gain["preference"], [model["preference"]["accuracy"] for model in models]))
+    for suite in inputs.suites.values():
+        scores = [suite["models"][name]["average"]["score"] for name in ("base", "merged")]
+        found.append((suite["title"], f"the average of {suite['title']}", suite["models"]["merged"]["gain"], scores))
     return [
-        {"name": name, "what": what, "gain": gain, "before": before["accuracy"], "after": after["accuracy"]}
+        {"name": name, "what": what, "gain": gain, "before": before, "after": after}
         for name, what, gain, (before, after) in found
     ]
 
@@ -155,14 +161,35 @@ def side(found: Mapping[str, Any] | None) -> str:
     return "better" if found["low"] > 0 else "worse" if found["high"] < 0 else "the same"
 
 
-def verdict(measured: Sequence[Row]) -> str | None:
-    """One word on what was measured before and after, intervals that hold zero being no difference; None where nothing was."""
+def has_lost(general: Row | None) -> bool:
+    """Whether something that training should have left alone is worse beyond its interval: prose more surprising, or fewer capitals."""
+    return general is not None and (general["prose"]["low"] > 0 or general["capitals"]["high"] < 0)
+
+
+def verdict(measured: Sequence[Row], lost: bool = False) -> str | None:
+    """A few words on what was measured before and after, intervals that hold zero being no difference; None where nothing was.
+
+    What is not worse in all came at a cost where something else was lost.
+    """
     sides = {side(share["gain"]) for share in measured}
     if not sides:
         return None
     if {"better", "worse"} <= sides:
-        return "better in one respect and worse in another"
-    return next((name for name in ("better", "worse") if name in sides), "no difference seen")
+        found = "better in one respect and worse in another"
+    else:
+        found = next((name for name in ("better", "worse") if name in sides), "no difference seen")
+    return f"{found}, at a cost" if lost and found != "worse" else found
+
+
+def cost(general: Row) -> str:
+    """What training changed beside what it is for, in sentences."""
+    prose, capitals = general["prose"], general["capitals"]
+    return (
+        f"On prose of scientific abstracts the perplexity went from {number(prose['before'])} to {number(prose['after'])} "
+        f"({change(prose['change'])}, 95% interval {change(prose['low'])} to {change(prose['high'])}, {prose['tokens']:,} tokens). "
+        f"Capitals known: {percent(capitals['before'])} before, {percent(capitals['after'])} after "
+        f"({points(capitals['points'])} points, {interval(capitals)}, n = {capitals['n']:,})."
+    )
 
 
 def falling(inputs: Inputs) -> Row | None:
@@ -189,11 +216,12 @@ def page(inputs: Inputs) -> Row:
     """Everything that the template and the figures show: the inputs, and what is made of them here."""
     kinds, files, measured = kind_gains(inputs), quantized_files(inputs), shares(inputs)
     fixed, broken = samples(inputs, [row["kind"] for row in kinds])
+    general = inputs.evidence["general"]
     on_published_base = inputs.params.get("model.source") == published_run.BASE  # its loss curve says something here
     return vars(inputs) | {
         "first_look": first_look(inputs),
-        "headline": [headline(row["gain"], row["before"], row["after"], row["what"]) for row in measured],
-        "verdict": verdict(measured),
+        "verdict": verdict(measured, has_lost(general)),
+        "cost": general and cost(general),
         "by_side": {
             name: [row for row in measured if side(row["gain"]) == name] for name in ("better", "worse", "the same")
         },

@@ -49,7 +49,10 @@ def headline(metrics: dict[str, Any]) -> str:
     """The result in one line, from reports/metrics.json."""
     if "strict_gain" not in metrics:
         preference = metrics.get("preference_accuracy", {})
-        return "; ".join(f"preference accuracy of {name}: {value:.1%}" for name, value in preference.items())
+        told = [f"preference accuracy of {name}: {value:.1%}" for name, value in preference.items()]
+        for name, gain in metrics.get("suites_gain", {}).items():
+            told.append(f"{name} {gain['points']:+.1f} points, 95% interval {gain['low']:+.1f} to {gain['high']:+.1f}")
+        return "; ".join(told)
     accuracy, gain = metrics["strict_accuracy"], metrics["strict_gain"]
     return (
         f"strict accuracy: base {accuracy['base']:.1%}, merged {accuracy['merged']:.1%}; "

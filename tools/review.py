@@ -78,11 +78,10 @@ class Run:
     history: Curves
     validation: Curves
 
-    @property
-    def strict_gain(self) -> dict[str, Any] | None:
-        """The gain of merged over base with its interval, in points; None where the instructions were not evaluated."""
+    def gain(self, name: str) -> dict[str, Any] | None:
+        """The gain of merged over base in points, with its interval, by its name in metrics.json; None where it was not evaluated."""
         keys = ("points", "low", "high", "n")
-        return {key: self.metrics[f"strict_gain.{key}"] for key in keys} if "strict_gain.n" in self.metrics else None
+        return {key: self.metrics[f"{name}.{key}"] for key in keys} if f"{name}.n" in self.metrics else None
 
 
 @dataclass(frozen=True)
@@ -230,14 +229,21 @@ def summarize(content: Mapping[str, Any]) -> list[str]:
 
 
 def _headline(run: Run) -> str:
-    gain = run.strict_gain
-    if gain is None:
-        return f"preference {percent(run.metrics.get('preference_accuracy.merged'))}"
-    return f"strict {percent(run.metrics['strict_accuracy.merged'])}, {_gain(gain)}"
+    name = "strict" if run.gain("strict_gain") else "preference"
+    gain = run.gain(f"{name}_gain")
+    return f"{name} {percent(run.metrics.get(f'{name}_accuracy.merged'))}{f', {_gain(gain)}' if gain else ''}"
 
 
 def _gain(gain: Mapping[str, Any]) -> str:
     return f"{points(gain['points'])} points, 95% interval {interval(gain)}, n = {gain['n']}"
+
+
+def gained(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """The shares that any run has with a gain: (heading, the name of merged's share in metrics.json, that of the gain)."""
+    suites = dict.fromkeys(key.split(".")[1] for run in runs for key in run.metrics if key.startswith("suites_gain."))
+    found = [(name, f"{name}_accuracy.merged", f"{name}_gain") for name in ("strict", "preference")]
+    found += [(name, f"suites.{name}.merged", f"suites_gain.{name}") for name in suites]
+    return [row for row in found if any(run.gain(row[2]) for run in runs)]
 
 
 def compare(names: Sequence[str]) -> list[str]:
@@ -245,7 +251,8 @@ def compare(names: Sequence[str]) -> list[str]:
     runs = [load_run(open_revision(name)) for name in sorted(set(names))]
     differing = differing_params(runs)
     spreads = spread(runs)
-    write_pages("sweep", runs, {"runs": runs, "differing": differing, "absent": ABSENT, "spread": spreads})
+    shown = {"runs": runs, "differing": differing, "absent": ABSENT, "spread": spreads, "gained": gained(runs)}
+    write_pages("sweep", runs, shown)
     write_json(OUTPUT / "sweep.json", spreads)
     values = [" ".join(f"{key}={setting(run.params.get(key, ABSENT))}" for key in differing) for run in runs]
     lines = [f"{run.name}  {found}  {_headline(run)}" for run, found in zip(runs, values, strict=True)]

@@ -47,6 +47,7 @@ SCORES = {
     "Preferences": "preference_accuracy.",
     "Divergence from merged, nats": "quantized_kl.",
     "Perplexity": "perplexity.",
+    "Benchmark suites": "suites.",
 }
 ENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", re.ASCII)
 
@@ -63,9 +64,10 @@ def lineage() -> str:
 def verdict(content: Mapping[str, Any]) -> str:
     """What was found, on what and how sure, as Markdown."""
     if not content["verdict"]:
-        return "This profile evaluates neither instructions nor preferences, so no gain is known."
+        return "This profile evaluates neither instructions nor preferences nor suites, so no gain is known."
     told = [headline(row["gain"], row["before"], row["after"], row["what"]) for row in content["shares"]]
-    return "\n".join([f"**The verdict: {content['verdict']}.**", "", *(f"- {line}" for line in told)])
+    lost = ["", f"**What it cost.** {content['cost']}"] if content["cost"] else []
+    return "\n".join([f"**The verdict: {content['verdict']}.**", "", *(f"- {line}" for line in told), *lost])
 
 
 def numbers(inputs: Inputs) -> list[str]:

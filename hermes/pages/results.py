@@ -134,6 +134,7 @@ class Average(Shape):
     """A model in a suite of suites.json."""
 
     average: dict[str, float]
+    gain: Gain | None
 
 
 class Suite(Shape):

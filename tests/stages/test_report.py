@@ -345,9 +345,8 @@ def test_the_page_begins_with_the_verdict_and_what_it_may_be_due_to(built: Path,
     sides = {report.side(gains[name]) for name in ("strict", "unseen", "preference")} - {"the same"}
     found_verdict = re.search(r"The verdict: ([^.]+)\.", head)
     assert found_verdict
-    assert found_verdict[1] == (
-        "better in one respect and worse in another" if len(sides) == 2 else (*sides, "no difference seen")[0]
-    )
+    word = "better in one respect and worse in another" if len(sides) == 2 else (*sides, "no difference seen")[0]
+    assert found_verdict[1] == (word if word == "worse" else f"{word}, at a cost")  # prose became more surprising
     words = found["answers"]["length"]["words"]
     assert f"Answers have {render.number(words['after'])} words instead of {render.number(words['before'])}" in head
     assert "the perplexity went from 21 to 22.05 (+5.0%, 95% interval +3.0% to +7.0%, 24,000 tokens)" in head
@@ -366,6 +365,19 @@ def test_gains_decide_the_verdict() -> None:
     assert report.verdict([row(-2, -1), row(-1, 1)]) == "worse"
     assert report.verdict([row(-1, 1)]) == "no difference seen"
     assert report.verdict([row(-2, -1), row(1, 2)]) == "better in one respect and worse in another"
+    assert report.verdict([row(1, 2)], lost=True) == "better, at a cost"
+    assert report.verdict([row(-1, 1)], lost=True) == "no difference seen, at a cost"
+    assert report.verdict([row(-2, -1)], lost=True) == "worse"
+
+
+def test_prose_or_capitals_beyond_their_interval_are_a_cost() -> None:
+    def general(low: float, high: float) -> dict[str, Any]:
+        return {"prose": {"low": low, "high": 0.2}, "capitals": {"low": -9.0, "high": high}}
+
+    assert not report.has_lost(None)
+    assert not report.has_lost(general(-0.01, 0.5))
+    assert report.has_lost(general(0.01, 0.5))
+    assert report.has_lost(general(-0.01, -0.5))
 
 
 def test_every_link_of_the_page_has_its_target(page: Page) -> None:
@@ -848,6 +860,9 @@ def test_suites_are_shown_with_their_differences_and_only_where_there_are_any(
     assert f"| merged | 45.0% ± 0.6 | **+5.0** | +5.0 to +5.0 | {scores}" in text
     assert "| n | 3,400 | | | 800 | 700 | 100 | 1,800 | " in text
     assert "| n | cut requests |" in text
+    head = text.split("How this run differs")[0]
+    assert "; Nous +5.0 points (+5.0 to +5.0, n = 3,400)" in head.split("What it cost")[0]
+    assert "| Nous | 40.0% | 45.0% | +5.0 points | +5.0 to +5.0 | 3,400 |" in head
     clipped = "A gain counts what the averages clip below chance."
     assert clipped in text
     assert clipped in page.text
@@ -860,7 +875,9 @@ def test_suites_are_shown_with_their_differences_and_only_where_there_are_any(
         assert all(line in " ".join(page.text.split()) for line in suite.differs)
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
     assert "benchmark-suites" in page.ids
-    averages = json.loads(report.METRICS.read_text())["suites"]["nous"]
+    metrics = json.loads(report.METRICS.read_text())
+    assert metrics["suites_gain"] == {name: suite["models"]["merged"]["gain"] for name, suite in found.items()}
+    averages = metrics["suites"]["nous"]
     assert averages == {name: found["nous"]["models"][name]["average"]["score"] for name in MODELS}
     assert Path("reports/eval/suites.json").is_file()
     assert not Path("reports/eval/suites").exists()

@@ -17,11 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard, constants
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from hermes.artifacts import sha256_file
 from hermes.console import UserError
+from hermes.model.base import load
 from hermes.pages.render import number
 from hermes.params import read_yaml
 from tests.stages.fetching import COMMIT, Hub
@@ -264,13 +267,34 @@ def test_the_adapter_names_its_base_as_the_hub_does(workplace: Path, make: Make)
     make()
     config = json.loads((release() / "adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (MERGE, COMMIT)
-    assert f'AutoPeftModelForCausalLM.from_pretrained("{REPO}", subfolder="adapter")' in text_of()
+    assert f'AutoModelForCausalLM.from_pretrained("{MERGE}", revision="{COMMIT}")' in text_of()
     assert Path("models/adapter/adapter_config.json").read_text() == "{}"  # the artifact stays as it is
     base = json.loads(Path("models/base/manifest.json").read_text())
     Path("models/base/manifest.json").write_text(json.dumps(base | {"source": "./models/rebuilt-base"}))
     publish.assemble(REPO, head(), [LLAMA_3])
     assert (release() / "adapter/adapter_config.json").read_text() == "{}"
     assert "is not on the Hub: `PeftModel.from_pretrained(base," in text_of()
+
+
+def test_the_python_of_the_card_puts_the_adapter_on_its_base(workplace: Path, byte_model_folder: Path) -> None:
+    """As it stands there, but for two folders in place of the Hub's names."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(load(byte_model_folder, torch.float32), lora)
+    wrapped.save_pretrained("models/adapter")
+    publish.assemble(REPO, head(), [LLAMA_3])
+    found = re.search(r"```python\n(from peft.*?)```", text_of(), re.DOTALL)
+    assert found
+    program, there = found[1], {MERGE: byte_model_folder, REPO: release().resolve()}
+    for name, folder in there.items():
+        assert f'"{name}"' in program
+        program = program.replace(f'"{name}"', repr(str(folder)))
+    names: dict[str, Any] = {}
+    exec(program, names)
+    read, written = (
+        get_peft_model_state_dict(model, save_embedding_layers=False) for model in (names["model"], wrapped)
+    )
+    assert read.keys() == written.keys()
+    assert all(torch.equal(read[name].float(), written[name]) for name in read)
 
 
 def put_rows() -> None:

@@ -92,6 +92,14 @@ def seen_profile() -> str:
     return next(line for line in Path("seen").read_text().splitlines() if line.startswith("profile:"))
 
 
+def test_without_instructions_the_result_is_of_preferences_and_suites() -> None:
+    gain = {"points": 2.5, "low": -0.5, "high": 5.5, "n": 700}
+    metrics = {"preference_accuracy": {"base": 0.5, "merged": 0.75}, "suites_gain": {"nous": gain}}
+    assert repro.headline(metrics) == (
+        "preference accuracy of base: 50.0%; preference accuracy of merged: 75.0%; nous +2.5 points, 95% interval -0.5 to +5.5"
+    )
+
+
 def test_only_the_profile_changes() -> None:
     text = PARAMS.decode()
     changed = text.replace("profile:   cpu   #", "profile:   a40   #")

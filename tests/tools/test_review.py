@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
+from hermes import params
 from hermes.console import UserError
 from hermes.pages import render, results
 from stages import report
@@ -159,6 +160,24 @@ def test_experiments_are_compared_in_the_order_of_their_names() -> None:
     gain = json.loads(review.open_revision("swift-fox").read("reports/metrics.json"))["strict_gain"]
     assert render.points(gain["points"]) in lines[1]
     assert "train.learning_rate" not in (review.OUTPUT / "sweep.md").read_text()
+
+
+def test_without_instructions_experiments_are_compared_by_preferences_and_suites() -> None:
+    gain = {"points": 2.5, "low": 1.25, "high": 3.75, "n": 700}
+    metrics = {"preference_accuracy": {"merged": 0.75}, "preference_gain": gain, "suites": {"nous": {"merged": 0.5}}}
+    metrics["suites_gain"] = {"nous": gain | {"low": -1.25}}
+    run = review.Run("a", None, {}, params.flatten(metrics), {}, {})
+    assert review._headline(run) == "preference 75.0%, +2.5 points, 95% interval +1.2 to +3.8, n = 700"
+    other = review.Run("b", None, {}, {}, {}, {})
+    assert review._headline(other) == "preference –"
+    runs = [run, other]
+    content = {"runs": runs, "differing": [], "spread": {}, "gained": review.gained(runs), "curves": Path("c.png")}
+    render.render("sweep.md.j2", Path("sweep.md"), content)
+    lines = Path("sweep.md").read_text().split("\n")
+    assert "| experiment | preference | gain | n | nous | gain | n | perplexity |" in lines
+    row = "| a | 75.0% | **+2.5** (+1.2 to +3.8) | 700 | 50.0% | +2.5 (−1.2 to +3.8) | 700 | – |"
+    assert row in lines
+    assert "| b | – | – | – | – | – | – | – |" in lines
 
 
 def test_the_spread_of_a_metric_is_over_all_experiments() -> None:
