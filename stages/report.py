@@ -169,7 +169,7 @@ def has_lost(general: Row | None) -> bool:
 def verdict(measured: Sequence[Row], lost: bool = False) -> str | None:
     """A few words on what was measured before and after, intervals that hold zero being no difference; None where nothing was.
 
-    What is not worse in all came at a cost where something else was lost.
+    `lost`: something else got worse, which is said too unless the verdict is worse anyway.
     """
     sides = {side(share["gain"]) for share in measured}
     if not sides:
