@@ -147,7 +147,8 @@ def shares(inputs: Inputs) -> list[Row]:
         found.append(("preferences", what, gain["preference"], [model["preference"]["accuracy"] for model in models]))
     for suite in inputs.suites.values():
         scores = [suite["models"][name]["average"]["score"] for name in ("base", "merged")]
-        found.append((suite["title"], f"the average of {suite['title']}", suite["models"]["merged"]["gain"], scores))
+        what = f"the average of {suite['title']} (scores stop at chance, and the change does not)"
+        found.append((suite["title"], what, suite["models"]["merged"]["gain"], scores))
     return [
         {"name": name, "what": what, "gain": gain, "before": before, "after": after}
         for name, what, gain, (before, after) in found

@@ -264,7 +264,7 @@ def data_metadata(name: str, inputs: Inputs, data: Row) -> str:
 
 
 def name_base(config: Path, base: Row) -> None:
-    """Has the configuration of an adapter name its base as the Hub does, where PEFT finds it; one that the Hub has not keeps its hash."""
+    """Has the configuration of an adapter name its base as the Hub does; one that the Hub has not keeps its hash."""
     if found := hub_name(base["source"]):
         content = read_json(config) | {
             "base_model_name_or_path": found,

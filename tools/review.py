@@ -229,21 +229,24 @@ def summarize(content: Mapping[str, Any]) -> list[str]:
 
 
 def _headline(run: Run) -> str:
-    name = "strict" if run.gain("strict_gain") else "preference"
-    gain = run.gain(f"{name}_gain")
-    return f"{name} {percent(run.metrics.get(f'{name}_accuracy.merged'))}{f', {_gain(gain)}' if gain else ''}"
+    found = scored([run])
+    if not found:
+        return "no score"
+    name, share, gain_name = found[0]
+    gain = run.gain(gain_name)
+    return f"{name} {percent(run.metrics[share])}{f', {_gain(gain)}' if gain else ''}"
 
 
 def _gain(gain: Mapping[str, Any]) -> str:
     return f"{points(gain['points'])} points, 95% interval {interval(gain)}, n = {gain['n']}"
 
 
-def gained(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """The shares that any run has with a gain: (heading, the name of merged's share in metrics.json, that of the gain)."""
-    suites = dict.fromkeys(key.split(".")[1] for run in runs for key in run.metrics if key.startswith("suites_gain."))
+def scored(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """The shares that any run has: (heading, the name of merged's share in metrics.json, that of its gain)."""
+    suites = dict.fromkeys(key.split(".")[1] for run in runs for key in run.metrics if key.startswith("suites."))
     found = [(name, f"{name}_accuracy.merged", f"{name}_gain") for name in ("strict", "preference")]
     found += [(name, f"suites.{name}.merged", f"suites_gain.{name}") for name in suites]
-    return [row for row in found if any(run.gain(row[2]) for run in runs)]
+    return [row for row in found if any(row[1] in run.metrics for run in runs)]
 
 
 def compare(names: Sequence[str]) -> list[str]:
@@ -251,7 +254,7 @@ def compare(names: Sequence[str]) -> list[str]:
     runs = [load_run(open_revision(name)) for name in sorted(set(names))]
     differing = differing_params(runs)
     spreads = spread(runs)
-    shown = {"runs": runs, "differing": differing, "absent": ABSENT, "spread": spreads, "gained": gained(runs)}
+    shown = {"runs": runs, "differing": differing, "absent": ABSENT, "spread": spreads, "scored": scored(runs)}
     write_pages("sweep", runs, shown)
     write_json(OUTPUT / "sweep.json", spreads)
     values = [" ".join(f"{key}={setting(run.params.get(key, ABSENT))}" for key in differing) for run in runs]

@@ -63,11 +63,11 @@ def lineage() -> str:
 
 def verdict(content: Mapping[str, Any]) -> str:
     """What was found, on what and how sure, as Markdown."""
-    if not content["verdict"]:
-        return "This profile evaluates neither instructions nor preferences nor suites, so no gain is known."
     told = [headline(row["gain"], row["before"], row["after"], row["what"]) for row in content["shares"]]
-    lost = ["", f"**What it cost.** {content['cost']}"] if content["cost"] else []
-    return "\n".join([f"**The verdict: {content['verdict']}.**", "", *(f"- {line}" for line in told), *lost])
+    found = [f"**The verdict: {content['verdict']}.**", "", *(f"- {line}" for line in told)]
+    if not content["verdict"]:
+        found = ["This profile evaluates neither instructions nor preferences nor suites, so no gain is known."]
+    return "\n".join(found + (["", f"**What it cost.** {content['cost']}"] if content["cost"] else []))
 
 
 def numbers(inputs: Inputs) -> list[str]:

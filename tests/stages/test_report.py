@@ -353,7 +353,13 @@ def test_the_page_begins_with_the_verdict_and_what_it_may_be_due_to(built: Path,
     assert "Capitals known: 60.0% before, 59.0% after (−1.0 points, −3.0 to +1.0, n = 104)." in head
     margins = found["margins"]
     assert f"The mean margin is {render.number(margins['mean']['mean'])}" in page.text
-    assert "The chosen answers became less likely, too" in page.text  # their last reward is below zero
+    assert (
+        "The chosen answers became less likely, too: part of the margin" in page.text
+    )  # their last reward is below zero
+    moved = margins["chosen"]
+    assert f"the chosen answers moved by {render.difference(moved['mean'])} nats in the mean" in page.text
+    assert ("The chosen answers became less likely, too." in page.text) == (moved["high"] < 0)
+    assert "At a cost: prose or capitals got worse" in head
 
 
 def test_gains_decide_the_verdict() -> None:

@@ -284,6 +284,7 @@ def test_the_python_of_the_card_puts_the_adapter_on_its_base(workplace: Path, by
     publish.assemble(REPO, head(), [LLAMA_3])
     found = re.search(r"```python\n(from peft.*?)```", text_of(), re.DOTALL)
     assert found
+    assert "the adapter makes another model" not in text_of()  # the merge was onto the base as it is stored
     program, there = found[1], {MERGE: byte_model_folder, REPO: release().resolve()}
     for name, folder in there.items():
         assert f'"{name}"' in program
@@ -295,6 +296,11 @@ def test_the_python_of_the_card_puts_the_adapter_on_its_base(workplace: Path, by
     )
     assert read.keys() == written.keys()
     assert all(torch.equal(read[name].float(), written[name]) for name in read)
+    merge = Path("data/evaluation/merge.json")
+    found_before = json.loads(merge.read_text())
+    merge.write_text(json.dumps(found_before | {"rounding": found_before["rounding"] | {"base": "nf4"}}))
+    publish.assemble(REPO, head(), [LLAMA_3])
+    assert "the adapter makes another model" in text_of()
 
 
 def put_rows() -> None:

@@ -162,6 +162,12 @@ def test_experiments_are_compared_in_the_order_of_their_names() -> None:
     assert "train.learning_rate" not in (review.OUTPUT / "sweep.md").read_text()
 
 
+def test_a_run_from_before_gains_were_kept_shows_its_scores_alone() -> None:
+    run = review.Run("a", None, {}, {"preference_accuracy.merged": 0.75, "suites.nous.merged": 0.5}, {}, {})
+    assert review._headline(run) == "preference 75.0%"
+    assert [name for name, _, _ in review.scored([run])] == ["preference", "nous"]
+
+
 def test_without_instructions_experiments_are_compared_by_preferences_and_suites() -> None:
     gain = {"points": 2.5, "low": 1.25, "high": 3.75, "n": 700}
     metrics = {"preference_accuracy": {"merged": 0.75}, "preference_gain": gain, "suites": {"nous": {"merged": 0.5}}}
@@ -169,11 +175,12 @@ def test_without_instructions_experiments_are_compared_by_preferences_and_suites
     run = review.Run("a", None, {}, params.flatten(metrics), {}, {})
     assert review._headline(run) == "preference 75.0%, +2.5 points, 95% interval +1.2 to +3.8, n = 700"
     other = review.Run("b", None, {}, {}, {}, {})
-    assert review._headline(other) == "preference –"
+    assert review._headline(other) == "no score"
     runs = [run, other]
-    content = {"runs": runs, "differing": [], "spread": {}, "gained": review.gained(runs), "curves": Path("c.png")}
+    content = {"runs": runs, "differing": [], "spread": {}, "scored": review.scored(runs), "curves": Path("c.png")}
     render.render("sweep.md.j2", Path("sweep.md"), content)
     lines = Path("sweep.md").read_text().split("\n")
+    assert lines[2].endswith(" Other columns are the averages of benchmark suites.")
     assert "| experiment | preference | gain | n | nous | gain | n | perplexity |" in lines
     row = "| a | 75.0% | **+2.5** (+1.2 to +3.8) | 700 | 50.0% | +2.5 (−1.2 to +3.8) | 700 | – |"
     assert row in lines
