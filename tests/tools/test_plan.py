@@ -276,8 +276,11 @@ def test_what_prompts_share_is_read_once_by_transformers_and_each_time_by_llama_
 
 
 @pytest.mark.parametrize("bits", MEASURED)
-def test_a_cpu_takes_what_the_default_profile_took_on_two_cores(bits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_takes_what_the_default_profile_took_on_two_cores(
+    bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(plan, "TOKENS", tmp_path)  # the pairs in this checkout may be those of another profile
     run = changed(run_of(load("cpu"))[0], THEN)
     run = run._replace(settings=on_cpu(run.settings, bits))
     seconds = seconds_of(run, plan.device_here(run.settings.base.threads, bits)[1])
