@@ -20,6 +20,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from hermes.console import UserError
 from hermes.evaluation.chat_models import HuggingFaceChat
 from hermes.evaluation.run_benchmarks import SuiteModel
 from hermes.model.base import load
@@ -37,6 +38,10 @@ WRITTEN = {"until": ["Question:", "\n\n"], "max_gen_toks": 128, "do_sample": Fal
 def requests_of(shape: Shape, questions: int) -> list[Instance]:
     """What lm-eval asks a model about so many questions: one request a choice, or one an answer that is written."""
     rows = pq.read_table(ROOT / "data/subset/test.parquet", columns=["question", "chosen", "rejected"]).to_pylist()
+    if questions > len(rows):
+        raise UserError(
+            f"data/subset/test.parquet: {len(rows)} rows, and {questions} are needed; run `make repro PROFILE=cpu`"
+        )
     lines = [f"Question: {row['question']}\nAnswer: {row['chosen']}\n\n" for row in rows]
     examples = {"shared": 5, "unshared": 10, "generation": 5}[shape]
     found = []
